@@ -80,7 +80,7 @@ class RolloutConfig(Section):
     engine: Literal["native", "transformers"] = "native"
     """`native`: our decode loop; `transformers`: its own, for comparison and for models the native one refuses."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the sampling student; `auto`: bfloat16 on a GPU, on a CPU the faster of the two, measured at start."""
+    """Precision of the sampling student; `auto`: bfloat16 on a GPU, on a CPU the faster, measured at start."""
     memory_gib: Number | None = Field(None, gt=0)
     """Memory for the key-value cache, in GiB; what does not fit is sampled in waves. Absent: most of what is free."""
 
@@ -133,7 +133,7 @@ class LossConfig(Section):
     objective: Literal["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"] = "sampled_reverse_kl"
     """What is minimised at each sampled position."""
     reduction: Literal["sequence", "token"] = "sequence"
-    """`sequence`: mean over a rollout's tokens, then over the group's rollouts; `token`: mean over the group's tokens."""
+    """`sequence`: mean over a rollout's tokens, then over the group's rollouts; `token`: mean over all its tokens."""
     temperature: Number = Field(1.0, gt=0)
     """Both models' logits are divided by this before their softmax in the loss."""
     importance_clip: Number | None = Field(2.0, ge=1)
