@@ -1,0 +1,160 @@
+"""Prompt files, the chat template, and the order in which prompts are drawn.
+
+The order is a function of (seed, epoch) alone, so that a resumed run needs only its position. Text that happens to
+spell a control token (`<|im_end|>`) stays text.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+class PromptError(ValueError):
+    """A prompt file that cannot be used, with the line and what to do."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Tokenised prompts, and how many lines of the file were left out."""
+
+    token_ids: list[list[int]]
+    empty: int = 0
+    """Blank lines, or records without text."""
+    too_long: int = 0
+    """Prompts above the token limit."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def load_prompts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, chat_template: str = "auto", max_tokens: int = 1024
+) -> PromptSet:
+    """Reads and tokenises a prompt file: `.txt`, one prompt a line, or `.jsonl`, a `prompt` or `messages` each.
+
+    Raises `PromptError` for a file that is missing, not UTF-8, malformed, or without a usable prompt.
+    """
+    templated = chat_template == "auto" and tokenizer.chat_template is not None
+    kept, empty, too_long = [], 0, 0
+    for where, messages in _read(path):
+        if not messages or not messages[-1]["content"].strip():
+            empty += 1
+            continue
+        if not templated and len(messages) > 1:
+            raise PromptError(f"{where}: a conversation needs a chat template, and the tokenizer's is absent or off")
+        ids = _tokenise(messages, tokenizer, templated)
+        if len(ids) > max_tokens:
+            too_long += 1
+        elif ids:
+            kept.append(ids)
+        else:
+            empty += 1
+    if not kept:
+        raise PromptError(
+            f"{path}: no usable prompt ({empty} empty, {too_long} of more than {max_tokens} tokens; prompts.max_tokens)"
+        )
+    return PromptSet(kept, empty, too_long)
+
+
+def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
+    """The indices of an epoch's prompts, in the order in which they are drawn."""
+    if not shuffle:
+        return list(range(count))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, P] int64, padded on the left, and their mask [B, P] bool."""
+    longest = max(len(ids) for ids in prompts)
+    token_ids = torch.full((len(prompts), longest), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, ids in enumerate(prompts):
+        token_ids[row, longest - len(ids) :] = torch.tensor(ids)
+        mask[row, longest - len(ids) :] = True
+    return token_ids, mask
+
+
+def _read(path: Path) -> Iterator[tuple[str, list[Message]]]:
+    """Each record's place and messages; an empty list for a blank one."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise PromptError(f"{path}: a prompt file is .txt (one prompt a line) or .jsonl (one JSON object a line)")
+    try:
+        # Split at line ends only: str.splitlines also splits at characters that may stand inside a prompt.
+        lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        raise PromptError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            yield where, []
+        elif path.suffix == ".txt":
+            yield where, [{"role": "user", "content": line.strip()}]
+        else:
+            yield where, _messages(line, where)
+
+
+def _messages(line: str, where: str) -> list[Message]:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{where}: not valid JSON: {error}") from None
+    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
+        return [{"role": "user", "content": record["prompt"]}]
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise PromptError(
+            f'{where}: expected {{"prompt": "text"}} or {{"messages": [{{"role": ..., "content": ...}}]}} '
+            f"with a role of {', '.join(ROLES)}; found {line[:80]!r}"
+        )
+    return messages
+
+
+def _tokenise(messages: list[Message], tokenizer: PreTrainedTokenizerBase, templated: bool) -> list[int]:
+    """Token ids of a prompt; control tokens come from the template and from nowhere else."""
+    hidden: list[str] = []
+    safe = [{**message, "content": _hide(message["content"], tokenizer, hidden)} for message in messages]
+    if templated:
+        text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+    else:
+        text = safe[-1]["content"]
+    # The template writes its own beginning-of-sequence token where the model wants one.
+    ids = tokenizer(text.split(_mark(0))[0] if hidden else text, add_special_tokens=not templated)["input_ids"]
+    for index, spelled in enumerate(hidden):
+        ids += tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rest = text.split(_mark(index))[1].split(_mark(index + 1))[0]
+        ids += tokenizer(rest, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _mark(index: int) -> str:
+    # Private-use characters: no template or prompt gives them a meaning.
+    return f"\U000f0d15{index}\U000f0d16"
+
+
+def _hide(content: str, tokenizer: PreTrainedTokenizerBase, hidden: list[str]) -> str:
+    """Replaces spelled-out control tokens by marks, appending what they hid to `hidden`."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    while True:
+        found = [(content.find(token), -len(token), token) for token in special if token and token in content]
+        if not found:
+            return content
+        token = min(found)[2]
+        content = content.replace(token, _mark(len(hidden)), 1)
+        hidden.append(token)
