@@ -1,0 +1,154 @@
+"""The copy of a student that generates: eval mode, generation precision, weights laid out for small batches.
+
+The copy has the student's structure and its own configuration, so the student's mode, gradients, attention and
+generation settings are never touched. Weights that need no other form are shared with the student; the others are
+brought up to date by `refresh`. The head always gives float32 logits.
+Left out on purpose: quantised weights, which would sample from a policy too far from the one that is trained.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+# A bfloat16 that is barely faster is not worth its rounding, and a choice this wide is the same in every run.
+WORTHWHILE_SPEEDUP = 1.25
+
+
+class GenerationCopy:
+    """`model` is the copy; it follows the `source` it was made from whenever `refresh` is called."""
+
+    def __init__(
+        self,
+        source: PreTrainedModel,
+        dtype: torch.dtype,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        pack: bool,
+    ) -> None:
+        """`pack` lays linear weights out for a CPU, where there is one."""
+        tensors = {id(tensor): tensor for tensor in chain(source.parameters(), source.buffers())}
+        self.model: PreTrainedModel = copy.deepcopy(source, memo=tensors).eval()
+        # A checkpoint's own generation settings would apply silently.
+        self.model.generation_config = GenerationConfig(eos_token_id=list(eos_token_ids), pad_token_id=pad_token_id)
+        self.dtype = dtype
+        self._updates: list[Callable[[], None]] = []
+        packs = pack and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._replace_head(packs)
+        if packs:
+            self._pack_linears()
+        self._cast_parameters()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies the weights that have another form here from the source."""
+        for update in self._updates:
+            update()
+
+    def _replace_head(self, packs: bool) -> None:
+        head = self.model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            self.model.set_output_embeddings(self._packed(head, torch.float32) if packs else Float32Head(head))
+
+    def _pack_linears(self) -> None:
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, self._packed(child, self.dtype))
+
+    def _packed(self, linear: nn.Linear, dtype: torch.dtype) -> "PackedLinear":
+        packed = PackedLinear(linear, dtype)
+        if linear.weight.requires_grad:
+            self._updates.append(packed.update)
+        return packed
+
+    def _cast_parameters(self) -> None:
+        copies: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, source in module._parameters.items():
+                if source is None or not source.is_floating_point() or source.dtype == self.dtype:
+                    continue
+                if id(source) not in copies:
+                    copies[id(source)] = nn.Parameter(source.detach().to(self.dtype), requires_grad=False)
+                    if source.requires_grad:
+                        self._updates.append(_copier(source, copies[id(source)]))
+                module._parameters[name] = copies[id(source)]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for a CPU: its weight in the layout in which oneDNN multiplies, packed once and not per call.
+
+    The result has the dtype of the packed weight.
+    """
+
+    def __init__(self, source: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        # In a tuple, so that they are no parameters of this module.
+        self._source, self._dtype = (source.weight, source.bias), dtype
+        self.update()
+
+    def update(self) -> None:
+        weight, bias = self._source
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous())
+        self._bias = None if bias is None else bias.detach().to(self._dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self._dtype)
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+
+
+class Float32Head(nn.Module):
+    """An output layer in the weights' dtype that accumulates and returns float32 logits."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = source.weight, source.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.weight.dtype != torch.float32 and self.weight.device.type == "cuda":
+            rows = hidden.flatten(0, -2).to(self.weight.dtype)
+            logits = torch.mm(rows, self.weight.t(), out_dtype=torch.float32).unflatten(0, hidden.shape[:-1])
+            return logits if self.bias is None else logits + self.bias
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+def _copier(source: Tensor, target: Tensor) -> Callable[[], None]:
+    return lambda: target.copy_(source)
+
+
+def choose_dtype(model: PreTrainedModel, precision: str) -> torch.dtype:
+    """`float32`, `bfloat16`, or for `auto` bfloat16 where it pays: on GPUs that have it, on a CPU by measuring.
+
+    The measurement multiplies 16 rows by some tens of megabytes of the model's own packed weights.
+    """
+    if precision != "auto":
+        return getattr(torch, precision)
+    if model.device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if not torch.backends.mkldnn.is_available():
+        return torch.float32
+    linears, taken = [], 0
+    for module in model.modules():
+        if type(module) is nn.Linear and taken < 2**24:  # elements: past every cache level
+            linears.append(module)
+            taken += module.weight.numel()
+    seconds = {dtype: _decode_seconds(linears, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return torch.bfloat16 if seconds[torch.float32] > WORTHWHILE_SPEEDUP * seconds[torch.bfloat16] else torch.float32
+
+
+@torch.no_grad()
+def _decode_seconds(linears: list[nn.Linear], dtype: torch.dtype) -> float:
+    layers = [(PackedLinear(linear, dtype), torch.ones(16, linear.in_features, dtype=dtype)) for linear in linears]
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for layer, inputs in layers:
+            layer(inputs)
+        best = min(best, time.perf_counter() - start)
+    return best
