@@ -4,6 +4,7 @@ The order is a function of (seed, epoch) alone, so that a resumed run needs only
 spell a control token (`<|im_end|>`) stays text.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ class PromptSet:
     """Tokenised prompts, and how many lines of the file were left out."""
 
     token_ids: list[list[int]]
+    texts: list[str]
+    """What the user says last in each."""
     empty: int = 0
     """Blank lines, or records without text."""
     too_long: int = 0
@@ -31,6 +34,11 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def digest(self) -> str:
+        """Tells one set of tokenised prompts from another."""
+        return hashlib.sha256(json.dumps(self.token_ids).encode()).hexdigest()
 
 
 Message = dict[str, str]
@@ -45,25 +53,26 @@ def load_prompts(
     Raises `PromptError` for a file that is missing, not UTF-8, malformed, or without a usable prompt.
     """
     templated = chat_template == "auto" and tokenizer.chat_template is not None
-    kept, empty, too_long = [], 0, 0
+    kept, texts, empty, too_long = [], [], 0, 0
     for where, messages in _read(path):
         if not messages or not messages[-1]["content"].strip():
             empty += 1
             continue
         if not templated and len(messages) > 1:
             raise PromptError(f"{where}: a conversation needs a chat template, and the tokenizer's is absent or off")
-        ids = _tokenise(messages, tokenizer, templated)
+        ids = tokenise(messages, tokenizer, templated)
         if len(ids) > max_tokens:
             too_long += 1
         elif ids:
             kept.append(ids)
+            texts.append(messages[-1]["content"])
         else:
             empty += 1
     if not kept:
         raise PromptError(
             f"{path}: no usable prompt ({empty} empty, {too_long} of more than {max_tokens} tokens; prompts.max_tokens)"
         )
-    return PromptSet(kept, empty, too_long)
+    return PromptSet(kept, texts, empty, too_long)
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
@@ -126,7 +135,7 @@ def _messages(line: str, where: str) -> list[Message]:
     return messages
 
 
-def _tokenise(messages: list[Message], tokenizer: PreTrainedTokenizerBase, templated: bool) -> list[int]:
+def tokenise(messages: list[Message], tokenizer: PreTrainedTokenizerBase, templated: bool) -> list[int]:
     """Token ids of a prompt; control tokens come from the template and from nowhere else."""
     hidden: list[str] = []
     safe = [{**message, "content": _hide(message["content"], tokenizer, hidden)} for message in messages]

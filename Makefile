@@ -1,0 +1,38 @@
+# make venv | train | test | bench | lint. The first of them on a fresh machine builds the environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CONFIG ?= configs/default.yaml
+ARGS ?=
+
+.PHONY: venv train test bench lint clean
+.DELETE_ON_ERROR:
+
+venv: $(VENV)/.complete
+
+# Without an NVIDIA GPU the CPU build of torch is taken where the package index offers one: it is a tenth of the size.
+$(VENV)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1 \
+	  || $(BIN)/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || echo "no CPU build of torch $(TORCH) on the package index: installing its standard build"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+train: venv
+	$(BIN)/python -m distill.train --config $(CONFIG) $(ARGS)
+
+test: venv
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: venv
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache

@@ -1,0 +1,191 @@
+"""From hidden states to gradients: the objective, the weight of each token, and per-token statistics.
+
+Weights are made over the whole group before it is split, so that micro-batches (and ranks) simply add up. The teacher
+is scored here too: its hidden states are kept, its logits exist only inside the fused operation.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distill.forward import completion_hidden
+from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
+
+if TYPE_CHECKING:
+    from distill.rollout import Rollouts
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How a group becomes one number; see the `loss` section of the configuration."""
+
+    objective: str = "sampled_reverse_kl"
+    reduction: str = "sequence"
+    temperature: float = 1.0
+    importance_clip: float | None = None
+    beta: float = 0.5
+
+
+class ModelParts(NamedTuple):
+    """A model as it is computed with: body, head (a `models.Head`), and the precision of the arithmetic."""
+
+    body: nn.Module
+    head: NamedTuple
+    dtype: torch.dtype
+
+    def hidden(self, *rollouts, **options) -> Tensor:
+        """`completion_hidden` of this model in its precision, whatever the precision of its weights."""
+        mixed = self.head.weight.dtype != self.dtype
+        context = torch.autocast(self.head.weight.device.type, self.dtype) if mixed else contextlib.nullcontext()
+        with context:
+            return completion_hidden(self.body, *rollouts, **options).to(self.dtype)
+
+    def head_arguments(self, name: str) -> dict:
+        """The head as keyword arguments of the fused operations, each beginning with `name`."""
+        head = self.head
+        return {f"{name}_bias": head.bias, f"{name}_softcap": head.softcap, f"{name}_scale": head.scale}
+
+
+class Group(NamedTuple):
+    """Rollouts that share one optimizer step. Lengths and index stay on the host, so that nothing waits for them."""
+
+    prompt_ids: Tensor  # [B, P] int64, left-padded
+    prompt_mask: Tensor  # [B, P] bool, on the host
+    completion_ids: Tensor  # [R, T] int64, right-padded
+    completion_lengths: Tensor  # [R] int64, on the host
+    prompt_index: Tensor  # [R] int64, on the host
+    logprob: Tensor  # [R, T] float32: the student's at sampling
+
+    @classmethod
+    def of(cls, rollouts: "Rollouts") -> "Group":
+        """The group that some rollouts form."""
+        on_host = (rollouts.prompt_mask, rollouts.completion_lengths, rollouts.prompt_index)
+        mask, lengths, index = (tensor.cpu() for tensor in on_host)
+        return cls(rollouts.prompt_ids, mask, rollouts.completion_ids, lengths, index, rollouts.logprob)
+
+    @property
+    def starts(self) -> Tensor:
+        """[R + 1] int64: where each row begins among the K valid tokens."""
+        return torch.cat([torch.zeros(1, dtype=torch.int64), self.completion_lengths.cumsum(0)])
+
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """Indices among the K valid tokens of the given rows' tokens, in the order of `rows`."""
+        starts = self.starts
+        return torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
+
+    def valid(self, values: Tensor, rows: Tensor) -> Tensor:
+        """[R, T] to the valid entries of `rows`, flattened: masked by length, never by the padding id."""
+        lengths = self.completion_lengths[rows]
+        mask = torch.arange(values.shape[1]) < lengths[:, None]
+        index = (rows[:, None] * values.shape[1] + torch.arange(values.shape[1]))[mask]
+        return values.flatten()[index.to(values.device, non_blocking=True)]
+
+    def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """What `completion_hidden` takes, for some rows and the prompts they need."""
+        prompts, index = self.prompt_index[rows].unique(return_inverse=True)
+        lengths = self.completion_lengths[rows]
+        device = self.completion_ids.device
+        return (
+            self.prompt_ids[prompts.to(device)],
+            self.prompt_mask[prompts],
+            self.completion_ids[rows.to(device), : max(1, int(lengths.max()))],
+            lengths,
+            index,
+        )
+
+
+def token_weights(completion_lengths: Tensor, reduction: str) -> Tensor:
+    """[K] float32 weights that sum to 1 (or K = 0): of each rollout's mean, or of the mean over all tokens."""
+    lengths = completion_lengths.double()
+    per_row = torch.ones_like(lengths) / lengths.sum() if reduction == "token" else 1 / (lengths * (lengths > 0).sum())
+    return per_row.repeat_interleave(completion_lengths).float()
+
+
+@torch.no_grad()
+def score(teacher: ModelParts, group: Group, micro_batches: Sequence[Tensor]) -> Tensor:
+    """The teacher's hidden states [K, Ht] at every completion token of a group, row 0's tokens first."""
+    hidden = torch.cat([teacher.hidden(*group.inputs(rows)) for rows in micro_batches])
+    return hidden[_inverse(group, micro_batches).to(hidden.device)]
+
+
+def accumulate_gradients(
+    student: ModelParts,
+    teacher: ModelParts,
+    teacher_hidden: Tensor,
+    group: Group,
+    micro_batches: Sequence[Tensor],
+    options: LossOptions,
+    *,
+    vocab_size: int | None = None,
+    checkpointing: bool = False,
+) -> tuple[Tensor, TokenStats]:
+    """Adds the gradient of a group's loss to the student's `.grad`, one micro-batch at a time.
+
+    Returns the loss (a scalar, nats) and the statistics of its K tokens, row 0's first, both detached.
+    """
+    weights = token_weights(group.completion_lengths, options.reduction)
+    losses, parts = [], []
+    for rows in micro_batches:
+        tokens = group.tokens_of(rows)
+        hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
+        device = hidden.device
+        loss, stats = linear_distill_loss(
+            hidden,
+            student.head.weight.to(student.dtype),
+            teacher_hidden[tokens.to(device)],
+            teacher.head.weight.to(teacher.dtype),
+            group.valid(group.completion_ids, rows),
+            weights[tokens].to(device),
+            objective=options.objective,
+            sampling_logprob=None if options.importance_clip is None else group.valid(group.logprob, rows),
+            importance_clip=options.importance_clip,
+            beta=options.beta,
+            temperature=options.temperature,
+            vocab_size=vocab_size,
+            **student.head_arguments("student"),
+            **teacher.head_arguments("teacher"),
+        )
+        loss.backward()
+        losses.append(loss.detach())
+        parts.append(stats)
+    order = _inverse(group, micro_batches)
+    merged = TokenStats(*(torch.cat(columns)[order.to(columns[0].device)] for columns in zip(*parts, strict=True)))
+    return torch.stack(losses).sum(), merged
+
+
+@torch.no_grad()
+def statistics(
+    student: ModelParts,
+    teacher: ModelParts,
+    group: Group,
+    micro_batches: Sequence[Tensor],
+    *,
+    vocab_size: int | None = None,
+) -> TokenStats:
+    """The statistics of a group's K tokens without gradients, row 0's first."""
+    parts = []
+    for rows in micro_batches:
+        inputs = group.inputs(rows)
+        parts.append(
+            linear_reverse_kl(
+                student.hidden(*inputs),
+                student.head.weight.to(student.dtype),
+                teacher.hidden(*inputs),
+                teacher.head.weight.to(teacher.dtype),
+                group.valid(group.completion_ids, rows),
+                vocab_size=vocab_size,
+                **student.head_arguments("student"),
+                **teacher.head_arguments("teacher"),
+            )
+        )
+    order = _inverse(group, micro_batches)
+    return TokenStats(*(torch.cat(columns)[order.to(columns[0].device)] for columns in zip(*parts, strict=True)))
+
+
+def _inverse(group: Group, micro_batches: Sequence[Tensor]) -> Tensor:
+    """The permutation from the micro-batches' token order back to row order."""
+    return torch.cat([group.tokens_of(rows) for rows in micro_batches]).argsort()

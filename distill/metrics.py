@@ -1,0 +1,105 @@
+"""What a run writes down: one line of JSON an optimizer step, and where the time went.
+
+Every value that lives on an accelerator is gathered into one tensor and read once a step.
+"""
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PhaseClock:
+    """Seconds spent in each phase since the last `read`; on a GPU by events, so that nothing waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._spans.append((name, start, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase; on a GPU the caller has synchronised by then."""
+        totals: dict[str, float] = {}
+        for name, start, end in self._spans:
+            seconds = start.elapsed_time(end) / 1000 if self._cuda else end - start
+            totals[name] = totals.get(name, 0.0) + seconds
+        self._spans.clear()
+        return totals
+
+
+def to_host(values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars on a device as floats, in one copy."""
+    numbers = torch.stack([value.detach().double().reshape(()) for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: allocated on a GPU, resident in the process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line, each on disk as soon as it is written.
+
+    `keep` says which lines of an earlier run stay; a half-written last line never does.
+    """
+
+    def __init__(self, path: Path, keep=lambda record: False) -> None:
+        kept = [line for line in read_json_lines(path) if keep(line)] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, records: Iterable[dict[str, Any]]) -> None:
+        self._file.write("".join(_line(record) for record in records))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def trend(values: list[float], window: int = 8) -> float:
+    """Mean of the last `window` values less the mean of the `window` before them; 0 until there are as many."""
+    if len(values) < 2 * window:
+        return 0.0
+    return (sum(values[-window:]) - sum(values[-2 * window : -window])) / window
+
+
+def _line(record: dict[str, Any]) -> str:
+    # JSON has no NaN: a reader in another language would stumble over it.
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n"

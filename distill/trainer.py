@@ -1,0 +1,224 @@
+"""The training loop: sample a batch of prompts, then one optimizer step for each group of them.
+
+`Trainer.steps` is a generator, so that whoever runs it decides between two steps what to log, evaluate or save.
+Weights, gradients and Adam's moments are float32 whatever precision the passes run in.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.forward import micro_batches
+from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score
+from distill.metrics import PhaseClock, peak_memory_bytes, to_host
+from distill.rollout import RolloutEngine, Rollouts
+
+if TYPE_CHECKING:
+    from distill.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: the next optimizer step is group `group` of batch `batch` of epoch `epoch`."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: the metrics line, and the rollouts it learned from with each row's reverse KL."""
+
+    metrics: dict[str, float]
+    prompts: list[int]
+    rollouts: Rollouts
+    row_reverse_kl: list[float]
+
+
+class Trainer:
+    """Owns the optimizer, the position in the prompts, and the rollouts in hand.
+
+    `prompt_batches(epoch)` gives the epoch's batches of prompt indices; `encode(indices)` their left-padded ids and
+    mask. `on_phase` hears the name of each phase as it begins.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        student_parts: ModelParts,
+        teacher_parts: ModelParts,
+        engine: RolloutEngine,
+        prompt_batches: Callable[[int], Sequence[Sequence[int]]],
+        encode: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
+        options: "TrainingConfig",
+        loss_options: LossOptions,
+        *,
+        vocab_size: int,
+        on_phase: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.student, self.student_parts, self.teacher_parts = student, student_parts, teacher_parts
+        self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
+        self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
+        self.on_phase = on_phase
+        self.device = student_parts.head.weight.device
+        self.clock = PhaseClock(self.device)
+        self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.Adam(
+            self.parameters.values(), lr=options.learning_rate, betas=options.adam_betas, fused=True
+        )
+        self.position = Position()
+        self._rollouts: Rollouts | None = None
+        self._rollout_seconds = 0.0
+        # Batches have the same sizes in every epoch, so the first one's tell how many steps there are.
+        sizes = [len(batch) for batch in prompt_batches(0)]
+        steps = options.num_epochs * sum(math.ceil(size / options.prompts_per_step) for size in sizes)
+        self.total_steps = min(steps, options.max_steps or steps)
+
+    def steps(self) -> Iterator[StepResult]:
+        """Trains from `position` to the end, handing out each optimizer step's result.
+
+        When a result is handed out, `position` already names the next step: saving then loses nothing.
+        """
+        while self.position.step < self.total_steps:
+            at = self.position
+            batches = self.prompt_batches(at.epoch)
+            prompts = batches[at.batch]
+            if self._rollouts is None:
+                self._sample(at.epoch, batches, at.batch)
+            per_step = self.options.prompts_per_step
+            chosen = slice(at.group * per_step, min((at.group + 1) * per_step, len(prompts)))
+            rollouts = self._rollouts.select(chosen)
+            metrics, row_reverse_kl = self._step(rollouts, groups_in_batch=math.ceil(len(prompts) / per_step))
+            self.position = self._after(at, batches)
+            if self.position.batch != at.batch or self.position.epoch != at.epoch:
+                self._rollouts = None
+            yield StepResult(
+                {"step": at.step + 1, "epoch": at.epoch, **metrics}, list(prompts[chosen]), rollouts, row_reverse_kl
+            )
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0."""
+        peak, warmup = self.options.learning_rate, self.options.warmup_steps
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        remaining = 1 - (step - warmup) / max(1, self.total_steps - warmup)
+        shapes = {"constant": 1.0, "linear": remaining, "cosine": 0.5 * (1 - math.cos(math.pi * remaining))}
+        return peak * shapes[self.options.lr_schedule]
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Everything that the next step depends on: groups of tensors, and plain values."""
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        tensors = {"student": dict(self.student.named_parameters()), "optimizer": moments}
+        if self._rollouts is not None:
+            tensors["rollouts"] = {
+                field.name: getattr(self._rollouts, field.name)
+                for field in fields(Rollouts)
+                if isinstance(getattr(self._rollouts, field.name), Tensor)
+            }
+        state = {
+            "position": vars(self.position),
+            "total_steps": self.total_steps,
+            "rollout_seconds": self._rollout_seconds,
+        }
+        return tensors, state
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Continues from what `state` gave."""
+        with torch.no_grad():
+            for name, parameter in self.student.named_parameters():
+                parameter.copy_(tensors["student"][name])
+        for key, value in tensors["optimizer"].items():
+            name, _, moment = key.rpartition("/")
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
+        self.position = Position(**state["position"])
+        self._rollout_seconds = state["rollout_seconds"]
+        if "rollouts" in tensors:
+            saved = {name: value.to(self.device) for name, value in tensors["rollouts"].items()}
+            self._rollouts = Rollouts(num_rollouts=self.options.num_rollouts_per_prompt, **saved)
+        self.engine.refresh()
+
+    def _after(self, at: Position, batches: Sequence[Sequence[int]]) -> Position:
+        step, group = at.step + 1, at.group + 1
+        if group * self.options.prompts_per_step < len(batches[at.batch]):
+            return replace(at, step=step, group=group)
+        if at.batch + 1 < len(batches):
+            return Position(step, at.epoch, at.batch + 1)
+        return Position(step, at.epoch + 1)
+
+    def _sample(self, epoch: int, batches: Sequence[Sequence[int]], batch: int) -> None:
+        self.on_phase("rollout")
+        prompt_ids, prompt_mask = (tensor.to(self.device) for tensor in self.encode(batches[batch]))
+        # A prompt's draw is numbered over the whole run, so that no two draws share random numbers.
+        first = epoch * sum(map(len, batches)) + sum(map(len, batches[:batch]))
+        keys = torch.arange(first, first + len(batches[batch]))
+        with self.clock.phase("rollout"):
+            self._rollouts = self.engine.generate(
+                prompt_ids, prompt_mask, num_rollouts=self.options.num_rollouts_per_prompt, prompt_keys=keys
+            )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._rollout_seconds = self.clock.read()["rollout"]
+
+    def _step(self, rollouts: Rollouts, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
+        """Scores a group, updates the student, and returns the metrics and each row's mean token reverse KL."""
+        group = Group.of(rollouts)
+        parts = micro_batches(
+            group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, self.options.tokens_per_micro_batch
+        )
+        self.on_phase("score")
+        with self.clock.phase("score"):
+            teacher_hidden = score(self.teacher_parts, group, parts)
+        self.on_phase("update")
+        learning_rate = self.learning_rate(self.position.step)
+        with self.clock.phase("update"):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, stats = accumulate_gradients(
+                self.student_parts,
+                self.teacher_parts,
+                teacher_hidden,
+                group,
+                parts,
+                self.loss_options,
+                vocab_size=self.vocab_size,
+                checkpointing=self.options.activation_checkpointing,
+            )
+            grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
+            for settings in self.optimizer.param_groups:
+                settings["lr"] = learning_rate
+            self.optimizer.step()
+            self.engine.refresh()
+        row_sums = torch.segment_reduce(stats.reverse_kl, "mean", lengths=group.completion_lengths.to(self.device))
+        metrics = to_host(
+            {
+                "loss": loss,
+                "reverse_kl": -stats.reward.mean(),
+                "reverse_kl_exact": stats.reverse_kl.mean(),
+                "student_entropy": stats.student_entropy.mean(),
+                "teacher_entropy": stats.teacher_entropy.mean(),
+                "grad_norm": grad_norm,
+                "truncated_fraction": 1 - rollouts.finished.float().mean(),
+            }
+        )
+        # A batch's rollouts are shared evenly by the steps that it serves.
+        seconds = {"rollout": self._rollout_seconds / groups_in_batch, **self.clock.read()}
+        tokens = int(group.completion_lengths.sum())
+        metrics |= {
+            "learning_rate": learning_rate,
+            "completion_tokens": tokens,
+            "completion_length": tokens / len(group.completion_lengths),
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+            "tokens_per_second": tokens / sum(seconds.values()),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        return metrics, row_sums.tolist()
