@@ -49,13 +49,8 @@ def evaluate(
     """
     device = student.head.weight.device
     prompt_ids, prompt_mask = (tensor.to(device) for tensor in prompts)
-    rollouts = engine.generate(
-        prompt_ids,
-        prompt_mask,
-        num_rollouts=num_rollouts,
-        prompt_keys=torch.arange(len(prompt_ids)),
-        seed=seed,
-        max_new_tokens=max_new_tokens,
+    rollouts = engine.variant(seed=seed, max_new_tokens=max_new_tokens).generate(
+        prompt_ids, prompt_mask, num_rollouts=num_rollouts, prompt_keys=torch.arange(len(prompt_ids))
     )
     group = Group.of(rollouts)
     parts = micro_batches(group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, token_budget)

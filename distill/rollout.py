@@ -5,6 +5,8 @@ decode loop (`distill.decode`) behind `generate(custom_generate=...)`; the trans
 the same sampler plugged in, for models that the native loop refuses and for comparison.
 """
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -119,6 +121,12 @@ class RolloutEngine:
     def refresh(self) -> None:
         """Says that the student's weights have changed; they are copied when they are next needed."""
         self._stale = True
+
+    def variant(self, *, seed: int, max_new_tokens: int) -> "RolloutEngine":
+        """The same engine, weights included, with another seed and length: for evaluations between two steps."""
+        other = copy.copy(self)
+        other.seed, other.sampling = seed, dataclasses.replace(self.sampling, max_new_tokens=max_new_tokens)
+        return other
 
     @torch.no_grad()
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, num_rollouts: int, prompt_keys: Tensor) -> Rollouts:

@@ -10,7 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 TINY_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 
 
-def tiny_model(family: str = "llama", *, vocab_size: int = 97, seed: int = 0, dtype: torch.dtype = torch.float32, **changes):
+def tiny_model(
+    family: str = "llama", *, vocab_size: int = 97, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+):
     """A random causal LM of `family` with 3 layers and hidden size 32, in eval mode, on the CPU."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -47,3 +49,71 @@ def tiny_model(family: str = "llama", *, vocab_size: int = 97, seed: int = 0, dt
 @pytest.fixture(params=["llama", "qwen3", "gpt_neox"])
 def family(request) -> str:
     return request.param
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE, pad: str | None = "<|pad|>"):
+    """A byte-level tokenizer of 260 tokens: pad 0, begin 1, end 2, unknown 3, then the 256 bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|start|>", "<|end|>", "<|unknown|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    named = {"bos_token": special[1], "eos_token": special[2], "unk_token": special[3]}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, **named)
+    fast.chat_template = chat_template
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory):
+    """Folders of a tiny student (Llama, 3 layers) and teacher (Qwen3), with a head wider than their tokenizer."""
+    folders = {}
+    for name, family, seed in (("student", "llama", 1), ("teacher", "qwen3", 2)):
+        folder = tmp_path_factory.mktemp(name)
+        tiny_model(family, vocab_size=272 if name == "student" else 264, seed=seed).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        folders[name] = folder
+    return folders
+
+
+@pytest.fixture
+def write_config(tmp_path, tiny_pair):
+    """Writes a small run's configuration, with changes as {"section.key": value}; returns its path."""
+    import yaml
+
+    def write(changes: dict | None = None, name: str = "config.yaml"):
+        (tmp_path / "prompts.txt").write_text(
+            "Say red.\nSay green.\nSay blue.\nSay grey.\nSay pink.\n"
+        )
+        (tmp_path / "eval.txt").write_text("Count to three.\nName a bird.\n")
+        content = {
+            "student": {"model": str(tiny_pair["student"])},
+            "teacher": {"model": str(tiny_pair["teacher"])},
+            "prompts": {"train": str(tmp_path / "prompts.txt"), "eval": str(tmp_path / "eval.txt")},
+            "rollout": {"max_new_tokens": 6, "prompts_per_batch": 2, "precision": "float32"},
+            "training": {
+                "num_rollouts_per_prompt": 2,
+                "learning_rate": 1e-3,
+                "output_dir": str(tmp_path / "run"),
+                "device": "cpu",
+            },
+            "loss": {"objective": "reverse_kl"},
+        }
+        for key, value in (changes or {}).items():
+            section, name_of_key = key.split(".")
+            content.setdefault(section, {})[name_of_key] = value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write

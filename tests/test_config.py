@@ -1,0 +1,143 @@
+"""The configuration: what is accepted, what is refused and in which words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distill.config import ConfigError, known_keys, load_config, parse_command_line, to_yaml
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """The message with which a YAML text, and options, are refused."""
+
+    def message(text: str, *options: str) -> str:
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            parse_command_line(["--config", str(path), *options])
+        return str(caught.value)
+
+    return message
+
+
+MINIMAL = "student: {model: a/b}\nteacher: {model: a/c}\nprompts: {train: p.txt}\n"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_recipe_is_valid_and_survives_being_written_and_read(path, tmp_path):
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(to_yaml(config))
+    assert load_config(copy) == config
+
+
+def test_defaults_of_the_contract(tmp_path):
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    training = load_config(path).training
+    assert (training.num_rollouts_per_prompt, training.prompts_per_step, training.max_grad_norm) == (1, 1, 1.0)
+    assert (training.device, training.precision, training.resume) == ("auto", "auto", "auto")
+
+
+def test_scientific_notation_that_yaml_reads_as_text_is_a_number(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL + "training: {learning_rate: 2e-5}\n")
+    assert yaml.safe_load(path.read_text())["training"]["learning_rate"] == "2e-5"
+    assert load_config(path).training.learning_rate == 2e-5
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        MINIMAL + "training: {learning_rate: 1.0, seed: 3}\nstudent: {model: x}\n".replace("student", "loss", 0)
+    )
+    overrides = [
+        "--training.learning_rate",
+        "1e-5",
+        "--student.drop_layers",
+        "[1, 2]",
+        "--loss.importance_clip",
+        "null",
+    ]
+    with pytest.raises(ConfigError, match="stands twice"):
+        load_config(path)
+    path.write_text(MINIMAL + "training: {learning_rate: 1.0, seed: 3}\n")
+    config = parse_command_line(["--config", str(path), *overrides])
+    assert config.training.learning_rate == 1e-5
+    assert config.training.seed == 3
+    assert config.student.drop_layers == (1, 2)
+    assert config.student.model == "a/b"
+    assert config.loss.importance_clip is None
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("training: {lerning_rate: 1}", (), ["bad.yaml", "'training.lerning_rate'", "mean 'training.learning_rate'"]),
+        ("training: {temperature: 1}", (), ["bad.yaml", "mean 'rollout.temperature'"]),
+        ("trainng: {seed: 1}", (), ["bad.yaml", "'trainng'", "mean 'training'"]),
+        ("training: {learning_rate: fast}", (), ["bad.yaml: training.learning_rate", "'fast'", "number"]),
+        ("training: {learning_rate: yes}", (), ["training.learning_rate", "True", "not a truth value"]),
+        ("training: {seed: 1.5}", (), ["training.seed", "1.5", "integer"]),
+        ("rollout: {temperature: 0}", (), ["rollout.temperature", "found 0", "greater than 0"]),
+        ("rollout: {top_p: .nan}", (), ["rollout.top_p", "nan"]),
+        ("loss: {objective: mse}", (), ["loss.objective", "'mse'", "'reverse_kl'"]),
+        ("student: 5", (), ["bad.yaml"]),
+        ("training: {prompts_per_step: 3}\nrollout: {prompts_per_batch: 4}", (), ["prompts_per_batch is 4", "whole"]),
+        ("loss: {temperature: 2}", (), ["loss.importance_clip", "loss.temperature"]),
+        ("training: {eval_every: 5}", (), ["training.eval_every", "prompts.eval"]),
+        ("training: {device: tpu}", (), ["training.device", "'tpu'"]),
+        ("", ("--training.lerning_rate", "1"), ["command line", "mean 'training.learning_rate'"]),
+        ("", ("--training.seed", "abc"), ["command line: training.seed", "'abc'"]),
+        ("", ("--training.seed",), ["command line", "--training.seed"]),
+        ("", ("--student.drop_layers", "[1, x]"), ["student.drop_layers", "'x'"]),
+        ("", ("--student.drop_layers", "[-1]"), ["student.drop_layers", "-1"]),
+    ],
+)
+def test_refusal_says_where_what_and_what_was_expected(refused, text, options, expected):
+    lines = MINIMAL if "student" not in text else MINIMAL.replace("student: {model: a/b}\n", "")
+    message = refused(lines + text + "\n", *options)
+    for part in expected:
+        assert part in message
+
+
+def test_every_problem_is_reported_at_once(refused):
+    message = refused("student: {model: a/b}\nprompts: {train: p}\ntraining: {seed: x, num_epochs: 0}\n")
+    assert "'teacher' is missing" in message
+    assert "training.seed" in message
+    assert "training.num_epochs" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "just words", "", "a: [1\n", "!!python/object/apply:os.system ['true']"]
+)
+def test_what_is_no_configuration_is_refused(refused, text):
+    assert "bad.yaml" in refused(text)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_environment_variables_are_not_configuration(tmp_path, monkeypatch):
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL)
+    monkeypatch.setenv("TRAINING", '{"seed": 9}')
+    assert load_config(path).training.seed == 0
+
+
+def test_help_lists_every_key_with_meaning_and_default():
+    command = [sys.executable, "-m", "distill.train", "--help"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    for key in known_keys():
+        assert f"--{key} " in text
+    assert "Adam's step size" in text
+    assert "default: 2e-05" in " ".join(text.split())
