@@ -1,0 +1,18 @@
+"""Fused operations of on-policy distillation: tensors in, tensors out. `reference` states what each one means."""
+
+from distill_kernels import reference
+from distill_kernels.linear_distill_loss import linear_distill_loss
+from distill_kernels.linear_reverse_kl import linear_reverse_kl
+from distill_kernels.reverse_kl import reverse_kl
+from distill_kernels.sample import sample
+from distill_kernels.types import Sample, TokenStats
+
+__all__ = [
+    "Sample",
+    "TokenStats",
+    "linear_distill_loss",
+    "linear_reverse_kl",
+    "reference",
+    "reverse_kl",
+    "sample",
+]

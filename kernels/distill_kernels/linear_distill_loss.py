@@ -1,0 +1,236 @@
+"""`linear_distill_loss`: distillation loss of K tokens from hidden states and head weights, in one pass.
+
+With p the student's and q the teacher's distribution at z = softcap(scale (h W^T + b)) / temperature, y the token:
+
+    sampled_reverse_kl   -rho A log p(y)           gradient in z   rho A (p - onehot(y))
+    reverse_kl           KL(p || q)                                p (log p - log q - KL(p || q))
+    forward_kl           KL(q || p)                                p - q
+    jsd                  beta KL(q || m) + (1 - beta) KL(p || m)   (1 - beta) p (log p - log m - KL(p || m))
+
+A = log q(y) - log p(y) and rho = min(exp(log p(y) - sampling_logprob), importance_clip) are constants of the
+gradient; m = beta q + (1 - beta) p (Agarwal et al. 2023, eq. 2). The loss is linear in the losses of the tokens
+with known weights, so the gradient needs nothing from outside but one number: a chunk of rows is multiplied by
+both heads, one row kernel writes the student's logit gradient, and that goes straight into both gradients.
+The backward pass multiplies them by the upstream gradient; nothing is computed twice, no [K, V] tensor exists.
+
+FLOPs: 2 K V (3 Hs + Ht), or 2 K V (Hs + Ht) without gradients and 2 K V (2 Hs + Ht) with a frozen head. Bytes: the
+logits buffers are written once, read twice (once where no gradient is asked for), and the gradient is written and
+read twice; the float32 weight gradient is read and written once a chunk.
+Extra memory, whatever K is: the workspace of `chunks.WORKSPACE_BYTES` and the float32 gradients [K, Hs] and [Vs, Hs].
+"""
+
+import torch
+from torch import Tensor
+
+from distill_kernels import backend, checks
+from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, rows_per_chunk
+from distill_kernels.linear_reverse_kl import shared_columns
+from distill_kernels.types import OBJECTIVES, TokenStats
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("distill_kernels::linear_distill_loss", mutates_args=())
+def _linear_distill_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    token_ids: Tensor,
+    token_weight: Tensor,
+    sampling_logprob: Tensor | None,
+    needed: list[bool],
+    objective: int,
+    importance_clip: float | None,
+    beta: float,
+    temperature: float,
+    vocab_size: int,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_scale: float,
+    teacher_scale: float,
+    workspace_bytes: int | None,
+) -> Gradients:
+    """Loss [], statistics [6, K], and the `needed` gradients of student hidden states, weight and bias (else empty)."""
+    checks.check_token_ids(token_ids, vocab_size)
+    K, V, device = student_hidden.shape[0], vocab_size, student_hidden.device
+    dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    student = HeadProducts(student_weight[:V], student_hidden, dtype)
+    teacher = HeadProducts(teacher_weight[:V], teacher_hidden, dtype)
+    outputs = _outputs(student_hidden, student_weight, teacher_hidden, teacher_weight, needed)
+    _, stats, d_hidden, d_weight, d_bias = outputs
+    d_weight.zero_(), d_bias.zero_()
+    weights = token_weight.to(dtype)
+    losses, row_scale = torch.empty(2, K, dtype=dtype, device=device)
+    separate = any(needed) and student.operand != dtype  # else the gradient overwrites the student's logits
+    rows = rows_per_chunk(K, V, 2 * dtype.itemsize + separate * student.operand.itemsize, workspace_bytes, device)
+    student_buffer, teacher_buffer = torch.empty(2, rows, V, dtype=dtype, device=device)
+    grad_buffer = torch.empty(rows, V, dtype=student.operand, device=device) if separate else student_buffer
+    for part in chunks(K, rows):
+        k = part.stop - part.start
+        grad = grad_buffer[:k] if any(needed) else None
+        backend.rows(device).distill_rows(
+            student.logits(student_hidden[part], student_buffer[:k]),
+            teacher.logits(teacher_hidden[part], teacher_buffer[:k]),
+            token_ids[part],
+            None if sampling_logprob is None else sampling_logprob[part],
+            stats[:, part],
+            losses[part],
+            row_scale[part],
+            grad,
+            objective=objective,
+            importance_clip=importance_clip,
+            beta=beta,
+            temperature=temperature,
+            student_head=shared_columns(student_bias, student_softcap, student_scale, V),
+            teacher_head=shared_columns(teacher_bias, teacher_softcap, teacher_scale, V),
+        )
+        factor = weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
+        if needed[0]:
+            student.hidden_gradient(grad, d_hidden[part]).mul_(factor[:, None])
+        if needed[1]:
+            student.add_weight_gradient(grad, student_hidden[part] * factor[:, None], d_weight[:V])
+        if needed[2]:
+            d_bias[:V].addmv_(grad.to(dtype).T, factor)
+    loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
+    return loss, *outputs[1:]
+
+
+def _outputs(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    needed: list[bool],
+) -> Gradients:
+    """Uninitialised outputs of the op, in the dtype of the accumulation."""
+    K, (V, H) = student_hidden.shape[0], student_weight.shape
+    dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    shapes = ((), (6, K), (K, H) if needed[0] else (0,), (V, H) if needed[1] else (0,), (V,) if needed[2] else (0,))
+    return tuple(student_hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@_linear_distill_loss.register_fake
+def _(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, *rest) -> Gradients:
+    needed = rest[3]
+    return _outputs(student_hidden, student_weight, teacher_hidden, teacher_weight, needed)
+
+
+def _keep_gradients(ctx, inputs, output) -> None:
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
+    ctx.needed = inputs[9]
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _scale_gradients(ctx, upstream: Tensor, *_) -> tuple[Tensor | None, ...]:
+    scaled = [
+        (gradient * upstream).to(dtype) if needed else None
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
+    ]
+    return *scaled, *[None] * 17
+
+
+torch.library.register_autograd("distill_kernels::linear_distill_loss", _scale_gradients, setup_context=_keep_gradients)
+
+
+def linear_distill_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_ids: Tensor,
+    token_weight: Tensor,
+    *,
+    objective: str = "sampled_reverse_kl",
+    sampling_logprob: Tensor | None = None,
+    importance_clip: float | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    workspace_bytes: int | None = None,
+) -> tuple[Tensor, TokenStats]:
+    """sum_k token_weight[k] * loss_k in nats, a float32 scalar, and the detached statistics, [K] float32 each.
+
+    Gradients go to student_hidden, student_weight and student_bias, each unless it is frozen; none are computed
+    where autograd records nothing. The other arguments are constants. Weights tied to an embedding need no care:
+    the gradient is returned to autograd, which adds it to the embedding's.
+
+    student_hidden [K, Hs], student_weight [Vs, Hs], teacher_hidden [K, Ht], teacher_weight [Vt, Ht]: float32,
+    bfloat16 or float16, float64 on a CPU; each may have its own (a product runs in the wider of its two).
+    token_ids [K] int64. token_weight [K], 0 for a token to leave out, whatever its loss is. sampling_logprob [K],
+    nats, and importance_clip are for `sampled_reverse_kl` only; without the first, rho is 1. beta, for `jsd`, lies
+    between 0 and 1, both excluded: there it is forward_kl and reverse_kl, scaled to 0. `vocab_size` is the number
+    of leading columns that both models share; columns past it have gradient 0. `workspace_bytes` bounds the buffers.
+
+    A token whose divergence is infinite makes the loss infinite and has gradient 0.
+    Raises ValueError and IndexError as `linear_reverse_kl` does.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {objective!r}")
+    if objective != "sampled_reverse_kl" and not (sampling_logprob is None and importance_clip is None):
+        raise ValueError(f"sampling_logprob and importance_clip belong to sampled_reverse_kl; found {objective!r}")
+    if objective == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must lie between 0 and 1; found {beta}. Its limits are forward_kl and reverse_kl")
+    checks.check_floats(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        token_weight=token_weight,
+        sampling_logprob=sampling_logprob,
+    )
+    checks.check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
+    V = checks.resolve_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
+    for name, vector in (
+        ("token_ids", token_ids),
+        ("token_weight", token_weight),
+        ("sampling_logprob", sampling_logprob),
+    ):
+        checks.check_vector(name, vector, student_hidden.shape[0], "student_hidden's rows")
+    checks.check_integers("token_ids", token_ids, student_hidden.device)
+    for name, number in (
+        ("temperature", temperature),
+        ("student_softcap", student_softcap),
+        ("teacher_softcap", teacher_softcap),
+        ("importance_clip", importance_clip),
+    ):
+        checks.check_positive(name, number)
+    recording = torch.is_grad_enabled()
+    needed = [
+        recording and tensor is not None and tensor.requires_grad
+        for tensor in (student_hidden, student_weight, student_bias)
+    ]
+    loss, stats, *_ = _linear_distill_loss(
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden.detach(),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        token_ids,
+        token_weight.detach(),
+        None if sampling_logprob is None else sampling_logprob.detach(),
+        needed,
+        OBJECTIVES.index(objective),
+        importance_clip,
+        beta,
+        temperature,
+        V,
+        student_softcap,
+        teacher_softcap,
+        student_scale,
+        teacher_scale,
+        workspace_bytes,
+    )
+    return loss, TokenStats(*stats.unbind(0))

@@ -1,0 +1,131 @@
+"""`linear_reverse_kl`: scores tokens from hidden states and head weights, without gradients.
+
+    z_s = softcap(scale (h_s W_s^T + b_s)) / temperature, z_t alike; the statistics of `reverse_kl` of z_s and z_t.
+
+No [K, V] tensor exists: chunks of rows go through one matrix product a model into two float32 buffers, which one
+row kernel reads once. FLOPs: 2 K V (Hs + Ht). Bytes: each weight once a chunk, and 2 x 8 K V for the buffers
+(written by the product, read by the kernel), which is what separates it from the products' own time.
+Extra memory: the workspace of `chunks.WORKSPACE_BYTES`, whatever K is.
+"""
+
+import torch
+from torch import Tensor
+
+from distill_kernels import backend, checks
+from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, rows_per_chunk
+from distill_kernels.types import Head, TokenStats
+
+
+@torch.library.custom_op("distill_kernels::linear_reverse_kl", mutates_args=())
+def _linear_reverse_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_ids: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    student_scale: float,
+    teacher_scale: float,
+    temperature: float,
+    vocab_size: int,
+    workspace_bytes: int | None,
+) -> Tensor:
+    """[6, K] statistics in the order of `TokenStats`."""
+    checks.check_token_ids(token_ids, vocab_size)
+    K, V, device = student_hidden.shape[0], vocab_size, student_hidden.device
+    dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    student = HeadProducts(student_weight[:V], student_hidden, dtype)
+    teacher = HeadProducts(teacher_weight[:V], teacher_hidden, dtype)
+    rows = rows_per_chunk(K, V, 2 * dtype.itemsize, workspace_bytes, device)
+    student_logits = torch.empty(rows, V, dtype=dtype, device=device)
+    teacher_logits = torch.empty(rows, V, dtype=dtype, device=device)
+    stats = torch.empty(6, K, dtype=dtype, device=device)
+    for part in chunks(K, rows):
+        k = part.stop - part.start
+        backend.rows(device).token_stats(
+            student.logits(student_hidden[part], student_logits[:k]),
+            teacher.logits(teacher_hidden[part], teacher_logits[:k]),
+            token_ids[part],
+            stats[:, part],
+            temperature=temperature,
+            student_head=shared_columns(student_bias, student_softcap, student_scale, V),
+            teacher_head=shared_columns(teacher_bias, teacher_softcap, teacher_scale, V),
+        )
+    return stats
+
+
+@_linear_reverse_kl.register_fake
+def _(student_hidden, student_weight, teacher_hidden, teacher_weight, *_) -> Tensor:
+    dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    return student_hidden.new_empty((6, student_hidden.shape[0]), dtype=dtype)
+
+
+def shared_columns(bias: Tensor | None, softcap: float | None, scale: float, V: int) -> Head:
+    """The head's options on the first V columns."""
+    return Head(None if bias is None else bias[:V], softcap, scale)
+
+
+def linear_reverse_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    workspace_bytes: int | None = None,
+) -> TokenStats:
+    """Statistics of K tokens under two heads, [K] float32 each, in nats, never with gradients.
+
+    student_hidden [K, Hs], student_weight [Vs, Hs], teacher_hidden [K, Ht], teacher_weight [Vt, Ht]: float32,
+    bfloat16 or float16, float64 on a CPU; each may have its own (a product runs in the wider of its two).
+    token_ids [K] int64. `vocab_size` is the number of leading columns that both models share, and may be absent
+    where Vs = Vt. logits = softcap(scale * (h W^T + bias)), bias [V]; all statistics are at logits / temperature.
+    `workspace_bytes` bounds the logits buffers.
+
+    Raises ValueError for a wrong shape, dtype, device or number, IndexError for a token id out of range (on CUDA
+    only after `checks.check_cuda_values(True)`).
+    """
+    checks.check_floats(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+    )
+    checks.check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
+    V = checks.resolve_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
+    checks.check_vector("token_ids", token_ids, student_hidden.shape[0], "student_hidden's rows")
+    checks.check_integers("token_ids", token_ids, student_hidden.device)
+    checks.check_positive("temperature", temperature)
+    checks.check_positive("student_softcap", student_softcap)
+    checks.check_positive("teacher_softcap", teacher_softcap)
+    with torch.no_grad():
+        stats = _linear_reverse_kl(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            token_ids,
+            student_bias,
+            teacher_bias,
+            student_softcap,
+            teacher_softcap,
+            student_scale,
+            teacher_scale,
+            temperature,
+            V,
+            workspace_bytes,
+        )
+    return TokenStats(*stats.unbind(0))

@@ -1,0 +1,196 @@
+"""The meaning of every op in plain PyTorch: the oracle of the tests, nothing else.
+
+Same names and signatures as the package, computed in the dtype of the arguments (float64 for the tests), with
+[K, V] tensors kept and gradients left to autograd. Two conventions that limits suggest and floating point does not:
+a column outside the support of p (logit -inf) contributes 0 to an expectation under p, and a token whose
+divergence is infinite says so in its value but has gradient 0, so that one such token cannot destroy the weights.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from distill_kernels.counter import uniform
+from distill_kernels.types import OBJECTIVES, Sample, TokenStats
+
+
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> TokenStats:
+    """Statistics of [K, Vs] student and [K, Vt] teacher logits at token_ids [K]."""
+    student, teacher = _logprobs(student_logits, teacher_logits, temperature, vocab_size)
+    return _token_stats(student, teacher, token_ids)
+
+
+def linear_reverse_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+) -> TokenStats:
+    """`reverse_kl` of the logits of two heads, without gradients."""
+    with torch.no_grad():
+        student_logits = _head(student_hidden, student_weight, student_bias, student_softcap, student_scale)
+        teacher_logits = _head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
+        return reverse_kl(student_logits, teacher_logits, token_ids, temperature=temperature, vocab_size=vocab_size)
+
+
+def linear_distill_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_ids: Tensor,
+    token_weight: Tensor,
+    *,
+    objective: str = "sampled_reverse_kl",
+    sampling_logprob: Tensor | None = None,
+    importance_clip: float | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+) -> tuple[Tensor, TokenStats]:
+    """sum_k token_weight[k] * loss_k, and the detached statistics. A token of weight 0 contributes 0."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {objective!r}")
+    student_logits = _head(student_hidden, student_weight, student_bias, student_softcap, student_scale)
+    with torch.no_grad():
+        teacher_logits = _head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
+    student, teacher = _logprobs(student_logits, teacher_logits, temperature, vocab_size)
+    stats = _token_stats(student, teacher, token_ids)
+    if objective == "sampled_reverse_kl":
+        losses = _sampled(stats, sampling_logprob, importance_clip)
+    elif objective == "reverse_kl":
+        losses = stats.reverse_kl
+    elif objective == "forward_kl":
+        losses = _kl(teacher, student)
+    else:
+        # Agarwal et al. 2023 (GKD), eq. 2: beta KL(teacher || m) + (1 - beta) KL(student || m).
+        mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+        losses = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+    used = token_weight != 0
+    loss = (token_weight.to(losses.dtype) * losses.masked_fill(~used, 0)).sum()
+    return loss, TokenStats(*(field.detach() for field in stats))
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int,
+    step: int | Tensor,
+    row_ids: Tensor | None = None,
+) -> Sample:
+    """Draws one token a row by sorting: temperature, then top-k, top-p and min-p, each on what the last one left."""
+    R, V = logits.shape
+    dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    scaled = logits.to(dtype) / temperature
+    if 0 < top_k < V:
+        kth = scaled.topk(top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
+        scaled = scaled.masked_fill(dropped, -math.inf)
+    if min_p > 0:
+        floor = scaled.amax(-1, keepdim=True) + math.log(min_p)
+        scaled = scaled.masked_fill(scaled < floor, -math.inf)
+    row_ids = torch.arange(R, device=logits.device) if row_ids is None else row_ids
+    cumulative = scaled.double().softmax(-1).cumsum(-1)
+    target = uniform(seed, step, row_ids).double()[:, None] * cumulative[:, -1:]
+    token_ids = (cumulative <= target).sum(-1).clamp(max=V - 1)[:, None]
+    logprob = logits.to(dtype).log_softmax(-1).gather(1, token_ids)[:, 0]
+    sampling_logprob = scaled.log_softmax(-1).gather(1, token_ids)[:, 0]
+    return Sample(token_ids[:, 0], logprob, sampling_logprob)
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _logprobs(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, vocab_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Both models' log-probabilities on the shared columns, [K, V] each; none for the teacher's gradient."""
+    V = student_logits.shape[1] if vocab_size is None else vocab_size
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    student = (student_logits[:, :V].to(dtype) / temperature).log_softmax(-1)
+    teacher = (teacher_logits[:, :V].detach().to(dtype) / temperature).log_softmax(-1)
+    return student, teacher
+
+
+def _token_stats(student: Tensor, teacher: Tensor, token_ids: Tensor) -> TokenStats:
+    student_logprob = student.gather(1, token_ids[:, None])[:, 0]
+    teacher_logprob = teacher.gather(1, token_ids[:, None])[:, 0]
+    impossible = (student_logprob == -math.inf) & (teacher_logprob == -math.inf)
+    reward = (teacher_logprob - student_logprob).detach().masked_fill(impossible, 0)
+    return TokenStats(
+        student_logprob,
+        teacher_logprob,
+        reward,
+        _kl(student, teacher),
+        -_expectation(student, student),
+        -_expectation(teacher, teacher),
+    )
+
+
+def _expectation(logprobs: Tensor, values: Tensor) -> Tensor:
+    """sum_v p(v) values(v), 0 for each v outside the support of p."""
+    outside = logprobs == -math.inf
+    return (logprobs.exp() * values.masked_fill(outside, 0)).sum(-1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [K, V]; infinite (with gradient 0) where q misses part of p's support."""
+    outside = p == -math.inf
+    missed = (q == -math.inf) & ~outside
+    infinite = missed.any(-1)
+    ignored = outside | missed | infinite[:, None]
+    ratio = p.masked_fill(ignored, 0) - q.masked_fill(ignored, 0)
+    return (p.exp() * ratio).sum(-1).masked_fill(infinite, math.inf)
+
+
+def _sampled(stats: TokenStats, sampling_logprob: Tensor | None, importance_clip: float | None) -> Tensor:
+    """-rho A log p_student(y), A the reward and rho the truncated importance ratio, both constants."""
+    ratio = torch.ones_like(stats.reward)
+    if sampling_logprob is not None:
+        ratio = (stats.student_logprob.detach() - sampling_logprob).exp()
+        if importance_clip is not None:
+            ratio = ratio.clamp(max=importance_clip)
+    advantage = (ratio * stats.reward).masked_fill(ratio == 0, 0)
+    finite = advantage.isfinite() & stats.student_logprob.isfinite()
+    losses = -advantage.masked_fill(~finite, 0) * stats.student_logprob.masked_fill(~finite, 0)
+    unbounded = (advantage != 0) & ~finite
+    return torch.where(unbounded, -advantage * stats.student_logprob.detach(), losses)

@@ -1,0 +1,102 @@
+"""`sample`: draws a token a row from temperature, top-k, top-p and min-p, without a sort over the vocabulary.
+
+With z = logits / temperature, each filter keeps the columns at or above a threshold of z:
+
+    top-k   the k-th largest z                                 (ties of the k-th stay)
+    top-p   the smallest z(v) for which the mass of {u: z(u) > z(v)} is below p, among what top-k left
+    min-p   max z + log(min_p)
+
+A threshold is found by bisection (each step one pass that takes the row's count or mass above a value and moves to
+the nearest value that occurs), so top-p differs from sorting by the rounding of a sum at the boundary, and keeps
+all of a tie there. The token is the inverse of the cumulative mass, in the order of the columns, at one uniform
+number of the counter (seed, step, row): see `counter`. Nothing else is random, and no number is drawn per column.
+
+Bytes: R V w without filters, twice (maximum and sums, then the draw); the passes of a bisection re-read the row,
+which the L2 cache holds.
+"""
+
+import torch
+from torch import Tensor
+
+from distill_kernels import backend, checks
+from distill_kernels.types import Sample
+
+
+@torch.library.custom_op("distill_kernels::sample", mutates_args=())
+def _sample(
+    logits: Tensor,
+    row_ids: Tensor,
+    step: Tensor,
+    seed: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Token ids [R] int64 and log-probabilities [2, R] float32."""
+    token_ids = torch.empty_like(row_ids)
+    logprobs = torch.empty(2, logits.shape[0], dtype=torch.float32, device=logits.device)
+    backend.sampler(logits.device).sample_rows(
+        logits,
+        row_ids,
+        step,
+        token_ids,
+        logprobs,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+    )
+    return token_ids, logprobs
+
+
+@_sample.register_fake
+def _(logits, row_ids, *_) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(row_ids), logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int,
+    step: int | Tensor,
+    row_ids: Tensor | None = None,
+) -> Sample:
+    """Draws one token a row of logits [R, V] (float32, bfloat16 or float16, float64 on a CPU; any strides).
+
+    `top_k` 0, `top_p` 1 and `min_p` 0 are off. The random number of a row is fixed by `seed` (0 to 2**63 - 1),
+    `step` (the token's position: a number, or an int64 tensor of one element, which a captured graph reads anew)
+    and its entry of `row_ids` ([R] int64, 0 to R - 1 if absent).
+
+    Raises ValueError for a wrong shape, dtype, device or number.
+    """
+    checks.check_floats(logits=logits)
+    checks.check_matrix("logits", logits, "R, V")
+    R, V = logits.shape
+    if V == 0:
+        raise ValueError(f"logits must have at least one column; found shape {list(logits.shape)}")
+    checks.check_positive("temperature", temperature)
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or positive; found {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1]; found {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must lie in [0, 1]; found {min_p}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in [0, 2**63); found {seed}")
+    if row_ids is None:
+        row_ids = torch.arange(R, device=logits.device)
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=logits.device)
+    if step.numel() != 1:
+        raise ValueError(f"step must have one element; found shape {list(step.shape)}")
+    checks.check_vector("row_ids", row_ids, R, f"logits {list(logits.shape)}")
+    checks.check_integers("row_ids", row_ids, logits.device)
+    checks.check_integers("step", step, logits.device)
+    token_ids, logprobs = _sample(logits.detach(), row_ids, step, seed, temperature, top_k, top_p, min_p)
+    return Sample(token_ids, logprobs[0], logprobs[1])

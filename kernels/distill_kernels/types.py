@@ -1,0 +1,45 @@
+"""What the ops take and return beside plain tensors. K tokens, R rows, V vocabulary columns."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """Per token, each [K] float32 (float64 for float64 inputs), in nats."""
+
+    student_logprob: Tensor
+    """log p_student(y) at the token's id."""
+    teacher_logprob: Tensor
+    """log p_teacher(y) at the token's id."""
+    reward: Tensor
+    """teacher_logprob - student_logprob, without gradient; 0 where both are -inf."""
+    reverse_kl: Tensor
+    """sum over v of p_student(v) (log p_student(v) - log p_teacher(v)), over the whole vocabulary."""
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+
+
+class Sample(NamedTuple):
+    """One drawn token a row."""
+
+    token_ids: Tensor
+    """[R] int64."""
+    logprob: Tensor
+    """[R] float32, nats: of the plain softmax, whatever the temperature and the filters."""
+    sampling_logprob: Tensor
+    """[R] float32, nats: of the distribution the token was drawn from."""
+
+
+class Head(NamedTuple):
+    """How a head turns its product h W^T into logits: softcap(scale * (h W^T + bias))."""
+
+    bias: Tensor | None
+    """[V], or None."""
+    softcap: float | None
+    """c in c * tanh(x / c), or None."""
+    scale: float
+
+
+OBJECTIVES = ("sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd")
+"""The objectives of `linear_distill_loss`; the position is the code that kernels and custom ops receive."""
