@@ -1,6 +1,5 @@
 """What the user sees while a run goes on: a live panel in a terminal, plain lines anywhere else."""
 
-import time
 from typing import Any
 
 from rich.console import Console, Group
@@ -20,8 +19,9 @@ class Display:
     def __init__(self, total_steps: int, first_step: int, console: Console | None = None) -> None:
         self.console = console or Console()
         self.total, self.step = total_steps, first_step
-        self._first, self._started = first_step, time.monotonic()
-        self._phase, self._metrics, self._history, self._sample = "starting", {}, [], ""
+        self._phase, self._metrics, self._sample = "starting", {}, ""
+        self._history: list[float] = []
+        self._seconds: list[float] = []
         self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Display":
@@ -45,6 +45,7 @@ class Display:
         self.step, self._metrics, self._sample = metrics["step"], metrics, " ".join(sample.split())
         # The exact figure: the sampled one is too noisy for a trend to be seen.
         self._history.append(metrics["reverse_kl_exact"])
+        self._seconds.append(sum(value for key, value in metrics.items() if key.startswith("seconds_")))
         if not self.console.is_terminal:
             self.message(f"step {self.step:>{len(str(self.total))}}/{self.total}  {self._figures()}")
 
@@ -56,8 +57,7 @@ class Display:
         )
 
     def _time_left(self) -> str:
-        done = self.step - self._first
-        seconds = (time.monotonic() - self._started) / max(done, 1) * (self.total - self.step)
+        seconds = sum(self._seconds) / len(self._seconds) * (self.total - self.step)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     def _render(self) -> Panel:

@@ -128,6 +128,7 @@ def accumulate_gradients(
     Returns the loss (a scalar, nats) and the statistics of its K tokens, row 0's first, both detached.
     """
     weights = token_weights(group.completion_lengths, options.reduction)
+    corrected = options.objective == "sampled_reverse_kl" and options.importance_clip is not None
     losses, parts = [], []
     for rows in micro_batches:
         tokens = group.tokens_of(rows)
@@ -141,8 +142,8 @@ def accumulate_gradients(
             group.valid(group.completion_ids, rows),
             weights[tokens].to(device),
             objective=options.objective,
-            sampling_logprob=None if options.importance_clip is None else group.valid(group.logprob, rows),
-            importance_clip=options.importance_clip,
+            sampling_logprob=group.valid(group.logprob, rows) if corrected else None,
+            importance_clip=options.importance_clip if corrected else None,
             beta=options.beta,
             temperature=options.temperature,
             vocab_size=vocab_size,

@@ -63,13 +63,12 @@ class Run:
                 step, last = trainer.position.step, trainer.position.step == trainer.total_steps
                 if last or (training.eval_every and step % training.eval_every == 0):
                     self._evaluate(display)
-                if last or self.signals.received or step % training.save_every == 0:
+                stop = self.received_signal()
+                if last or stop or step % training.save_every == 0:
                     self._save(display)
-                if self.signals.received and not last:
-                    display.message(
-                        f"{self.signals.received.name}: saved after step {step}; the same command continues"
-                    )
-                    return 128 + self.signals.received
+                if stop and not last:
+                    display.message(f"{stop.name}: saved after step {step}; the same command continues from there")
+                    return 128 + stop
             display.phase("writing the model")
             self._write_model()
         self._write_summary()
