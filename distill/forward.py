@@ -1,26 +1,43 @@
 """Hidden states that predict the completion tokens of a batch of rollouts, for student and teacher alike.
 
-Every padding token is cut away: rows are described by lengths that the host knows, so that nothing here waits
-for an accelerator, and no mask is compared with `pad_token_id`. Left out on purpose: logits and losses, which
-live behind the head, and any change to the model that outlasts a call.
+A prompt is computed once, however many completions it has, and no token of padding is computed: prompts and
+completions are packed into one row, and an attention function of our own keeps them apart (prefix_attention.py).
+Models it cannot stand in for get plain rows, a prompt each. Rows are described by lengths that the host knows, so that
+nothing here waits for an accelerator, and no mask is compared with `pad_token_id`. Left out on purpose: logits and
+losses, which live behind the head, and any change to the model that outlasts a call.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-# A padded sub-batch is closed when a shorter row would make more than this share of its tokens padding.
-MAX_PADDING = 0.1
+from distill.packing import Rows, host_rows, length_buckets, micro_batches, pack, pad
+from distill.prefix_attention import PrefixLayout, prefix_attention
+
+__all__ = ["completion_hidden", "micro_batches", "padded_hidden", "shared_hidden"]
+
+ATTENTION = "shared_prefix"
+# Rows are computed plainly when that takes no more than this times the tokens of sharing. Measured on a CPU: the merge
+# and the bookkeeping of sharing cost a small model as much as a seventh more tokens, a large one less.
+WORTH_SHARING = 1.15
+MISSING = object()
+# Arguments with which a model may call its attention and still mean plain causal attention.
+PLAIN_ARGUMENTS = frozenset(
+    ("position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "sliding_window")
+)
 
 
-class Rows(NamedTuple):
-    """Lengths of a batch as plain integers; row r completes prompt `prompt_index[r]`."""
-
-    prompt_lengths: list[int]
-    completion_lengths: list[int]
-    prompt_index: list[int]
+class NotShareableError(Exception):
+    """This model's attention is more than the causal softmax that `prefix_attention` computes."""
 
 
 def completion_hidden(
@@ -30,6 +47,8 @@ def completion_hidden(
     completion_ids: Tensor,
     completion_lengths: Tensor | Sequence[int],
     prompt_index: Tensor | Sequence[int],
+    *,
+    checkpointing: bool = False,
 ) -> Tensor:
     """Hidden states [K, H] from which each valid completion token is predicted, row 0's tokens first.
 
@@ -37,145 +56,173 @@ def completion_hidden(
     int64 is right-padded and `completion_lengths` [R] counts its tokens; `prompt_index` [R] names each row's prompt.
     The first token's state is that of the last prompt token; gradients flow when grad mode is on. Mask, lengths and
     index are read on the host: keep them on the CPU (or as lists) and an accelerator is never waited for.
-    Raises ValueError when they do not fit together.
+    `checkpointing` keeps only each layer's input and computes the layer again in the backward.
+    Raises ValueError when the arguments do not fit together. Warns, once a model type, when the model's attention is
+    not plain causal, so that every row has to compute its own prompt.
     """
-    rows = _host_rows(prompt_ids, prompt_mask, completion_ids, completion_lengths, prompt_index)
-    return padded_hidden(body, prompt_ids, completion_ids, rows)
+    rows = host_rows(prompt_ids, prompt_mask, completion_ids, completion_lengths, prompt_index)
+    inputs = (body, prompt_ids, completion_ids, rows)
+    buckets = length_buckets(rows)
+    if sum(len(bucket) * rows.length(bucket[0]) for bucket in buckets) <= WORTH_SHARING * rows.packed_tokens():
+        return padded_hidden(*inputs, checkpointing=checkpointing)
+    reason = _REFUSED.get(body) or _refusal(body, rows)
+    if reason is None:
+        try:
+            return shared_hidden(*inputs, checkpointing=checkpointing)
+        except NotShareableError as error:
+            reason = _REFUSED[body] = str(error)
+    _warn_once(body.config.model_type, reason)
+    return padded_hidden(*inputs, checkpointing=checkpointing)
 
 
-def padded_hidden(body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: Rows) -> Tensor:
-    """The plain way to `completion_hidden`: each row is its prompt and completion, computed by the model as it is.
+def shared_hidden(
+    body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: Rows, *, checkpointing: bool = False
+) -> Tensor:
+    """`completion_hidden` from one pass over each prompt and each completion, packed into one row [1, L].
+
+    Raises NotShareableError.
+    """
+    device = prompt_ids.device
+    packed = pack(rows, prompt_ids.shape[1], completion_ids.shape[1])
+    source, positions, states = _to_device(packed[:3], device)
+    longest = max(rows.length(row) for row in range(len(rows.prompt_index)))
+    layout = PrefixLayout(packed.segments, packed.shared, device, longest)
+    token_ids = torch.cat([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
+    with _attention(body), _checkpointed(body, functools.partial(_attention, body)) if checkpointing else _nothing():
+        hidden = body(
+            input_ids=token_ids[source][None],
+            position_ids=positions[None],
+            use_cache=False,
+            shared_prefix=layout,
+        ).last_hidden_state
+    layers = body.config.get_text_config().num_hidden_layers
+    if layout.calls != layers:
+        raise NotShareableError(f"its {layers} layers called plain attention {layout.calls} times")
+    return hidden[0][states]
+
+
+def padded_hidden(
+    body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: Rows, *, checkpointing: bool = False
+) -> Tensor:
+    """`completion_hidden` the plain way: each row is its prompt and completion, computed by the model as it is.
 
     Rows are padded on the right, where no causal layer looks, so the model needs neither mask nor position ids.
     """
-    P, T = prompt_ids.shape[1], completion_ids.shape[1]
+    batches, order = pad(rows, length_buckets(rows), prompt_ids.shape[1], completion_ids.shape[1])
     token_ids = torch.cat([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
-    starts = [0]  # where each row's hidden states begin among the flattened valid ones
-    for length in rows.completion_lengths:
-        starts.append(starts[-1] + length)
-    states, order = [], torch.empty(starts[-1], dtype=torch.int64)
-    filled = 0
-    for bucket in _length_buckets(rows):
-        width = _row_length(rows, bucket[0])
-        source = torch.zeros(len(bucket), width, dtype=torch.int64)
-        picked = []
-        for i, row in enumerate(bucket):
-            prompt = rows.prompt_index[row]
-            p, t = rows.prompt_lengths[prompt], rows.completion_lengths[row]
-            source[i, :p] = torch.arange((prompt + 1) * P - p, (prompt + 1) * P)
-            fed = max(t - 1, 0)  # the last token predicts nothing
-            source[i, p : p + fed] = torch.arange(row * T, row * T + fed) + len(prompt_ids) * P
-            picked.append(torch.arange(t) + (i * width + p - 1))
-            order[starts[row] : starts[row + 1]] = torch.arange(filled, filled + t)
-            filled += t
-        source, index = to_device([source, torch.cat(picked)], prompt_ids.device)
-        hidden = body(input_ids=token_ids[source], use_cache=False).last_hidden_state
-        states.append(hidden.flatten(0, 1)[index])
-    return torch.cat(states)[to_device([order], prompt_ids.device)[0]]
+    found = []
+    for batch in batches:
+        source, states = _to_device(batch, prompt_ids.device)
+        with _checkpointed(body, _nothing) if checkpointing else _nothing():
+            hidden = body(input_ids=token_ids[source], use_cache=False).last_hidden_state
+        found.append(hidden.flatten(0, 1)[states])
+    (order,) = _to_device([order], prompt_ids.device)
+    return torch.cat(found)[order]
 
 
-def micro_batches(
-    prompt_lengths: Tensor | Sequence[int],
-    completion_lengths: Tensor | Sequence[int],
-    prompt_index: Tensor | Sequence[int],
-    token_budget: int,
-) -> list[Tensor]:
-    """Row indices [n] int64 (CPU) of each micro-batch of at most `token_budget` tokens; every row is in exactly one.
-
-    A micro-batch counts each of its prompts once and all its completions. Rows of a prompt stay together where
-    they fit, else they are spread evenly over as few micro-batches as hold them; a row that exceeds the budget by
-    itself gets a micro-batch of its own. Raises ValueError unless the budget is positive.
-    """
-    if token_budget < 1:
-        raise ValueError(f"token_budget must be at least 1 token, found {token_budget}")
-    prompts, completions = host_integers(prompt_lengths), host_integers(completion_lengths)
-    groups: dict[int, list[int]] = {}
-    for row, prompt in enumerate(host_integers(prompt_index)):
-        groups.setdefault(prompt, []).append(row)
-    batches: list[list[int]] = []
-    room = 0
-    for prompt, group in groups.items():
-        for part in _split_group(group, prompts[prompt], completions, token_budget):
-            cost = prompts[prompt] + sum(completions[row] for row in part)
-            if cost > room:
-                batches.append([])
-                room = token_budget
-            batches[-1] += part
-            room -= cost
-    return [torch.tensor(batch, dtype=torch.int64) for batch in batches]
-
-
-def _split_group(group: list[int], prompt: int, completions: list[int], budget: int) -> list[list[int]]:
-    """Cuts one prompt's rows into consecutive parts that each fit the budget with the prompt, evenly filled."""
-    total = sum(completions[row] for row in group)
-    parts_wanted = max(1, -(-total // max(1, budget - prompt)))
-    goal = total / parts_wanted
-    parts, used, before = [[]], 0, 0
-    for row in group:
-        length = completions[row]
-        # A part also ends once it holds its share of the whole, so that the last one is not a remainder.
-        if parts[-1] and (used + length > budget - prompt or before >= goal * len(parts)):
-            parts.append([])
-            used = 0
-        parts[-1].append(row)
-        used += length
-        before += length
-    return parts
-
-
-def _length_buckets(rows: Rows) -> list[list[int]]:
-    """Rows sorted by length, longest first, in runs in which padding stays under MAX_PADDING of the tokens."""
-    lengths = [_row_length(rows, row) for row in range(len(rows.prompt_index))]
-    buckets: list[list[int]] = []
-    real = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if buckets:
-            padded = (len(buckets[-1]) + 1) * lengths[buckets[-1][0]]
-            if padded - (real + lengths[row]) <= MAX_PADDING * padded:
-                buckets[-1].append(row)
-                real += lengths[row]
-                continue
-        buckets.append([row])
-        real = lengths[row]
-    return buckets
-
-
-def _row_length(rows: Rows, row: int) -> int:
-    """Tokens of a row that the model is given: the prompt, and all but the last of the completion."""
-    return rows.prompt_lengths[rows.prompt_index[row]] + max(rows.completion_lengths[row] - 1, 0)
-
-
-def host_integers(values: Tensor | Sequence[int]) -> list[int]:
-    """Plain integers of a list or of a tensor; only a tensor on an accelerator makes the host wait."""
-    return values.tolist() if isinstance(values, Tensor) else list(values)
-
-
-def to_device(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+def _to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """CPU tensors on `device`, copied without making the host wait."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
-def _host_rows(
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    completion_ids: Tensor,
-    completion_lengths: Tensor | Sequence[int],
-    prompt_index: Tensor | Sequence[int],
-) -> Rows:
-    B, _ = prompt_ids.shape
-    R, T = completion_ids.shape
-    rows = Rows(host_integers(prompt_mask.sum(1)), host_integers(completion_lengths), host_integers(prompt_index))
-    if R == 0 or len(rows.completion_lengths) != R or len(rows.prompt_index) != R:
-        raise ValueError(
-            f"completion_ids has {R} rows, completion_lengths {len(rows.completion_lengths)} and prompt_index "
-            f"{len(rows.prompt_index)}: give one entry a row, and at least one row"
-        )
-    if min(rows.prompt_index) < 0 or max(rows.prompt_index) >= B:
-        raise ValueError(f"prompt_index must lie in 0..{B - 1}, found up to {max(rows.prompt_index)}")
-    if min(rows.completion_lengths) < 0 or max(rows.completion_lengths) > T:
-        raise ValueError(f"completion_lengths must lie in 0..{T}, the width of completion_ids")
-    if any(rows.prompt_lengths[prompt] == 0 for prompt in rows.prompt_index):
-        raise ValueError("a prompt has no token: there is nothing to predict its completion's first token from")
-    return rows
+def _shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    shared_prefix: PrefixLayout | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """What a layer of the model calls in place of its attention: [1, h, L, d] to [1, L, h, d]."""
+    if shared_prefix is None:
+        raise NotShareableError("it does not hand arguments on to its attention")
+    window = arguments.get("sliding_window")
+    if window is not None and window < shared_prefix.longest_row:
+        raise NotShareableError(f"its attention window of {window} tokens is shorter than a row")
+    if attention_mask is not None or dropout or is_causal is False or not getattr(module, "is_causal", True):
+        raise NotShareableError("its attention has dropout, a mask of its own, or looks ahead")
+    extra = [name for name, given in arguments.items() if given is not None and name not in PLAIN_ARGUMENTS]
+    if extra:
+        raise NotShareableError(f"its attention takes {', '.join(extra)}")
+    shared_prefix.calls += 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    packed = (states[0].transpose(0, 1) for states in (query, key, value))
+    return prefix_attention(*packed, shared_prefix, scale)[None], None
+
+
+AttentionInterface.register(ATTENTION, _shared_prefix_attention)
+
+_REFUSED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_nothing = contextlib.nullcontext
+
+
+@functools.cache
+def _warn_once(model_type: str, reason: str) -> None:
+    warnings.warn(
+        f"model type {model_type!r} computes its prompt once per row, as {reason}: slower, with the same result",
+        stacklevel=3,
+    )
+
+
+def _refusal(body: nn.Module, rows: Rows) -> str | None:
+    """Why the configuration rules sharing out for these rows, or None."""
+    config = body.config.get_text_config()
+    if not getattr(body, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
+        return f"its layers are {', '.join(sorted(kinds)) or 'chunked'}"
+    window = getattr(config, "sliding_window", None)
+    longest = max(rows.length(row) for row in range(len(rows.prompt_index)))
+    if window is not None and window < longest and (not kinds or "sliding_attention" in kinds):
+        return f"its attention window of {window} tokens is shorter than a row"
+    return None
+
+
+@contextlib.contextmanager
+def _attention(body: nn.Module) -> Iterator[None]:
+    """Has the model call our attention meanwhile."""
+    configs = {id(module.config): module.config for module in body.modules() if hasattr(module, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = ATTENTION
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+@contextlib.contextmanager
+def _checkpointed(body: nn.Module, recomputing: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Has each layer keep only its input meanwhile; `recomputing` surrounds its second forward, in the backward."""
+    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"model type {body.config.model_type!r} has no layers that support checkpointing")
+    # The layer itself asks for training mode; its submodules, where dropout lives, keep theirs.
+    ours = {
+        "gradient_checkpointing": True,
+        "training": True,
+        "_gradient_checkpointing_func": functools.partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (_nothing(), recomputing())
+        ),
+    }
+    before = [{name: vars(layer).get(name, MISSING) for name in ours} for layer in layers]
+    try:
+        for layer in layers:
+            vars(layer).update(ours)
+        yield
+    finally:
+        for layer, values in zip(layers, before, strict=True):
+            for name, value in values.items():
+                if value is MISSING:
+                    del vars(layer)[name]
+                else:
+                    vars(layer)[name] = value
