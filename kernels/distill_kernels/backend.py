@@ -8,6 +8,7 @@ imported at first use, because Triton decides between compiler and interpreter w
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -15,30 +16,10 @@ import torch
 _interpreting = False
 
 
-def rows(device: torch.device) -> ModuleType:
-    """The module with the row functions (`token_stats`, `distill_rows`, ...) for this device."""
-    if _runs_triton(device):
-        from distill_kernels import triton_rows
-
-        return triton_rows
-    from distill_kernels import twin_rows
-
-    return twin_rows
-
-
-def sampler(device: torch.device) -> ModuleType:
-    """The module with `sample_rows` for this device."""
-    if _runs_triton(device):
-        from distill_kernels import triton_sample
-
-        return triton_sample
-    from distill_kernels import twin_sample
-
-    return twin_sample
-
-
-def _runs_triton(device: torch.device) -> bool:
-    return device.type == "cuda" or _interpreting
+def implementation(of: str, device: torch.device) -> ModuleType:
+    """The module `triton_{of}` or `twin_{of}`, which hold the same functions: of `rows`, `reverse_kl` or `sample`."""
+    runs_triton = device.type == "cuda" or _interpreting
+    return import_module(f"distill_kernels.{'triton' if runs_triton else 'twin'}_{of}")
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def _linear_distill_loss(
     for part in chunks(K, rows):
         k = part.stop - part.start
         grad = grad_buffer[:k] if any(needed) else None
-        backend.rows(device).distill_rows(
+        backend.implementation("rows", device).distill_rows(
             student.logits(student_hidden[part], student_buffer[:k]),
             teacher.logits(teacher_hidden[part], teacher_buffer[:k]),
             token_ids[part],

@@ -45,7 +45,7 @@ def _linear_reverse_kl(
     stats = torch.empty(6, K, dtype=dtype, device=device)
     for part in chunks(K, rows):
         k = part.stop - part.start
-        backend.rows(device).token_stats(
+        backend.implementation("rows", device).token_stats(
             student.logits(student_hidden[part], student_logits[:k]),
             teacher.logits(teacher_hidden[part], teacher_logits[:k]),
             token_ids[part],

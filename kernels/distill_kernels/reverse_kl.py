@@ -28,7 +28,7 @@ def _reverse_kl(
 ) -> tuple[Tensor, Tensor]:
     """[6, K] statistics in the order of `TokenStats`, and [4, K] for the backward pass: m and log S of both models."""
     checks.check_token_ids(token_ids, vocab_size)
-    return backend.rows(student_logits.device).reverse_kl_forward(
+    return backend.implementation("reverse_kl", student_logits.device).reverse_kl_forward(
         student_logits[:, :vocab_size], teacher_logits[:, :vocab_size], token_ids, temperature
     )
 
@@ -53,7 +53,7 @@ def _reverse_kl_backward(
     """Gradient [K, Vs] of the student's logits for upstream gradients [6, K] of the statistics."""
     gradient = torch.empty(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
     gradient[:, vocab_size:] = 0
-    backend.rows(student_logits.device).reverse_kl_backward(
+    backend.implementation("reverse_kl", student_logits.device).reverse_kl_backward(
         student_logits[:, :vocab_size],
         teacher_logits[:, :vocab_size],
         token_ids,

@@ -36,7 +36,7 @@ def _sample(
     """Token ids [R] int64 and log-probabilities [2, R] float32."""
     token_ids = torch.empty_like(row_ids)
     logprobs = torch.empty(2, logits.shape[0], dtype=torch.float32, device=logits.device)
-    backend.sampler(logits.device).sample_rows(
+    backend.implementation("sample", logits.device).sample_rows(
         logits,
         row_ids,
         step,

@@ -16,11 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill_kernels.chunks import accumulation_dtype, chunks
+from distill_kernels.chunks import chunks
 from distill_kernels.types import OBJECTIVES, Head
 
 _FLOOR = -1e30
-_PLAIN = Head(bias=None, softcap=None, scale=1.0)
 _SLICE_BYTES = 2 * 2**20  # of one of the five [rows, V] buffers that a slice works in
 
 
@@ -46,9 +45,9 @@ def token_stats(
     teacher_head: Head,
 ) -> None:
     """Writes the six statistics [6, k] of k rows of raw logits [k, V], which it overwrites."""
-    for part, (exps_s, exps_t, difference) in _slices(student):
-        s = _softmax(student[part], exps_s, student_head, temperature)
-        t = _softmax(teacher[part], exps_t, teacher_head, temperature)
+    for part, (exps_s, exps_t, difference) in row_slices(student):
+        s = softmax_of(student[part], exps_s, student_head, temperature)
+        t = softmax_of(teacher[part], exps_t, teacher_head, temperature)
         _write_stats(s, t, token_ids[part], difference, stats[:, part])
 
 
@@ -74,9 +73,9 @@ def distill_rows(
     The gradient of row k's loss with respect to its tempered logits is row_scale[k] * grad[k]; the factor stays
     apart because the caller can apply it to H columns instead of V. `grad` may be `student` itself, or None.
     """
-    for part, (exps_s, exps_t, work) in _slices(student):
-        s = _softmax(student[part], exps_s, student_head, temperature)
-        t = _softmax(teacher[part], exps_t, teacher_head, temperature)
+    for part, (exps_s, exps_t, work) in row_slices(student):
+        s = softmax_of(student[part], exps_s, student_head, temperature)
+        t = softmax_of(teacher[part], exps_t, teacher_head, temperature)
         _write_stats(s, t, token_ids[part], work, stats[:, part])
         slope = None
         if grad is not None and student_head.softcap is not None:
@@ -99,7 +98,7 @@ def distill_rows(
         losses[part], row_scale[part] = loss, factor
 
 
-def _softmax(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> _Softmax:
+def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> _Softmax:
     """Turns raw logits [r, V] into shifted ones in place, and their exponentials into `exps`."""
     if head.bias is not None:
         logits += head.bias
@@ -212,64 +211,15 @@ def _jsd(s: _Softmax, t: _Softmax, beta: float, work: Tensor, out: Tensor | None
     return beta * of_teacher + (1 - beta) * of_student, torch.full_like(of_student, 1 - beta)
 
 
-def reverse_kl_forward(
-    student_logits: Tensor, teacher_logits: Tensor, token_ids: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """[6, K] statistics, and [4, K] normalisers, which stay 0: this implementation makes them anew."""
-    K, V = student_logits.shape
-    dtype = accumulation_dtype(student_logits, teacher_logits)
-    stats, normalisers = torch.empty(6, K, dtype=dtype), torch.zeros(4, K, dtype=dtype)
-    for part in chunks(K, _cached_rows(V, dtype)):
-        token_stats(
-            student_logits[part].to(dtype, copy=True),
-            teacher_logits[part].to(dtype, copy=True),
-            token_ids[part],
-            stats[:, part],
-            temperature=temperature,
-            student_head=_PLAIN,
-            teacher_head=_PLAIN,
-        )
-    return stats, normalisers
-
-
-def reverse_kl_backward(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    token_ids: Tensor,
-    stats: Tensor,
-    normalisers: Tensor,
-    upstream: Tensor,
-    gradient: Tensor,
-    temperature: float,
-) -> None:
-    """Writes the gradient [K, V] of the student's logits for upstream gradients [6, K] of the statistics.
-
-    p (g_kl (log p - log q - KL) - g_H (log p + H) - g_logprob), and + g_logprob at the token.
-    """
-    dtype = stats.dtype
-    for part, (exps_s, exps_t, work) in _slices(student_logits, dtype):
-        s = _softmax(student_logits[part].to(dtype, copy=True), exps_s, _PLAIN, temperature)
-        t = _softmax(teacher_logits[part].to(dtype, copy=True), exps_t, _PLAIN, temperature)
-        of_logprob, of_kl, of_entropy = (upstream[field, part, None] for field in (0, 3, 4))
-        kl, entropy = stats[3, part, None], stats[4, part, None]
-        infinite = kl == math.inf
-        mean = (kl + s.log_total - t.log_total).masked_fill(infinite, 0)  # of the shifted difference
-        torch.sub(s.shifted, t.shifted, out=work).sub_(mean).mul_(of_kl.masked_fill(infinite, 0))
-        work.addcmul_(s.shifted.sub_(s.log_total - entropy), -of_entropy).sub_(of_logprob)
-        work.mul_(s.exps).div_(s.total * temperature)
-        work.scatter_add_(1, token_ids[part, None], of_logprob / temperature)
-        gradient[part] = work
-
-
-def _slices(rows: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+def row_slices(rows: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows [k, V] whose buffers stay in the cache, each with three buffers [r, V] (of `dtype`, if given)."""
     (k, V), dtype = rows.shape, dtype or rows.dtype
-    height = min(_cached_rows(V, dtype), k)
+    height = min(cached_rows(V, dtype), k)
     buffers = torch.empty(3, height, V, dtype=dtype)
     for part in chunks(k, max(1, height)):
         yield part, buffers[:, : part.stop - part.start]
 
 
-def _cached_rows(V: int, dtype: torch.dtype) -> int:
+def cached_rows(V: int, dtype: torch.dtype) -> int:
     """How many rows of V columns a slice takes for its buffers to stay in the cache."""
     return max(1, _SLICE_BYTES // (V * dtype.itemsize))

@@ -39,7 +39,7 @@ def sample_rows(
         masses = padded[: part.stop - part.start]
         x = logits[part].float()
         x = x - x.amax(-1, keepdim=True)  # [r, V], the largest is 0
-        z = x / temperature
+        z = x * (1 / temperature)
         mass = torch.exp(z, out=masses[:, :V])
         log_total = (mass if temperature == 1 else x.exp()).sum(-1).log()
         threshold = _threshold(z, mass, top_k, top_p, min_p)
@@ -94,7 +94,7 @@ def _draw(masses: Tensor, draws: Tensor) -> Tensor:
     rows = torch.arange(masses.shape[0])
     inside = blocks[rows, block]  # [r, _BLOCK]
     before = cumulative[rows, block] - inside.sum(-1)
-    passed = inside.double().cumsum(-1) > (target - before)[:, None]
+    passed = (inside.double().cumsum(-1) > (target - before)[:, None]) & (inside > 0)
     # Rounding may leave the target at or past the block's last mass: then the last column with mass is drawn.
     last = (inside > 0).int().mul(torch.arange(_BLOCK)).amax(-1)
     first = torch.where(passed.any(-1), passed.int().argmax(-1), last)
