@@ -153,8 +153,12 @@ def _shared_prefix_attention(
         raise NotShareableError(f"its attention takes {', '.join(extra)}")
     shared_prefix.calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    packed = (states[0].transpose(0, 1) for states in (query, key, value))
-    return prefix_attention(*packed, shared_prefix, scale)[None], None
+    # Rotary embeddings may leave query and key in another precision than value, above all under autocast.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    packed = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    with torch.autocast(kind, enabled=False):
+        return prefix_attention(*packed, shared_prefix, scale)[None], None
 
 
 AttentionInterface.register(ATTENTION, _shared_prefix_attention)

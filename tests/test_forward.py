@@ -137,10 +137,12 @@ def test_frozen_weights_with_low_rank_additions(checkpointing):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_bfloat16_is_as_close_to_float64_as_the_padded_model_is(family, checkpointing):
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_bfloat16_is_as_close_to_float64_as_the_padded_model_is(family, weights, checkpointing):
+    """Either the weights are bfloat16, or autocast computes with float32 weights in bfloat16."""
     rows = ragged_rows(3, 16)
-    exact = tiny_model(family, dtype=torch.bfloat16).double()
-    model = tiny_model(family, dtype=torch.bfloat16)
+    model, exact = (tiny_model(family, dtype=weights) for _ in range(2))
+    exact = exact.double()
     wanted = padded_logprobs(exact, *rows)
     wanted_gradients = gradients(exact, wanted)
 
@@ -151,8 +153,12 @@ def test_bfloat16_is_as_close_to_float64_as_the_padded_model_is(family, checkpoi
         whole = sum(gradient.square().sum() for gradient in wanted_gradients.values())
         return (logprobs - wanted).square().mean().sqrt().item(), (wrong / whole).sqrt().item()
 
-    ours = errors(our_logprobs(model, rows, way="shared", checkpointing=checkpointing))
-    padded = errors(padded_logprobs(model, *rows))
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        ours, padded = (
+            our_logprobs(model, rows, way="shared", checkpointing=checkpointing),
+            padded_logprobs(model, *rows),
+        )
+    ours, padded = errors(ours), errors(padded)
     eps = torch.finfo(torch.bfloat16).eps
     assert ours[0] <= padded[0] + eps
     assert ours[1] <= padded[1] + eps
