@@ -120,12 +120,17 @@ def decode(
             kept = (~ended).nonzero().squeeze(1)
             cache.keep(kept)
             rows, token_ids, positions, ended = rows[kept], token_ids[kept], positions[kept], ended[kept]
-        hidden = body(
-            input_ids=token_ids[:, None],
-            position_ids=(positions + step)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            decode_cache=cache,
-        ).last_hidden_state
-        cache.advance()
-        logits = logits_of(hidden[:, -1])
+        logits = logits_of(decode_step(body, cache, token_ids, positions + step))
+
+
+def decode_step(body: nn.Module, cache: DecodeCache, token_ids: Tensor, positions: Tensor) -> Tensor:
+    """Feeds one token a row, int64 [R] at `positions` [R]; returns the hidden states [R, H] that predict the next."""
+    output = body(
+        input_ids=token_ids[:, None],
+        position_ids=positions[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        decode_cache=cache,
+    )
+    cache.advance()
+    return output.last_hidden_state[:, -1]

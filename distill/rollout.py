@@ -9,14 +9,15 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from distill.decode import Completions, SamplingOptions, decode, prefill
+from distill.decode import Completions, SamplingOptions, decode, decode_step, prefill
 from distill.generation_copy import GenerationCopy, choose_dtype
-from distill.kv_cache import ATTENTION_NAME
+from distill.kv_cache import ATTENTION_NAME, DecodeCache
 from distill.models import split_head
 from distill_kernels import sample
 
@@ -112,6 +113,9 @@ class RolloutEngine:
         self._prefill_attention = self._model.config._attn_implementation
         _, head = split_head(model)
         self._scale, self._softcap, self._vocab_size = head.scale, head.softcap, vocab_size
+        if engine == "native":
+            with torch.no_grad():
+                self._token_bytes = self._probe()
 
     @property
     def precision(self) -> str:
@@ -222,7 +226,52 @@ class RolloutEngine:
 
     def _waves(self, prompts: int, prompt_length: int, num_rollouts: int) -> Iterator[tuple[slice, list[slice]]]:
         """Blocks of prompts that are prefilled together, each with the row ranges that are decoded together."""
-        yield slice(0, prompts), [slice(0, prompts * num_rollouts)]
+        budget = free_bytes(self._model.device) // 2 if self._memory_budget_bytes is None else self._memory_budget_bytes
+        config, itemsize = self._model.config.get_text_config(), self._copy.dtype.itemsize
+        width = 8 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        a_prompt = prompt_length * (self._token_bytes + width * itemsize + 4 * prompt_length)
+        # Three float32 of logits: the head's, the sampler's and the next step's.
+        a_row = self.sampling.max_new_tokens * self._token_bytes + 12 * config.vocab_size + width * itemsize
+        if num_rollouts == 1:  # the prompt's keys are copied into the row's buffer
+            a_row += prompt_length * self._token_bytes
+        block = min(prompts, budget // (a_prompt + num_rollouts * a_row))
+        if block:
+            for start, stop in _even_parts(prompts, block):
+                yield slice(start, stop), [slice(start * num_rollouts, stop * num_rollouts)]
+            return
+        at_once = max(1, (budget - a_prompt) // a_row)
+        for prompt in range(prompts):
+            first = prompt * num_rollouts
+            parts = _even_parts(num_rollouts, at_once)
+            yield slice(prompt, prompt + 1), [slice(first + start, first + stop) for start, stop in parts]
+
+    def _probe(self) -> int:
+        """Checks a decode step against the model's own forward; returns the bytes of a token's keys and values.
+
+        Raises `NotImplementedError` when they disagree.
+        """
+        token_ids = torch.arange(4, device=self._model.device)[None]
+        body, everything = self._model.base_model, torch.ones_like(token_ids, dtype=torch.bool)
+        _, expected = prefill(body, token_ids, everything)
+        prompt, _ = prefill(body, token_ids[:, :-1], everything[:, :-1])
+        self._set_attention(ATTENTION_NAME)
+        try:
+            hidden = decode_step(
+                body,
+                DecodeCache(prompt, token_ids.new_zeros(2), 2),
+                token_ids[0, -1:].expand(2),
+                token_ids.new_full((2,), 3),
+            )
+        finally:
+            self._set_attention(self._prefill_attention)
+        tolerance = 0.1 if self._copy.dtype == torch.bfloat16 else 1e-3
+        error = float((hidden - expected).abs().max() / expected.abs().max())
+        if not error < tolerance:
+            raise NotImplementedError(
+                f"rollout.engine native: a decode step is off by {error:.1e} from the model's own forward, "
+                f"so its attention is of a kind the native engine cannot run; set rollout.engine: transformers"
+            )
+        return sum(piece[0, :, 0].nbytes for piece in (*prompt.keys, *prompt.values))
 
 
 class _Drawing(LogitsProcessor):
@@ -254,3 +303,20 @@ def native_refusal(config) -> str | None:
     if getattr(config, "attn_logit_softcapping", None):
         return "attention scores are soft-capped"
     return None
+
+
+def _even_parts(total: int, largest: int) -> list[tuple[int, int]]:
+    """Cuts range(total) into the fewest parts of at most `largest`, as even as they come."""
+    count = -(-total // largest)
+    return [(total * part // count, total * (part + 1) // count) for part in range(count)]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that new tensors on `device` may still take."""
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reusable
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    raise OSError("/proc/meminfo has no line MemAvailable; set rollout.memory_budget_bytes")

@@ -1,0 +1,154 @@
+"""The decode cache and its two-piece attention, and the distribution that tokens are drawn from."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import Tensor
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from distill.decode import Completions, SamplingOptions, decode, prefill
+from distill.kv_cache import DecodeCache, PromptCache, attention_with_lse
+from distill.rollout import RolloutEngine
+from distill_kernels import Sample
+
+KV_HEADS, GROUP, WIDTH = 2, 3, 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose much where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def exact_attention(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """float64 [R, heads, D] for keys [R, kv heads, L, D], of which row r sees `seen` [R, L]."""
+    query = query.double().view(query.shape[0], KV_HEADS, GROUP, WIDTH)
+    scores = query @ keys.double().transpose(-1, -2) / math.sqrt(WIDTH)
+    weights = scores.masked_fill(~seen[:, None, None], -math.inf).softmax(-1)
+    return (weights @ values.double()).flatten(1, 2)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (4, 4, 4), (3, 1, 2), (5, 1, 1)])
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+def test_two_piece_attention_is_attention_on_the_whole_row(counts: tuple[int, ...], window: int | None) -> None:
+    """Ragged prompts, ragged numbers of rows, rows dropped on the way, and sliding windows that cut either piece."""
+    generator = torch.Generator().manual_seed(1)
+    prompts, length, steps = len(counts), 7, 6
+    mask = torch.arange(length) >= torch.tensor([0, 6, 3])[:, None]
+    made = [torch.randn(prompts, KV_HEADS, length, WIDTH, generator=generator) for _ in range(2)]
+    index = torch.repeat_interleave(torch.arange(prompts), torch.tensor(counts))
+    cache = DecodeCache(PromptCache([made[0]], [made[1]], mask), index, steps + 1)
+    keys, values, seen = made[0][index], made[1][index], mask[index]
+    for step in range(steps):
+        if step == 3:
+            # Prompt 1 loses every row; the others keep the last one.
+            kept = (index != 1).nonzero().squeeze(1)[-max(1, len(index) // 2) :]
+            cache.keep(kept)
+            index, keys, values, seen = index[kept], keys[kept], values[kept], seen[kept]
+        query = torch.randn(len(index), KV_HEADS * GROUP, 1, WIDTH, generator=generator)
+        new = [torch.randn(len(index), KV_HEADS, 1, WIDTH, generator=generator) for _ in range(2)]
+        keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
+        seen = torch.cat([seen, torch.ones(len(index), 1, dtype=torch.bool)], 1)
+        in_window = torch.arange(keys.shape[2]) >= (0 if window is None else keys.shape[2] - window)
+        expected = exact_attention(query, keys, values, seen & in_window)
+        output = cache.attend(query, *cache.update(*new, 0), 0, WIDTH**-0.5, window)
+        torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-5)
+        cache.advance()
+
+
+NEEDS_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_log_sum_exp_of_attention(device: str) -> None:
+    query, keys, values = (torch.randn(2, 3, n, 8, device=device) for n in (4, 5, 5))
+    output, lse = attention_with_lse(query, keys, values, None, 0.5)
+    scores = query.double() @ keys.double().transpose(-1, -2) * 0.5
+    torch.testing.assert_close(lse, scores.logsumexp(-1).float())
+    torch.testing.assert_close(output, (scores.softmax(-1) @ values.double()).float())
+
+
+def test_a_row_is_written_up_to_its_end_and_no_further() -> None:
+    out = Completions.empty(3, 2, pad_token_id=7, device=torch.device("cpu"))
+    rows, ended, ends = torch.arange(3), torch.tensor([False, True, False]), torch.tensor([5, 6])
+    drawn = Sample(torch.tensor([5, 6, 4]), torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-0.5, -1.5, -2.5]))
+    go_on = out.write(0, rows, drawn, ended, ends, pad_token_id=7)
+    assert go_on.tolist() == [5, 7, 4]
+    assert ended.tolist() == [True, True, False]
+    assert out.lengths.tolist() == [1, 0, 1]
+    assert out.token_ids[:, 0].tolist() == [5, 7, 4]
+    assert out.logprob[:, 0].tolist() == [-1.0, 0.0, -3.0]
+    assert out.sampling_logprob[:, 0].tolist() == [-0.5, 0.0, -2.5]
+
+
+def test_draws_follow_the_warped_distribution() -> None:
+    """Chi-square of 20,000 first tokens against the exact distribution; the warpers of transformers are the oracle."""
+    model = tiny_model("llama")
+    sampling = SamplingOptions(max_new_tokens=1, temperature=1.7, top_k=40, top_p=0.95, min_p=0.004)
+    engine = RolloutEngine(model, sampling=sampling, eos_token_ids=[2], pad_token_id=0, seed=5, precision="float32")
+    prompt = torch.tensor([[11, 7, 42, 3]])
+    draws = 20_000
+    rollouts = engine.generate(
+        prompt, torch.ones_like(prompt, dtype=torch.bool), num_rollouts=draws, prompt_keys=torch.tensor([9])
+    )
+    with torch.no_grad():
+        scores = model(prompt).logits[:, -1].double()
+    plain = scores.log_softmax(-1)[0]
+    for warper in (
+        TemperatureLogitsWarper(1.7),
+        TopKLogitsWarper(40),
+        TopPLogitsWarper(0.95),
+        MinPLogitsWarper(0.004),
+    ):
+        scores = warper(prompt, scores)
+    exact = scores.log_softmax(-1)[0]
+    drawn = rollouts.completion_ids[:, 0]
+    torch.testing.assert_close(rollouts.logprob[:, 0], plain[drawn].float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rollouts.sampling_logprob[:, 0], exact[drawn].float(), rtol=0, atol=1e-5)
+    possible = exact.isfinite()
+    assert 5 < possible.sum() < 40, "the filters must leave out something, and leave something"
+    expected = draws * exact.exp()[possible]
+    observed = torch.bincount(drawn, minlength=exact.numel())[possible].double()
+    assert expected.min() > 5, "chi-square needs expected counts above 5"
+    chi_square = float(((observed - expected) ** 2 / expected).sum())
+    degrees = int(possible.sum()) - 1
+    # Wilson-Hilferty: the 0.9999 quantile of chi-square.
+    limit = degrees * (1 - 2 / (9 * degrees) + 3.719 * math.sqrt(2 / (9 * degrees))) ** 3
+    assert chi_square < limit, f"{chi_square:.1f} on {degrees} degrees of freedom"
+
+
+def test_decode_equals_the_forward_of_the_whole_row() -> None:
+    """The log-probabilities of a forced greedy path through `prefill` and `decode` alone, without an engine."""
+    model = tiny_model("gpt_neox")
+    prompt = torch.tensor([[0, 0, 5, 9], [4, 8, 15, 16]])
+    mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
+    with torch.no_grad():
+        cache, hidden = prefill(model.base_model, prompt, mask)
+        out = Completions.empty(6, 5, 0, torch.device("cpu"))
+        model.set_attn_implementation("distill_shared_prefix")
+        decode(
+            model.base_model,
+            model.lm_head,
+            cache,
+            hidden,
+            torch.tensor([0, 0, 0, 1, 1, 1]),
+            torch.arange(6),
+            sampling=SamplingOptions(5),
+            eos_token_ids=[96],
+            pad_token_id=0,
+            seed=1,
+            out=out,
+        )
+        model.set_attn_implementation("sdpa")
+        for row in range(6):
+            length = int(out.lengths[row])
+            real = prompt[row // 3][mask[row // 3]]
+            logits = model(torch.cat([real, out.token_ids[row, :length]])[None]).logits[0]
+            logprob = logits.log_softmax(-1)[len(real) - 1 : -1].gather(1, out.token_ids[row, :length, None])[:, 0]
+            torch.testing.assert_close(out.logprob[row, :length], logprob, rtol=0, atol=1e-4)
