@@ -1,0 +1,193 @@
+"""Measuring: interleaved timing, peak memory, and the machine's own limits, for every benchmark here.
+
+Candidates are timed in turn, round by round, so that a machine that slows down slows all of them down; medians are
+reported with the range seen. A fraction of a limit is against a limit measured in the same process, never against a
+data sheet. Memory is what the call needed at its peak beyond what was held before it.
+"""
+
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one candidate, in seconds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """(slowest - fastest) / median."""
+        return (max(self.samples) - min(self.samples)) / self.median
+
+
+@dataclass
+class Row:
+    """One line of a result table. Absent figures stay None and print as a dash."""
+
+    group: str
+    name: str
+    seconds: float
+    spread: float | None = None
+    bytes: int | None = None
+    """Bytes that must be moved."""
+    flops: int | None = None
+    """Floating-point operations that must be done."""
+    fraction: float | None = None
+    """Of the time that the machine's measured limits allow: 1 is the limit itself."""
+    peak_bytes: int | None = None
+    """Memory beyond what was held before."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was asked for; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 5,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Times every candidate once a round; each call includes waiting for the device."""
+    device = torch.device(device)
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(warmup + rounds):
+        for name, candidate in candidates.items():
+            synchronize(device)
+            start = time.perf_counter()
+            candidate()
+            synchronize(device)
+            if index >= warmup:
+                samples[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Bytes that one call needs at its peak beyond what is held before it, its result included.
+
+    On CUDA from the allocator's counters; on a CPU from the kernel's high-water mark of the process's resident
+    memory, which Linux resets on request. Call once before, so that libraries have their own buffers already.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status_bytes("VmRSS")
+        result = call()
+        peak = _status_bytes("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}: peak memory on a CPU is measured on Linux only")
+
+
+def copy_bandwidth(device: torch.device | str = "cpu", size: int | None = None) -> float:
+    """Bytes a second that a copy of one large tensor reads and writes together."""
+    device = torch.device(device)
+    size = size or (2**30 if device.type == "cuda" else 2**28)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = min(interleave({"copy": lambda: target.copy_(source)}, rounds=7, device=device)["copy"].samples)
+    return 2 * size / best
+
+
+def gemm_rate(
+    M: int, N: int, K: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> float:
+    """FLOPs a second of [M, K] times [K, N]."""
+    a = torch.randn(M, K, device=device).to(dtype)
+    b = torch.randn(N, K, device=device).to(dtype)
+    out = torch.empty(M, N, dtype=dtype, device=device)
+    best = min(interleave({"mm": lambda: torch.mm(a, b.T, out=out)}, rounds=5, device=device)["mm"].samples)
+    return 2 * M * N * K / best
+
+
+def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a figure needs beside it to mean something."""
+    device = torch.device(device)
+    about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": _cpu_name(), "device": device.type}
+    if device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+        about["cuda"] = torch.version.cuda
+    return about
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as text, a block a group."""
+    header = ("", "ms", "spread", "GB", "GFLOP", "of limit", "peak MiB")
+    lines = []
+    for group in dict.fromkeys(row.group for row in rows):
+        members = [row for row in rows if row.group == group]
+        table = [header] + [
+            (
+                row.name,
+                f"{row.seconds * 1e3:.2f}",
+                _show(row.spread, "{:.0%}"),
+                _show(row.bytes, "{:.3f}", 1e9),
+                _show(row.flops, "{:.1f}", 1e9),
+                _show(row.fraction, "{:.0%}"),
+                _show(row.peak_bytes, "{:.0f}", 2**20),
+            )
+            for row in members
+        ]
+        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        lines.append(group)
+        for line in table:
+            cells = [line[0].ljust(widths[0])] + [
+                cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)
+            ]
+            lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _show(value: float | None, pattern: str, unit: float = 1) -> str:
+    return "-" if value is None else pattern.format(value / unit)
+
+
+def write_json(path: Path | str, rows: Sequence[Row], device: torch.device | str = "cpu", **more: Any) -> None:
+    """Writes the machine, anything in `more` and the rows."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": describe_machine(device), **more, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
