@@ -6,7 +6,6 @@ cannot express is refused by `check_pair`.
 """
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -254,6 +253,9 @@ def _readable_errors(reference: str):
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    # What a damaged file or a foreign model makes the libraries raise is open-ended, down to struct.error.
+    except Exception as error:
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "its repository ships Python code; trust_remote_code: true runs it"
         raise ModelError(f"model {reference!r} could not be loaded: {reason[:400]}") from error
