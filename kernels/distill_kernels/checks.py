@@ -2,6 +2,8 @@
 synchronisation and `torch.compile` traces it; the one check of values, `check_token_ids`, runs inside the ops.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -100,19 +102,28 @@ def check_positive(name: str, value: float | None) -> None:
         raise ValueError(f"{name} must be positive and finite; found {value}")
 
 
-def check_heads(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-) -> None:
-    """Shapes of two heads over the same tokens: [K, H] hidden states, [V, H] weights, [V] biases."""
-    for side, hidden, weight, bias in (
-        ("student", student_hidden, student_weight, student_bias),
-        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
-    ):
+def check_linear(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None],
+    token_ids: Tensor,
+    vocab_size: int | None,
+    *,
+    vectors: Mapping[str, Tensor | None],
+    numbers: Mapping[str, float | None],
+) -> int:
+    """Checks what the linear ops share, and gives the number of vocabulary columns.
+
+    `student` and `teacher` are hidden states [K, H], weight [V, H] and bias [V] or None; `vectors` are [K], `numbers`
+    positive.
+    """
+    sides = {"student": student, "teacher": teacher}
+    floats = {
+        f"{side}_{part}": tensor
+        for side, tensors in sides.items()
+        for part, tensor in zip(("hidden", "weight", "bias"), tensors, strict=True)
+    }
+    check_floats(**floats, **vectors)
+    for side, (hidden, weight, bias) in sides.items():
         check_matrix(f"{side}_hidden", hidden, "K, H")
         check_matrix(f"{side}_weight", weight, "V, H")
         if hidden.shape[1] != weight.shape[1]:
@@ -121,4 +132,10 @@ def check_heads(
                 f"{list(hidden.shape)} and {list(weight.shape)}"
             )
         check_vector(f"{side}_bias", bias, weight.shape[0], f"{side}_weight {list(weight.shape)}")
-    check_same_rows("student_hidden", student_hidden, "teacher_hidden", teacher_hidden)
+    check_same_rows("student_hidden", student[0], "teacher_hidden", teacher[0])
+    check_integers("token_ids", token_ids, student[0].device)
+    for name, vector in {"token_ids": token_ids, **vectors}.items():
+        check_vector(name, vector, student[0].shape[0], f"student_hidden {list(student[0].shape)}")
+    for name, number in numbers.items():
+        check_positive(name, number)
+    return resolve_vocab_size(vocab_size, student[1].shape[0], teacher[1].shape[0])

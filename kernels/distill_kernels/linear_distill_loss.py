@@ -136,6 +136,17 @@ def _scale_gradients(ctx, upstream: Tensor, *_) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("distill_kernels::linear_distill_loss", _scale_gradients, setup_context=_keep_gradients)
 
 
+def _check_objective(
+    objective: str, sampling_logprob: Tensor | None, importance_clip: float | None, beta: float
+) -> None:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {objective!r}")
+    if objective != "sampled_reverse_kl" and not (sampling_logprob is None and importance_clip is None):
+        raise ValueError(f"sampling_logprob and importance_clip belong to sampled_reverse_kl; found {objective!r}")
+    if objective == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must lie between 0 and 1; found {beta}. Its limits are forward_kl and reverse_kl")
+
+
 def linear_distill_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -174,38 +185,20 @@ def linear_distill_loss(
     A token whose divergence is infinite makes the loss infinite and has gradient 0.
     Raises ValueError and IndexError as `linear_reverse_kl` does.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {objective!r}")
-    if objective != "sampled_reverse_kl" and not (sampling_logprob is None and importance_clip is None):
-        raise ValueError(f"sampling_logprob and importance_clip belong to sampled_reverse_kl; found {objective!r}")
-    if objective == "jsd" and not 0 < beta < 1:
-        raise ValueError(f"beta must lie between 0 and 1; found {beta}. Its limits are forward_kl and reverse_kl")
-    checks.check_floats(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        token_weight=token_weight,
-        sampling_logprob=sampling_logprob,
+    _check_objective(objective, sampling_logprob, importance_clip, beta)
+    V = checks.check_linear(
+        (student_hidden, student_weight, student_bias),
+        (teacher_hidden, teacher_weight, teacher_bias),
+        token_ids,
+        vocab_size,
+        vectors={"token_weight": token_weight, "sampling_logprob": sampling_logprob},
+        numbers={
+            "temperature": temperature,
+            "student_softcap": student_softcap,
+            "teacher_softcap": teacher_softcap,
+            "importance_clip": importance_clip,
+        },
     )
-    checks.check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
-    V = checks.resolve_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
-    for name, vector in (
-        ("token_ids", token_ids),
-        ("token_weight", token_weight),
-        ("sampling_logprob", sampling_logprob),
-    ):
-        checks.check_vector(name, vector, student_hidden.shape[0], "student_hidden's rows")
-    checks.check_integers("token_ids", token_ids, student_hidden.device)
-    for name, number in (
-        ("temperature", temperature),
-        ("student_softcap", student_softcap),
-        ("teacher_softcap", teacher_softcap),
-        ("importance_clip", importance_clip),
-    ):
-        checks.check_positive(name, number)
     recording = torch.is_grad_enabled()
     needed = [
         recording and tensor is not None and tensor.requires_grad

@@ -96,21 +96,18 @@ def linear_reverse_kl(
     Raises ValueError for a wrong shape, dtype, device or number, IndexError for a token id out of range (on CUDA
     only after `checks.check_cuda_values(True)`).
     """
-    checks.check_floats(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
+    V = checks.check_linear(
+        (student_hidden, student_weight, student_bias),
+        (teacher_hidden, teacher_weight, teacher_bias),
+        token_ids,
+        vocab_size,
+        vectors={},
+        numbers={
+            "temperature": temperature,
+            "student_softcap": student_softcap,
+            "teacher_softcap": teacher_softcap,
+        },
     )
-    checks.check_heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
-    V = checks.resolve_vocab_size(vocab_size, student_weight.shape[0], teacher_weight.shape[0])
-    checks.check_vector("token_ids", token_ids, student_hidden.shape[0], "student_hidden's rows")
-    checks.check_integers("token_ids", token_ids, student_hidden.device)
-    checks.check_positive("temperature", temperature)
-    checks.check_positive("student_softcap", student_softcap)
-    checks.check_positive("teacher_softcap", teacher_softcap)
     with torch.no_grad():
         stats = _linear_reverse_kl(
             student_hidden,

@@ -192,5 +192,5 @@ def _sampled(stats: TokenStats, sampling_logprob: Tensor | None, importance_clip
     advantage = (ratio * stats.reward).masked_fill(ratio == 0, 0)
     finite = advantage.isfinite() & stats.student_logprob.isfinite()
     losses = -advantage.masked_fill(~finite, 0) * stats.student_logprob.masked_fill(~finite, 0)
-    unbounded = (advantage != 0) & ~finite
+    unbounded = (advantage != 0) & (stats.student_logprob != 0) & ~finite
     return torch.where(unbounded, -advantage * stats.student_logprob.detach(), losses)
