@@ -1,0 +1,76 @@
+"""What the kernel tests share: the implementations under test, inputs, and the one rule for tolerances.
+
+Implementations: `twin`, PyTorch on CPU tensors; `interpreted`, the Triton source on CPU tensors, in a process that
+started with TRITON_INTERPRET=1 (`test_kernels_interpreted.py` starts one); `cuda`, where there is a GPU.
+Every buffer that an op allocates is full of NaN before the op writes it (`poisoned`).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill_kernels import backend
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+IMPLEMENTATIONS = [
+    "twin",
+    *(["interpreted"] if INTERPRETING else []),
+    *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []),
+]
+over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@contextmanager
+def running(implementation: str, block: int = 256) -> Iterator[torch.device]:
+    """Runs the body on one implementation, with poisoned memory; gives the device for its tensors."""
+    with poisoned(), backend.interpreted() if implementation == "interpreted" else nullcontext():
+        if implementation == "interpreted":
+            _set_blocks(block)
+        yield torch.device("cuda" if implementation == "cuda" else "cpu")
+
+
+def _set_blocks(block: int) -> None:
+    from distill_kernels import triton_math, triton_sample
+
+    triton_math.BLOCK = triton_sample.BLOCK = block
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Uninitialised tensors are NaN, or the largest integer, as PyTorch's deterministic mode makes them."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def exact(tensor: Tensor | None) -> Tensor | None:
+    """A float64 copy on the CPU, a leaf that requires a gradient if the original does."""
+    if tensor is None:
+        return None
+    return tensor.detach().cpu().double().requires_grad_(tensor.requires_grad)
+
+
+def assert_as_good_as_pytorch(ours: Tensor, pytorch: Tensor, truth: Tensor, name: str, constant: float = 2e-6) -> None:
+    """Our largest error against float64 is at most that of PyTorch in the same dtype, plus a small constant.
+
+    The constant is in units of the largest value (of 1, if that is smaller): some ten roundings of float32.
+    Infinite values must be infinite in all three.
+    """
+    ours, pytorch, truth = (t.detach().cpu().double() for t in (ours, pytorch, truth))
+    assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    infinite = truth.isinf()
+    assert torch.equal(ours[infinite], truth[infinite]), f"{name}: infinite values differ"
+    ours, pytorch, truth = (t.masked_fill(infinite, 0) for t in (ours, pytorch, truth))
+    error, allowed = (ours - truth).abs().max(), (pytorch - truth).abs().max()
+    allowed = allowed.nan_to_num(0) + constant * truth.abs().max().clamp(min=1)
+    assert error <= allowed, f"{name}: error {error:.3e} against float64, allowed {allowed:.3e}"
