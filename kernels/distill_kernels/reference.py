@@ -88,7 +88,7 @@ def linear_distill_loss(
         losses = _kl(teacher, student)
     else:
         # Agarwal et al. 2023 (GKD), eq. 2: beta KL(teacher || m) + (1 - beta) KL(student || m).
-        mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+        mixture = _mixture(teacher, student, beta)
         losses = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
     used = token_weight != 0
     loss = (token_weight.to(losses.dtype) * losses.masked_fill(~used, 0)).sum()
@@ -180,6 +180,13 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     ignored = outside | missed | infinite[:, None]
     ratio = p.masked_fill(ignored, 0) - q.masked_fill(ignored, 0)
     return (p.exp() * ratio).sum(-1).masked_fill(infinite, math.inf)
+
+
+def _mixture(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """log(beta q + (1 - beta) p) of log-probabilities [K, V]."""
+    outside = (teacher == -math.inf) & (student == -math.inf)  # logaddexp has no gradient there
+    q, p = teacher.masked_fill(outside, 0), student.masked_fill(outside, 0)
+    return torch.logaddexp(q + math.log(beta), p + math.log1p(-beta)).masked_fill(outside, -math.inf)
 
 
 def _sampled(stats: TokenStats, sampling_logprob: Tensor | None, importance_clip: float | None) -> Tensor:
