@@ -13,11 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from distill.kv_cache import DecodeCache, PromptCache
+from distill.kv_cache import DecodeCache, PromptCache, StaticDecodeCache
 from distill_kernels import Sample, sample
 
 # Rows are dropped once this part of them has ended: copying their keys costs about as much as one step.
 COMPACT_BELOW = 0.9
+
+# On CUDA: how often the end is looked for; the rows a graph may have; the completion slots by which attention grows.
+CHECK_EVERY = 16
+ROW_BUCKETS = (1, *(rows for power in range(1, 13) for rows in (2**power, 3 * 2**power // 2)))
+SLOTS_SHOWN = 128
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class Completions(NamedTuple):
             torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
-    def write(self, step: int, rows: Tensor, drawn: Sample, ended: Tensor, ends: Tensor, pad_token_id: int) -> Tensor:
+    def write(
+        self, step: int | Tensor, rows: Tensor, drawn: Sample, ended: Tensor, ends: Tensor, pad_token_id: int
+    ) -> Tensor:
         """Stores a step's draw for `rows` not yet `ended`, and marks in place those that one of `ends` ends here.
 
         Returns the tokens [R] to go on with: padding for the rows that had ended before.
@@ -64,7 +71,7 @@ class Completions(NamedTuple):
         self.logprob[rows, step] = drawn.logprob.masked_fill(ended, 0.0)
         self.sampling_logprob[rows, step] = drawn.sampling_logprob.masked_fill(ended, 0.0)
         self.lengths[rows] += ~ended
-        ended |= torch.isin(token_ids, ends)
+        ended |= (token_ids[:, None] == ends).any(1)
         self.finished[rows] = ended
         return token_ids
 
@@ -85,42 +92,127 @@ def prefill(body: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[P
     return PromptCache(keys, values, prompt_mask), output.last_hidden_state[:, -1].clone()
 
 
-def decode(
-    body: nn.Module,
-    logits_of: Callable[[Tensor], Tensor],
-    prompt: PromptCache,
-    last_hidden: Tensor,
-    prompt_index: Tensor,
-    row_ids: Tensor,
-    *,
-    sampling: SamplingOptions,
-    eos_token_ids: Sequence[int],
-    pad_token_id: int,
-    seed: int,
-    out: Completions,
-) -> None:
-    """Continues prompts into `out` (R rows); `prompt_index` [R] is sorted, `row_ids` [R] count the random numbers.
+class Wave:
+    """Rows that are decoded together: R rows that continue B prompts, and what is known of them between two steps."""
 
-    `body` runs `shared_prefix_attention`; `logits_of` takes hidden states [R, H] to float32 logits [R, V];
-    `last_hidden` [B, H] and `prompt` come from `prefill`.
-    """
-    cache = DecodeCache(prompt, prompt_index, sampling.max_new_tokens)
-    positions = prompt.mask.sum(-1)[prompt_index]  # of the first completion token
-    ends = torch.tensor(list(eos_token_ids), device=row_ids.device)
-    rows = torch.arange(row_ids.numel(), device=row_ids.device)
-    ended = torch.zeros_like(rows, dtype=torch.bool)
-    logits = logits_of(last_hidden)[prompt_index]
-    for step in range(sampling.max_new_tokens):
-        drawn = sample(logits, **sampling.warp(), seed=seed, step=step, row_ids=row_ids[rows])
-        token_ids = out.write(step, rows, drawn, ended, ends, pad_token_id)
-        alive = rows.numel() - int(ended.sum())
-        if alive == 0 or step + 1 == sampling.max_new_tokens:
+    def __init__(
+        self,
+        body: nn.Module,
+        logits_of: Callable[[Tensor], Tensor],
+        *,
+        prompt: PromptCache,
+        last_hidden: Tensor,
+        prompt_index: Tensor,
+        row_ids: Tensor,
+        sampling: SamplingOptions,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        seed: int,
+        out: Completions,
+    ) -> None:
+        """`body` runs `shared_prefix_attention`; `logits_of` takes hidden states [R, H] to float32 logits [R, V].
+
+        `last_hidden` [B, H] and `prompt` come from `prefill`; `prompt_index` [R] is sorted; `row_ids` [R] count the
+        random numbers; completions go into `out`.
+        """
+        self.body, self.logits_of, self.prompt, self.prompt_index = body, logits_of, prompt, prompt_index
+        self.sampling, self.seed, self.pad_token_id, self.out = sampling, seed, pad_token_id, out
+        self.ends = torch.tensor(list(eos_token_ids), device=row_ids.device)
+        self.row_ids, self.rows = row_ids, torch.arange(row_ids.numel(), device=row_ids.device)
+        self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
+        self.positions = prompt.mask.sum(-1)[prompt_index]  # of the first completion token
+        self.logits = logits_of(last_hidden)[prompt_index]
+
+    def draw(self, step: int | Tensor) -> Tensor:
+        """Draws and stores the token of every row at completion position `step`; returns them [R]."""
+        warp = self.sampling.warp()
+        drawn = sample(self.logits, **warp, seed=self.seed, step=step, row_ids=self.row_ids)
+        return self.out.write(step, self.rows, drawn, self.ended, self.ends, self.pad_token_id)
+
+    def next_logits(self, cache: DecodeCache, token_ids: Tensor, step: int | Tensor) -> Tensor:
+        return self.logits_of(decode_step(self.body, cache, token_ids, self.positions + step))
+
+    def keep(self, kept: Tensor) -> None:
+        """Goes on with the rows of the sorted index `kept` only."""
+        self.row_ids, self.rows, self.ended = self.row_ids[kept], self.rows[kept], self.ended[kept]
+        self.positions = self.positions[kept]
+
+
+def decode(wave: Wave) -> None:
+    """Runs a wave to its end, dropping finished rows as they come. For a CPU, where looking costs nothing."""
+    length = wave.sampling.max_new_tokens
+    cache = DecodeCache(wave.prompt, wave.prompt_index, length)
+    for step in range(length):
+        token_ids = wave.draw(step)
+        alive = wave.rows.numel() - int(wave.ended.sum())
+        if alive == 0 or step + 1 == length:
             return
-        if alive < COMPACT_BELOW * rows.numel():
-            kept = (~ended).nonzero().squeeze(1)
+        if alive < COMPACT_BELOW * wave.rows.numel():
+            kept = (~wave.ended).nonzero().squeeze(1)
             cache.keep(kept)
-            rows, token_ids, positions, ended = rows[kept], token_ids[kept], positions[kept], ended[kept]
-        logits = logits_of(decode_step(body, cache, token_ids, positions + step))
+            wave.keep(kept)
+            token_ids = token_ids[kept]
+        wave.logits = wave.next_logits(cache, token_ids, step)
+
+
+def decode_static(wave: Wave) -> None:
+    """Runs a wave to its end in steps of fixed shape, on CUDA as replayed graphs.
+
+    The end is looked for every CHECK_EVERY steps. A graph serves until rows are dropped, down to a bucket of rows, or
+    until attention must see more completion slots; the step before a capture runs as usual and warms it up.
+    """
+    length = wave.sampling.max_new_tokens
+    cache = StaticDecodeCache(wave.prompt, wave.prompt_index, length)
+    position = torch.zeros(1, dtype=torch.long, device=wave.rows.device)
+
+    def one_step() -> None:
+        token_ids = wave.draw(position)
+        wave.logits.copy_(wave.next_logits(cache, token_ids, position))
+        position.add_(1)
+
+    replay, shown = None, 0
+    for step in range(length - 1):
+        if step == shown:
+            shown += SLOTS_SHOWN
+            cache.show(shown)
+            replay = None
+        if step % CHECK_EVERY == 0 and step > 0:
+            alive = wave.rows.numel() - int(wave.ended.sum())
+            if alive == 0:
+                return
+            bucket = next(size for size in ROW_BUCKETS if size >= min(alive, ROW_BUCKETS[-1]))
+            if alive <= bucket < wave.rows.numel():
+                replay = None
+                kept = wave.ended.int().argsort(stable=True)[:bucket].sort().values
+                cache.length = step
+                cache.keep(kept)
+                wave.keep(kept)
+                wave.logits = wave.logits[kept]
+        if replay is None:
+            one_step()
+            replay = capture(one_step, position.device)
+        else:
+            replay()
+    wave.draw(length - 1)
+
+
+def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """On CUDA, records what `step` launches, without running it, and returns what repeats it; elsewhere `step`."""
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def fits_static(config) -> bool:
+    """Whether a decode step of a model of this configuration has fixed shapes and no look at the values."""
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    sliding = sliding or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    rope = getattr(config, "rope_parameters", None) or {}
+    return not sliding and not experts and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
 
 
 def decode_step(body: nn.Module, cache: DecodeCache, token_ids: Tensor, positions: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ prompt's, one GEMM for all rows of the prompt, and the row's own) merged by thei
 Left out on purpose: paging. All rows of a wave are as long as one another, so a dense buffer wastes nothing.
 """
 
+import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -110,17 +112,19 @@ class DecodeCache(Cache):
         query = query.view(rows, kv_heads, -1, query.shape[-1])  # [R, kv heads, group, D]
         # A window of w ends at the new token, which stands at prompt_length + length.
         first = 0 if window is None else max(0, self.prompt_length + self.length + 1 - window)
-        if not self.shared:
-            bias = None if self.bias is None else self.bias[..., first : keys.shape[2]]
-            return attention_with_lse(query, keys[:, :, first:], values[:, :, first:], bias, scale)[0].flatten(1, 2)
-        own = max(0, first - self.prompt_length)
-        output, lse = attention_with_lse(query, keys[:, :, own:], values[:, :, own:], None, scale)
-        if first < self.prompt_length:
+        own = max(0, first - self.prompt_length) if self.shared else first
+        bias = self._own_bias(own, keys.shape[2])
+        output, lse = attention_with_lse(query, keys[:, :, own:], values[:, :, own:], bias, scale)
+        if self.shared and first < self.prompt_length:
             shared_output, shared_lse = self._attend_prompt(query, layer, scale, first)
             # Weights of the two pieces: softmax of their log-sum-exps.
             weight = torch.sigmoid(lse - shared_lse).unsqueeze(-1).to(output.dtype)
             output = torch.lerp(shared_output, output, weight)
         return output.flatten(1, 2)
+
+    def _own_bias(self, first: int, end: int) -> Tensor | None:
+        """What is added to the scores of the rows' own slots from `first` to `end`, [R or 1, 1, 1, end - first]."""
+        return None if self.shared or self.bias is None else self.bias[..., first:end]
 
     def _attend_prompt(self, query: Tensor, layer: int, scale: float, first: int) -> tuple[Tensor, Tensor]:
         """The prompt's piece for every row: [R, kv heads, group, D] to the same, and log-sum-exps without D."""
@@ -135,6 +139,103 @@ class DecodeCache(Cache):
         output = output.view(prompts, kv_heads, self.width, group, -1).transpose(1, 2).flatten(0, 1)
         lse = lse.view(prompts, kv_heads, self.width, group).transpose(1, 2).flatten(0, 1)
         return (output, lse) if self.slots is None else (output[self.slots], lse[self.slots])
+
+
+class StaticDecodeCache(DecodeCache):
+    """The same addresses and shapes in every step, for CUDA graphs: the position is a tensor, not a number.
+
+    `show` says how many completion slots attention reads; slots past the position are masked. FlashAttention, where
+    it is installed, is told the position instead and reads no further. Sliding windows are not for this cache.
+    """
+
+    def __init__(self, prompt: PromptCache, prompt_index: Tensor, max_new_tokens: int) -> None:
+        super().__init__(prompt, prompt_index, max_new_tokens)
+        on_gpu = prompt.mask.device.type == "cuda" and self._keys[0].dtype in (torch.float16, torch.bfloat16)
+        self._kernel = flash_with_kvcache() if on_gpu else None
+        for buffer in (*self._keys, *self._values):
+            buffer[:, :, self._offset :].zero_()  # masked slots are multiplied by 0, which a NaN would survive
+        self._end = self._keys[0].shape[2]
+
+    def show(self, completion_slots: int) -> None:
+        """Makes attention read this many completion slots; fewer than have been written would be wrong."""
+        self._end = min(self._offset + completion_slots, self._keys[0].shape[2])
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        keys, values = self._keys[layer_idx][: self._rows], self._values[layer_idx][: self._rows]
+        keys.index_copy_(2, self._slot, key_states)
+        values.index_copy_(2, self._slot, value_states)
+        return keys[:, :, : self._end], values[:, :, : self._end]
+
+    def advance(self) -> None:
+        """Only tensors change, so that a replayed graph does the same; the caller keeps `length` up to date."""
+        self._slot += 1
+        self._seen += 1
+        # Past the last slot nothing is written or read any more.
+        self._bias.index_fill_(-1, self._slot.clamp(max=self._bias.shape[-1] - 1), 0.0)
+
+    def _arrange(self) -> None:
+        super()._arrange()
+        device, written = self._prompt_index.device, self._offset + self.length
+        self._slot = torch.tensor([written], device=device)
+        self._seen = torch.full((self._rows,), written + 1, dtype=torch.int32, device=device)
+        self._left_padding = (~self._prompt.mask).sum(-1, dtype=torch.int32)  # [B]
+        future = torch.arange(self._keys[0].shape[2], device=device) > written
+        bias = torch.zeros(1, 1, 1, future.numel(), dtype=self._keys[0].dtype, device=device)
+        if not self.shared and self.bias is not None:
+            bias = self.bias.clone()
+        self._bias = bias.masked_fill_(future, MASKED)
+
+    def _own_bias(self, first: int, end: int) -> Tensor | None:
+        return self._bias[..., first:end]
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        if window is not None:
+            raise ValueError("a sliding window moves with the position, which this cache does not know as a number")
+        if self._kernel is None:
+            return super().attend(query, keys, values, layer, scale, None)
+        heads = query.transpose(1, 2)  # [R, 1, heads, D]
+        padding = None if self.shared else self._left_padding[self._prompt_index]
+        output, lse = self._flash(heads, keys, values, self._seen, padding, scale)
+        if not self.shared:
+            return output.squeeze(1)
+        if self.slots is not None:
+            heads = heads[self.rows_of_slots]
+        prompt_keys, prompt_values = self._prompt.keys[layer], self._prompt.values[layer]
+        prompts, _, length, _ = prompt_keys.shape
+        whole = torch.full_like(self._left_padding, length)
+        together = heads.reshape(prompts, self.width, *heads.shape[2:])
+        shared, shared_lse = self._flash(together, prompt_keys, prompt_values, whole, self._left_padding, scale)
+        shared, shared_lse = shared.flatten(0, 1), shared_lse.transpose(1, 2).flatten(0, 1)  # [slots, heads, ..]
+        if self.slots is not None:
+            shared, shared_lse = shared[self.slots], shared_lse[self.slots]
+        weight = torch.sigmoid(lse.squeeze(-1) - shared_lse).unsqueeze(-1).to(output.dtype)
+        return torch.lerp(shared, output.squeeze(1), weight)
+
+    def _flash(
+        self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, left_padding: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """[b, q, heads, D] on [b, kv heads, slots, D], to [b, q, heads, D] and float32 [b, heads, q] (nats)."""
+        return self._kernel(
+            query,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            cache_seqlens=seen,
+            cache_leftpad=left_padding,
+            softmax_scale=scale,
+            causal=False,
+            return_softmax_lse=True,
+        )
+
+
+def flash_with_kvcache() -> Callable | None:
+    """FlashAttention 2's decode function, or None where it is not installed."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_with_kvcache
+
+    return flash_attn_with_kvcache
 
 
 def attention_with_lse(

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from distill.decode import Completions, SamplingOptions, decode, decode_step, prefill
+from distill.decode import (
+    Completions,
+    SamplingOptions,
+    Wave,
+    decode,
+    decode_static,
+    decode_step,
+    fits_static,
+    prefill,
+)
 from distill.generation_copy import GenerationCopy, choose_dtype
 from distill.kv_cache import ATTENTION_NAME, DecodeCache
 from distill.models import split_head
@@ -106,6 +115,8 @@ class RolloutEngine:
         if engine == "native" and (reason := native_refusal(model.config.get_text_config())):
             raise NotImplementedError(f"rollout.engine native: {reason}; set rollout.engine: transformers")
         dtype = choose_dtype(model, precision)
+        static = model.device.type == "cuda" and fits_static(model.config.get_text_config())
+        self._decode = decode_static if static else decode
         self._copy = GenerationCopy(
             model, dtype, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id, pack=engine == "native"
         )
@@ -175,20 +186,20 @@ class RolloutEngine:
                 self._set_attention(ATTENTION_NAME)
                 for rows in waves:
                     index = torch.arange(rows.start, rows.stop, device=input_ids.device) // num_rollouts - prompts.start
-                    part = Completions(*(tensor[rows] for tensor in out))
-                    decode(
+                    wave = Wave(
                         model.base_model,
                         self._logits,
-                        cache,
-                        last_hidden,
-                        index,
-                        row_ids[rows],
+                        prompt=cache,
+                        last_hidden=last_hidden,
+                        prompt_index=index,
+                        row_ids=row_ids[rows],
                         sampling=self.sampling,
                         eos_token_ids=self.eos_token_ids,
                         pad_token_id=self.pad_token_id,
                         seed=self.seed,
-                        out=part,
+                        out=Completions(*(tensor[rows] for tensor in out)),
                     )
+                    self._decode(wave)
             return out.token_ids
 
         try:

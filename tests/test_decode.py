@@ -9,7 +9,7 @@ from conftest import tiny_model
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from distill.decode import Completions, SamplingOptions, decode, prefill
+from distill.decode import Completions, SamplingOptions, Wave, decode, prefill
 from distill.kv_cache import DecodeCache, PromptCache, attention_with_lse
 from distill.rollout import RolloutEngine
 from distill_kernels import Sample
@@ -132,19 +132,20 @@ def test_decode_equals_the_forward_of_the_whole_row() -> None:
         cache, hidden = prefill(model.base_model, prompt, mask)
         out = Completions.empty(6, 5, 0, torch.device("cpu"))
         model.set_attn_implementation("distill_shared_prefix")
-        decode(
+        wave = Wave(
             model.base_model,
             model.lm_head,
-            cache,
-            hidden,
-            torch.tensor([0, 0, 0, 1, 1, 1]),
-            torch.arange(6),
+            prompt=cache,
+            last_hidden=hidden,
+            prompt_index=torch.tensor([0, 0, 0, 1, 1, 1]),
+            row_ids=torch.arange(6),
             sampling=SamplingOptions(5),
             eos_token_ids=[96],
             pad_token_id=0,
             seed=1,
             out=out,
         )
+        decode(wave)
         model.set_attn_implementation("sdpa")
         for row in range(6):
             length = int(out.lengths[row])

@@ -146,6 +146,37 @@ def test_waves_compaction_and_batch_change_nothing(name: str, monkeypatch: pytes
     assert torch.equal(fewer.completion_ids, of_whole[:, : fewer.completion_ids.shape[1]])
 
 
+@pytest.mark.parametrize("num_rollouts", [1, 6])
+def test_steps_of_fixed_shape_change_nothing(family: str, num_rollouts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop that CUDA replays as graphs, run step by step; short intervals make every branch of it run."""
+    model, prompts, eos = tiny_model(family), ragged_prompts(), tuple(range(3, 9))
+    expected = run(make_engine(model, 30, eos), prompts, num_rollouts)
+    assert expected.completion_lengths.min() < 8
+    for check_every, slots_shown in ((1, 5), (4, 7), (16, 128)):
+        monkeypatch.setattr(distill.decode, "CHECK_EVERY", check_every)
+        monkeypatch.setattr(distill.decode, "SLOTS_SHOWN", slots_shown)
+        engine = make_engine(model, 30, eos)
+        engine._decode = distill.decode.decode_static
+        same(expected, run(engine, prompts, num_rollouts))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_graphs_on_a_gpu_say_what_single_steps_say(family: str, precision: str) -> None:
+    """In float32 the same tokens as the loop without graphs; in bfloat16 (FlashAttention's) near its rescoring."""
+    model = tiny_model(family).cuda()
+    prompts = Prompts(*(tensor.cuda() for tensor in ragged_prompts()))
+    engine = make_engine(model, 40, eos=(3, 4, 5), precision=precision)
+    assert engine._decode is distill.decode.decode_static
+    replayed = run(engine, prompts, 6)
+    if precision == "float32":
+        engine._decode = distill.decode.decode
+        same(replayed, run(engine, prompts, 6))
+    limit = 1e-4 if precision == "float32" else 0.1
+    assert (replayed.logprob - rescored(model, replayed)).abs().mean() < limit
+
+
 def test_waves_hold_every_row_once() -> None:
     engine = make_engine(tiny_model())
     for budget in (1, 10_000, 60_000, 200_000, 10**9):
