@@ -108,6 +108,20 @@ def sample(
 ) -> Sample:
     """Draws one token a row by sorting: temperature, then top-k, top-p and min-p, each on what the last one left."""
     R, V = logits.shape
+    sampled_from = sampling_logprobs(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    row_ids = torch.arange(R, device=logits.device) if row_ids is None else row_ids
+    cumulative = sampled_from.double().exp().cumsum(-1)
+    target = uniform(seed, step, row_ids).double()[:, None] * cumulative[:, -1:]
+    token_ids = (cumulative <= target).sum(-1).clamp(max=V - 1)[:, None]
+    logprob = logits.to(sampled_from.dtype).log_softmax(-1).gather(1, token_ids)[:, 0]
+    return Sample(token_ids[:, 0], logprob, sampled_from.gather(1, token_ids)[:, 0])
+
+
+def sampling_logprobs(
+    logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """[R, V] log-probabilities of the distribution that `sample` draws from, -inf for what the filters drop."""
+    V = logits.shape[1]
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     scaled = logits.to(dtype) / temperature
     if 0 < top_k < V:
@@ -122,13 +136,7 @@ def sample(
     if min_p > 0:
         floor = scaled.amax(-1, keepdim=True) + math.log(min_p)
         scaled = scaled.masked_fill(scaled < floor, -math.inf)
-    row_ids = torch.arange(R, device=logits.device) if row_ids is None else row_ids
-    cumulative = scaled.double().softmax(-1).cumsum(-1)
-    target = uniform(seed, step, row_ids).double()[:, None] * cumulative[:, -1:]
-    token_ids = (cumulative <= target).sum(-1).clamp(max=V - 1)[:, None]
-    logprob = logits.to(dtype).log_softmax(-1).gather(1, token_ids)[:, 0]
-    sampling_logprob = scaled.log_softmax(-1).gather(1, token_ids)[:, 0]
-    return Sample(token_ids[:, 0], logprob, sampling_logprob)
+    return scaled.log_softmax(-1)
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:

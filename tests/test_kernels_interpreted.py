@@ -1,0 +1,27 @@
+"""Runs the kernel tests on the Triton source, through Triton's interpreter, where there is no GPU to run it on.
+
+In a process of its own, because Triton chooses between compiler and interpreter when it is first imported.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FILES = ("test_kernels_reverse_kl.py", "test_kernels_linear.py", "test_kernels_sample.py", "test_kernels_contract.py")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU itself")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the tests themselves are interpreted")
+@pytest.mark.parametrize("file", FILES)
+def test_triton_source(file):
+    path = Path(__file__).with_name(file)
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", str(path)]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=path.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
