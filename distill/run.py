@@ -113,6 +113,7 @@ class Run:
                 f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "
                 f"{prompts.too_long} of more than {limit} tokens",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def _make_trainer(self) -> Trainer:
@@ -157,7 +158,7 @@ class Run:
                 path for i in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.{i}")).exists()
             )
             folder.rename(kept)
-            self.console.print(f"the earlier run's folder is now {kept}", highlight=False)
+            self.console.print(f"the earlier run's folder is now {kept}", highlight=False, soft_wrap=True)
         if resume == "auto":
             found = checkpoint.load_newest(folder / "checkpoints", self._accept)
         else:
@@ -286,7 +287,8 @@ class Run:
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
         report = write_report(self.folder)
         if before is not None:
-            rows = [("held-out reverse KL, nats/token", f"{before:.3f}", f"{after:.3f}  ({after / before - 1:+.0%})")]
+            change = f"  ({after / before - 1:+.0%})" if before else ""
+            rows = [("held-out reverse KL, nats/token", f"{before:.3f}", f"{after:.3f}{change}")]
             rows += [(s["prompt"], s["before"], s["after"]) for s in summary["samples"][:3]]
             closing_table(self.console, rows)
         for line in (

@@ -1,0 +1,100 @@
+"""Checkpoints: whole or absent, verified, pruned; logs that a kill cut short."""
+
+import json
+
+import pytest
+import torch
+
+from distill import checkpoint
+from distill.checkpoint import CheckpointError
+from distill.metrics import JsonLines, read_json_lines
+
+
+def save(folder, step, value=1.0, keep_last=2):
+    tensors = {"student": {"w": torch.full((3,), value)}, "optimizer": {"w/step": torch.tensor(4.0)}}
+    return checkpoint.save(folder, step, tensors, {"step": step}, keep_last)
+
+
+def newest(folder):
+    return checkpoint.load_newest(folder, lambda state: None)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    tensors, state = checkpoint.load(save(tmp_path, 7))
+    assert state == {"step": 7}
+    assert torch.equal(tensors["student"]["w"], torch.ones(3))
+    assert tensors["optimizer"]["w/step"] == 4
+    assert {path.name for path in (tmp_path / "step-000007").iterdir()} == {
+        "student.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    }
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000003", "step-000010"]
+    assert newest(tmp_path)[1] == {"step": 10}
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "removed"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, name, damage):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / name
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "changed":
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    else:
+        path.unlink()
+    with pytest.warns(UserWarning, match="trying the checkpoint before it"):
+        assert newest(tmp_path)[1] == {"step": 1}
+
+
+def test_a_save_that_was_killed_leaves_no_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".step-000002.partial").mkdir()
+    (tmp_path / ".step-000002.partial" / "student.safetensors").write_bytes(b"half")
+    assert newest(tmp_path)[1] == {"step": 1}
+    save(tmp_path, 2)  # and does not stand in the way of the next one
+    assert newest(tmp_path)[1] == {"step": 2}
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 1, 1.0)
+    save(tmp_path, 1, 2.0)
+    assert newest(tmp_path)[0]["student"]["w"][0] == 2
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert newest(tmp_path / "absent") is None
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        checkpoint.load(tmp_path / "absent")
+
+
+def test_changes_that_matter_are_named():
+    saved = {"training": {"seed": 0, "max_steps": 5, "save_every": 1, "lr_schedule": "constant"}, "loss": {"beta": 0.5}}
+    current = json.loads(json.dumps(saved))
+    current["training"] |= {"max_steps": 9, "save_every": 3}
+    assert checkpoint.changed_keys(saved, current) == []
+    current["training"]["seed"], current["loss"]["beta"] = 1, 0.4
+    assert checkpoint.changed_keys(saved, current) == [
+        "training.seed: was 0, now 1",
+        "loss.beta: was 0.5, now 0.4",
+    ]
+    # Where the learning rate depends on the last step, its number matters.
+    saved["training"]["lr_schedule"] = current["training"]["lr_schedule"] = "cosine"
+    assert "training.max_steps: was 5, now 9" in checkpoint.changed_keys(saved, current)
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    log = JsonLines(path, keep=lambda record: record["step"] <= 2)
+    log.write([{"step": 3, "loss": float("nan")}])
+    log.close()
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]

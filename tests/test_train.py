@@ -1,0 +1,390 @@
+"""The command on tiny models: output, determinism, resuming, signals, exit statuses, and every configuration key."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model, tiny_tokenizer
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import distill.loss
+import distill.trainer
+from distill.config import ConfigError, known_keys, load_config
+from distill.metrics import read_json_lines
+from distill.models import ModelError
+from distill.run import Run
+from distill.train import main
+
+ROOT = Path(__file__).parent.parent
+SECONDS = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_bytes"}
+
+
+def execute(config_path) -> Run:
+    run = Run(load_config(config_path), Console(file=open(os.devnull, "w")), lambda: None)  # noqa: SIM115
+    assert run.execute() == 0
+    return run
+
+
+def metrics_of(folder) -> list[dict]:
+    """The metrics without what a clock or the operating system says."""
+    return [{k: v for k, v in line.items() if k not in SECONDS} for line in read_json_lines(folder / "metrics.jsonl")]
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32).state_dict()
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics_of(one) == metrics_of(other)
+    assert (one / "rollouts.jsonl").read_text() == (other / "rollouts.jsonl").read_text()
+    ours, theirs = weights_of(one), weights_of(other)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_writes_everything_that_the_design_names(write_config, tmp_path, capsys):
+    assert main(["--config", str(write_config()), "--training.save_every", "2", "--training.eval_every", "3"]) == 0
+    run = tmp_path / "run"
+    lines = read_json_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]  # 5 prompts, one a step
+    assert set(lines[0]) >= SECONDS | {
+        *("step", "epoch", "loss", "reverse_kl", "reverse_kl_exact", "student_entropy", "teacher_entropy"),
+        *("grad_norm", "learning_rate", "completion_tokens", "completion_length", "truncated_fraction"),
+    }
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 5
+    assert summary["device"] == "cpu"
+    assert summary["wall_seconds"] > 0
+    assert [line["step"] for line in read_json_lines(run / "evaluations.jsonl")] == [0, 3, 5]
+    evaluations = read_json_lines(run / "evaluations.jsonl")
+    assert summary["eval_reverse_kl_before"] == evaluations[0]["reverse_kl"]
+    assert summary["eval_reverse_kl_after"] == evaluations[-1]["reverse_kl"]
+    rollouts = read_json_lines(run / "rollouts.jsonl")
+    assert len(rollouts) == 5 * 2
+    assert {line["prompt"] for line in rollouts} == {
+        f"Say {word}." for word in ("red", "green", "blue", "grey", "pink")
+    }
+    assert load_config(run / "config.yaml").training.save_every == 2
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    assert "<svg" in (run / "report.html").read_text()
+    text = capsys.readouterr().out
+    assert "held-out reverse KL" in text
+    assert f"python -m distill.chat {run / 'final'}" in text.replace("\n", "")
+
+
+def test_the_final_model_is_an_ordinary_one_and_generates(write_config, tmp_path):
+    run = execute(write_config({"student.drop_layers": [1]}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    ids = torch.tensor([tokenizer("Hello")["input_ids"]])
+    torch.testing.assert_close(model(ids).logits, run.student(ids).logits)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_training_moves_the_student_towards_the_teacher(write_config, tmp_path):
+    changes = {"training.num_epochs": 6, "training.learning_rate": 1e-2, "training.num_rollouts_per_prompt": 8}
+    execute(write_config(changes))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_reverse_kl_after"] < 0.5 * summary["eval_reverse_kl_before"]
+
+
+def test_student_and_teacher_alike_have_no_divergence(write_config, tiny_pair, tmp_path):
+    execute(write_config({"teacher.model": str(tiny_pair["student"]), "training.max_steps": 1}))
+    (line,) = metrics_of(tmp_path / "run")
+    assert abs(line["reverse_kl_exact"]) < 1e-6
+    assert abs(line["reverse_kl"]) < 1e-6
+
+
+@pytest.mark.parametrize(("per_step", "per_batch", "steps"), [(1, 2, 5), (2, 2, 3), (5, 5, 1), (2, 4, 3), (1, None, 5)])
+def test_one_optimizer_step_a_group(write_config, monkeypatch, tmp_path, per_step, per_batch, steps):
+    counted = []
+    real = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: counted.append(1) or real(self, *args))
+    changes = {"training.prompts_per_step": per_step, "rollout.prompts_per_batch": per_batch}
+    execute(write_config(changes | {"prompts.eval": None}))
+    assert len(counted) == steps == len(metrics_of(tmp_path / "run"))
+
+
+def test_the_same_seed_gives_the_same_numbers(write_config, tmp_path):
+    execute(write_config({"training.output_dir": str(tmp_path / "one")}))
+    execute(write_config({"training.output_dir": str(tmp_path / "two")}))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])  # within a batch of two prompts, and between two batches
+def test_a_run_that_was_stopped_continues_to_the_same_numbers(write_config, tmp_path, stop_at):
+    whole = write_config({"training.output_dir": str(tmp_path / "whole"), "training.eval_every": 2}, "whole.yaml")
+    execute(whole)
+    path = write_config({"training.save_every": 1, "training.eval_every": 2})
+    steps = []
+    run = Run(load_config(path), Console(quiet=True), lambda: steps.append(1) or stop_after(steps, stop_at))
+    assert run.execute() == 143
+    execute(path)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    one, other = (read_json_lines(tmp_path / name / "evaluations.jsonl") for name in ("whole", "run"))
+    assert one == other
+
+
+def stop_after(steps: list[int], count: int):
+    return signal.SIGTERM if len(steps) == count else None
+
+
+def test_what_would_not_continue_truly_is_named(write_config, tmp_path, capsys):
+    path = write_config({"training.max_steps": 2})
+    execute(path)
+    assert main(["--config", str(path), "--training.seed", "5", "--loss.reduction", "token"]) == 2
+    message = capsys.readouterr().err
+    assert "training.seed: was 0, now 5" in message
+    assert "loss.reduction: was 'sequence', now 'token'" in message
+    assert "training.resume" in message
+    before = metrics_of(tmp_path / "run")
+    assert main(["--config", str(path), "--training.max_steps", "4"]) == 0  # harmless, and continues
+    assert metrics_of(tmp_path / "run")[:2] == before
+    assert len(metrics_of(tmp_path / "run")) == 4
+    (tmp_path / "prompts.txt").write_text("Something else.\n")
+    assert main(["--config", str(path), "--training.max_steps", "4"]) == 2
+    assert "prompts.train" in capsys.readouterr().err
+
+
+def test_starting_over_keeps_the_earlier_run(write_config, tmp_path):
+    path = write_config({"training.max_steps": 1})
+    execute(path)
+    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+    execute(write_config({"training.max_steps": 2, "training.resume": "never"}))
+    assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == kept
+    assert len(metrics_of(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_continues(write_config, tmp_path, number, status):
+    path = write_config({"training.num_epochs": 1000, "prompts.eval": None})
+    command = [sys.executable, "-m", "distill.train", "--config", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == status, output
+    done = len(read_json_lines(metrics))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert "Traceback" not in output
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"student.model": "/nowhere"}, "'/nowhere': no such directory"),
+        ({"prompts.train": "/nowhere.txt"}, "/nowhere.txt: there is no such file"),
+        ({"rollout.max_new_tokens": 4096}, "rollout.max_new_tokens: found 4096"),
+        ({"student.drop_layers": [9]}, "does not fit a model of 3 layers"),
+        ({"training.attention": "flash_attention_2"}, "flash_attention_2 needs a GPU"),
+        ({"training.resume": "/nowhere"}, "/nowhere is not a complete checkpoint"),
+        ({"training.lerning_rate": 1}, "mean 'training.learning_rate'"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message_and_status_2(write_config, capsys, changes, expected):
+    assert main(["--config", str(write_config(changes))]) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_gpu_that_is_not_there_is_named(write_config):
+    with pytest.raises(ConfigError, match=r"training\.device: found 'cuda:77'"):
+        execute(write_config({"training.device": "cuda:77"}))
+
+
+def test_prompts_left_out_are_reported(write_config, tmp_path, capsys):
+    path = write_config({"training.max_steps": 1, "prompts.eval": None})
+    (tmp_path / "prompts.txt").write_text("Say red.\n\n" + "long " * 300 + "\n")
+    assert main(["--config", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "1 prompts used; left out: 1 empty, 1 of more than" in output
+
+
+def test_tokenizers_without_chat_template_or_pad_token(write_config, tiny_pair, tmp_path):
+    for name in ("student", "teacher"):
+        shutil.copytree(tiny_pair[name], tmp_path / name)
+        tiny_tokenizer(chat_template=None, pad=None).save_pretrained(tmp_path / name)
+    changes = {"student.model": str(tmp_path / "student"), "teacher.model": str(tmp_path / "teacher")}
+    execute(write_config(changes))
+    assert all(line["reverse_kl_exact"] > 0 for line in metrics_of(tmp_path / "run"))
+
+
+def test_a_signal_is_remembered_and_the_second_interrupt_stops_at_once(write_config, tmp_path):
+    code = (
+        "import os, signal, time; from distill.train import SignalWatch; watch = SignalWatch();"
+        "os.kill(os.getpid(), signal.SIGINT); print(watch.received.name, flush=True);"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(10)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.stdout.strip() == "SIGINT"
+    assert result.returncode == -signal.SIGINT
+
+
+# ---- Every configuration key has an effect -------------------------------------------------------------------------
+
+# key: (changes before and after the key is set, its value, what is looked at). "numbers": the metrics differ.
+EFFECTS = {
+    "student.model": ({}, "other", "numbers"),
+    "student.drop_layers": ({}, [1], "numbers"),
+    "student.trust_remote_code": ({"student.model": "remote"}, True, "accepted"),
+    "teacher.model": ({}, "other", "numbers"),
+    "teacher.trust_remote_code": ({"teacher.model": "remote"}, True, "accepted"),
+    "prompts.train": ({}, "other", "numbers"),
+    "prompts.eval": ({}, "other", lambda run: run.evaluations[0]["reverse_kl"]),
+    "prompts.chat_template": ({}, "never", "numbers"),
+    "prompts.max_tokens": ({"prompts.eval": None}, 28, lambda run: run.prompts.too_long),
+    "prompts.shuffle": ({}, False, "numbers"),
+    "rollout.max_new_tokens": ({}, 3, "numbers"),
+    "rollout.temperature": ({}, 0.5, "numbers"),
+    "rollout.top_p": ({}, 0.5, "numbers"),
+    "rollout.top_k": ({}, 2, "numbers"),
+    "rollout.min_p": ({}, 0.5, "numbers"),
+    "rollout.prompts_per_batch": ({}, 5, "numbers"),
+    "rollout.engine": ({}, "transformers", lambda run: run.engine.engine),
+    "rollout.precision": ({}, "bfloat16", lambda run: run.engine.precision),
+    "rollout.memory_gib": ({}, 0.5, lambda run: run.engine._memory_budget_bytes),
+    "training.num_rollouts_per_prompt": ({}, 3, "numbers"),
+    "training.prompts_per_step": ({}, 2, "numbers"),
+    "training.learning_rate": ({}, 1e-2, "numbers"),
+    "training.lr_schedule": ({}, "cosine", "numbers"),
+    "training.warmup_steps": ({}, 3, "numbers"),
+    "training.adam_betas": ({}, [0.5, 0.9], "numbers"),
+    "training.max_grad_norm": ({}, 1e-8, "numbers"),
+    "training.num_epochs": ({}, 2, "numbers"),
+    "training.max_steps": ({}, 2, "numbers"),
+    "training.tokens_per_micro_batch": ({}, 30, "calls"),
+    "training.activation_checkpointing": ({}, True, "calls"),
+    "training.device": ({}, "cuda:77", "refused"),
+    "training.precision": ({}, "bfloat16", "numbers"),
+    "training.attention": ({}, "eager", lambda run: run.student.config._attn_implementation),
+    "training.seed": ({}, 1, "numbers"),
+    "training.output_dir": ({}, "elsewhere", lambda run: run.folder.name),
+    "training.save_every": ({}, 4, "checkpoints"),
+    "training.keep_last": ({"training.save_every": 1}, 4, "checkpoints"),
+    "training.eval_every": ({}, 2, lambda run: len(run.evaluations)),
+    "training.resume": ({}, "never", lambda run: (run.folder.with_name("run.1")).exists()),
+    "loss.objective": ({}, "sampled_reverse_kl", "numbers"),
+    "loss.reduction": ({"rollout.max_new_tokens": 99, "rollout.temperature": 10.0}, "token", "numbers"),
+    "loss.temperature": ({}, 2.0, "numbers"),
+    "loss.importance_clip": ({"loss.objective": "sampled_reverse_kl", "training.learning_rate": 0.1}, None, "numbers"),
+    "loss.beta": ({"loss.objective": "jsd"}, 0.1, "numbers"),
+    "evaluation.num_rollouts_per_prompt": ({}, 2, lambda run: run.evaluations[0]["completion_tokens"]),
+    "evaluation.max_new_tokens": ({}, 2, lambda run: run.evaluations[0]["completion_tokens"]),
+    "evaluation.seed": ({}, 7, lambda run: run.evaluations[0]["reverse_kl"]),
+}
+
+
+def test_the_walk_below_leaves_out_no_key():
+    assert set(EFFECTS) == set(known_keys())
+
+
+@pytest.fixture
+def others(tmp_path, tiny_pair):
+    """What `other`, `remote` and `elsewhere` stand for in the walk, by key."""
+    folder = tmp_path / "other"
+    tiny_model("llama", vocab_size=270, seed=9).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (tmp_path / "other.txt").write_text("Say one.\nSay two.\nSay three.\nSay four.\nSay five.\n")
+    remote = tmp_path / "remote"
+    shutil.copytree(tiny_pair["student"], remote)
+    (remote / "tiny_code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class TinyConfig(LlamaConfig):\n    model_type = 'tiny_remote'\n"
+        "class TinyModel(LlamaForCausalLM):\n    config_class = TinyConfig\n"
+    )
+    config = json.loads((remote / "config.json").read_text())
+    config |= {
+        "model_type": "tiny_remote",
+        "auto_map": {"AutoConfig": "tiny_code.TinyConfig", "AutoModelForCausalLM": "tiny_code.TinyModel"},
+    }
+    (remote / "config.json").write_text(json.dumps(config))
+
+    def stand_in(key: str, value):
+        if value == "other":
+            return str(tmp_path / "other.txt") if key.startswith("prompts") else str(folder)
+        return (
+            {"remote": str(remote), "elsewhere": str(tmp_path / "elsewhere")}.get(value, value)
+            if isinstance(value, str)
+            else value
+        )
+
+    return stand_in
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatch):
+    context, value, look = EFFECTS[key]
+    calls = []
+    real_split, real_hidden = distill.trainer.micro_batches, distill.loss.completion_hidden
+    monkeypatch.setattr(
+        distill.trainer, "micro_batches", lambda *args: calls.append(batches := real_split(*args)) or batches
+    )
+    monkeypatch.setattr(
+        distill.loss,
+        "completion_hidden",
+        lambda *args, **options: calls.append(options.get("checkpointing")) or real_hidden(*args, **options),
+    )
+
+    def observe(changes):
+        calls.clear()
+        try:
+            run = execute(write_config({k: others(k, v) for k, v in changes.items()}))
+        except (ConfigError, ModelError) as error:
+            return type(error)
+        if look == "numbers":
+            return metrics_of(run.folder)
+        if look == "calls":
+            return [len(call) if isinstance(call, list) else call for call in calls]
+        if look == "checkpoints":
+            return [path.name for path in sorted((run.folder / "checkpoints").iterdir())]
+        return look(run) if callable(look) else "ran"
+
+    without = observe(context)
+    if key not in ("training.resume", "training.output_dir"):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    with_key = observe({**context, key: value})
+    assert without != with_key
+    if look == "accepted":
+        assert (without, with_key) == (ModelError, "ran")
+
+
+# ---- The real model -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_model
+def test_the_default_run_heals_a_real_model(tmp_path):
+    """The first 12 steps of configs/default.yaml on the real weights, as a user starts it."""
+    config = yaml.safe_load((ROOT / "configs/default.yaml").read_text())
+    config["training"] |= {"max_steps": 12, "output_dir": str(tmp_path / "run"), "eval_every": None, "save_every": 100}
+    path = tmp_path / "short.yaml"
+    path.write_text(yaml.safe_dump(config))
+    environment_online = {k: v for k, v in environment().items() if k != "HF_HUB_OFFLINE"}
+    command = [sys.executable, "-m", "distill.train", "--config", str(path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment_online, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_reverse_kl_before"] > 1.5  # two layers short, it writes gibberish
+    assert summary["eval_reverse_kl_after"] < 0.7 * summary["eval_reverse_kl_before"]
+    assert summary["peak_memory_bytes"] < 4.5 * 2**30
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    ids = torch.tensor([tokenizer("The sky is")["input_ids"]])
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
