@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +77,13 @@ def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {error}") from error
 
 
-def load_newest(folder: Path, accept: Callable[[dict[str, Any]], None]):
-    """The newest sound checkpoint under `folder` as `load` returns it, or None. `accept` may raise for its state."""
+def load_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """The newest sound checkpoint under `folder` as `load` returns it, or None. Warns of each that is damaged."""
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
-            tensors, state = load(checkpoint)
+            return load(checkpoint)
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
-            continue
-        accept(state)
-        return tensors, state
     return None
 
 

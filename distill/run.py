@@ -47,7 +47,10 @@ class Run:
         self._load_models()
         self._load_prompts()
         check_against_itself(self.teacher_parts, self.prompts.token_ids[0], self.vocab_size)
-        self.trainer = self._make_trainer()
+        found = self._find_checkpoint()
+        self.trainer = self._make_trainer(found[1]["rollout_precision"] if found else config.rollout.precision)
+        if found:
+            self._restore(*found)
 
     def execute(self) -> int:
         """Trains, evaluates and writes everything; returns the exit status."""
@@ -116,7 +119,7 @@ class Run:
                 soft_wrap=True,
             )
 
-    def _make_trainer(self) -> Trainer:
+    def _make_trainer(self, rollout_precision: str) -> Trainer:
         config = self.config
         rollout, training = config.rollout, config.training
         self.engine = RolloutEngine(
@@ -126,7 +129,7 @@ class Run:
             ),
             eos_token_ids=eos_ids(self.student, self.tokenizer),
             pad_token_id=self.tokenizer.pad_token_id,
-            precision=rollout.precision,
+            precision=rollout_precision,
             engine=rollout.engine,
             memory_budget_bytes=None if rollout.memory_gib is None else int(rollout.memory_gib * 2**30),
             seed=training.seed,
@@ -150,28 +153,34 @@ class Run:
             vocab_size=self.vocab_size,
         )
 
+    def _find_checkpoint(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
+        """Tensors and state of the checkpoint to continue from, if there is one."""
+        resume = self.config.training.resume
+        if resume == "never":
+            return None
+        if resume == "auto":
+            found = checkpoint.load_newest(self.folder / "checkpoints")
+        else:
+            found = checkpoint.load(Path(resume))
+        if found:
+            self._accept(found[1])
+        return found
+
+    def _restore(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+        self.trainer.restore(tensors, state["trainer"])
+        self.evaluations, self.samples = state["evaluations"], state["samples"]
+        self.started -= state["wall_seconds"]
+        done, total = self.trainer.position.step, self.trainer.total_steps
+        self.console.print(f"continuing after step {done} of {total}", highlight=False)
+
     def _open_folder(self) -> None:
-        """Restores a checkpoint where there is one, and opens the files that grow."""
-        folder, resume = self.folder, self.config.training.resume
-        if resume == "never" and (folder / "metrics.jsonl").exists():
-            kept = next(
-                path for i in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.{i}")).exists()
-            )
+        """Sets an earlier run's folder aside where this one starts over, and opens the files that grow."""
+        folder = self.folder
+        if self.config.training.resume == "never" and (folder / "metrics.jsonl").exists():
+            names = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
+            kept = next(path for path in names if not path.exists())
             folder.rename(kept)
             self.console.print(f"the earlier run's folder is now {kept}", highlight=False, soft_wrap=True)
-        if resume == "auto":
-            found = checkpoint.load_newest(folder / "checkpoints", self._accept)
-        else:
-            found = None if resume == "never" else checkpoint.load(Path(resume))
-        if found is not None:
-            tensors, state = found
-            self._accept(state)
-            self.trainer.restore(tensors, state["trainer"])
-            self.evaluations, self.samples = state["evaluations"], state["samples"]
-            self.started -= state["wall_seconds"]
-            self.console.print(
-                f"continuing after step {self.trainer.position.step} of {self.trainer.total_steps}", highlight=False
-            )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         done = self.trainer.position.step
@@ -245,6 +254,8 @@ class Run:
             "trainer": state,
             "config": self.config.model_dump(mode="json"),
             "prompts": self.prompts.digest,
+            # `auto` was decided by a measurement, which another day could decide otherwise.
+            "rollout_precision": self.engine.precision,
             "evaluations": self.evaluations,
             "samples": self.samples,
             "wall_seconds": time.monotonic() - self.started,
@@ -277,6 +288,7 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "precision": str(self.dtype).removeprefix("torch."),
+            "rollout_precision": self.engine.precision,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "samples": [
