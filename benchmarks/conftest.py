@@ -1,0 +1,43 @@
+"""Collects the rows that benchmarks record, prints them as one table, and writes them where --results says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness import Row, describe_machine, format_table, write_json
+
+_rows = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", metavar="FILE", help="write the recorded rows to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_rows] = []
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
+    """Adds a row to the table at the end of the run."""
+    return request.config.stash[_rows].append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash[_rows]
+    if not rows:
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    terminalreporter.section("measured")
+    terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
+    terminalreporter.write_line(format_table(rows))
+    if path := config.getoption("--results"):
+        write_json(Path(path), rows, device)
