@@ -35,7 +35,9 @@ class GenerationCopy:
         tensors = {id(tensor): tensor for tensor in chain(source.parameters(), source.buffers())}
         self.model: PreTrainedModel = copy.deepcopy(source, memo=tensors).eval()
         # A checkpoint's own generation settings would apply silently.
-        self.model.generation_config = GenerationConfig(eos_token_id=list(eos_token_ids), pad_token_id=pad_token_id)
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=list(eos_token_ids) or None, pad_token_id=pad_token_id
+        )
         self.dtype = dtype
         self._updates: list[Callable[[], None]] = []
         packs = pack and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available()

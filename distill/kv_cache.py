@@ -162,8 +162,8 @@ class StaticDecodeCache(DecodeCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
         keys, values = self._keys[layer_idx][: self._rows], self._values[layer_idx][: self._rows]
-        keys.index_copy_(2, self._slot, key_states)
-        values.index_copy_(2, self._slot, value_states)
+        keys.index_copy_(2, self._slot, key_states.to(keys.dtype))
+        values.index_copy_(2, self._slot, value_states.to(values.dtype))
         return keys[:, :, : self._end], values[:, :, : self._end]
 
     def advance(self) -> None:
@@ -272,8 +272,8 @@ def shared_prefix_attention(
     if decode_cache is None or beyond:
         raise ValueError(f"attention with {beyond or 'no decode cache'} is beyond the native decode")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = decode_cache.attend(query, key, value, module.layer_idx, scale, sliding_window)
-    return output.unsqueeze(1), None
+    output = decode_cache.attend(query.to(key.dtype), key, value, module.layer_idx, scale, sliding_window)
+    return output.to(query.dtype).unsqueeze(1), None
 
 
 AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)

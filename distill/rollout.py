@@ -178,6 +178,7 @@ class RolloutEngine:
     def _run_native(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
         """One `generate` call whose loop is ours, in as many waves as the memory budget asks for."""
 
+        @torch.inference_mode()
         def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
             num_rollouts = row_ids.numel() // input_ids.shape[0]
             for prompts, waves in self._waves(*input_ids.shape, num_rollouts):
@@ -230,7 +231,9 @@ class RolloutEngine:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [R, H] to float32 logits [R, V]."""
-        logits = self._model.get_output_embeddings()(hidden).float() * self._scale
+        logits = self._model.get_output_embeddings()(hidden).float()
+        if self._scale != 1:
+            logits = logits * self._scale
         if self._softcap is not None:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits[:, : self._vocab_size]
@@ -292,7 +295,7 @@ class _Drawing(LogitsProcessor):
         self._engine, self._prompt_length, self._row_ids, self._out = engine, prompt_length, row_ids, out
         self._rows = torch.arange(row_ids.numel(), device=row_ids.device)
         self._ended = torch.zeros_like(self._rows, dtype=torch.bool)
-        self._ends = torch.tensor(engine.eos_token_ids, device=row_ids.device)
+        self._ends = torch.tensor(engine.eos_token_ids, dtype=torch.long, device=row_ids.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         engine, step = self._engine, input_ids.shape[1] - self._prompt_length
