@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.7)
     options = parser.parse_args(argv)
     try:
-        tokenizer, model = load_tokenizer(options.model), load_model(options.model)
+        on_gpu = torch.cuda.is_available()
+        placed = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {}
+        tokenizer, model = load_tokenizer(options.model), load_model(options.model, **placed)
     except ModelError as error:
         print(error, file=sys.stderr)
         return 2
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     messages: list[dict[str, str]] = []
     while line := _read_line():
         messages.append({"role": "user", "content": line})
-        prompt = torch.tensor([tokenise(messages, tokenizer, templated)])
+        prompt = torch.tensor([tokenise(messages, tokenizer, templated)], device=model.device)
         printer = _Printer(tokenizer)
         model.generate(
             prompt,

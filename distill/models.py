@@ -172,11 +172,14 @@ def _check_split(name: str, model: PreTrainedModel, vocab_size: int) -> None:
     if head.weight.shape[0] < vocab_size:
         raise ModelError(f"{name}: the tokenizer has {vocab_size} tokens, the model's head only {head.weight.shape[0]}")
     probe = torch.arange(1, min(9, vocab_size), device=head.weight.device)[None]
-    with _eval_mode(model):
+    # FlashAttention takes no float32, which the student's weights are.
+    mixed = "flash" in model.config._attn_implementation and head.weight.dtype == torch.float32
+    dtype = torch.bfloat16 if mixed else head.weight.dtype
+    with _eval_mode(model), torch.autocast(head.weight.device.type, dtype, enabled=mixed):
         expected = model(input_ids=probe).logits.float()
         found = head.logits(body(input_ids=probe).last_hidden_state)
     # Two ways through the same arithmetic: what remains is the rounding of one matrix product.
-    allowed = 64 * torch.finfo(head.weight.dtype).eps * expected.abs().max().clamp(min=1)
+    allowed = 64 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=1)
     error = (expected - found).abs().max()
     if not error <= allowed:
         raise ModelError(

@@ -4,6 +4,7 @@ Exit status: 0 done; 2 a configuration or an input that cannot be used, with one
 SIGTERM, with a checkpoint saved. A second SIGINT stops at once.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ class SignalWatch:
     def _remember(self, number: int, _frame: Any) -> None:
         self.received = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Straight to the descriptor: the interrupted code may be in the middle of a print.
+        os.write(2, f"\n{self.received.name}: finishing this step, then saving; Ctrl-C stops at once\n".encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

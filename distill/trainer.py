@@ -140,7 +140,7 @@ class Trainer:
         for key, value in tensors["optimizer"].items():
             name, _, moment = key.rpartition("/")
             parameter = self.parameters[name]
-            self.optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
+            self.optimizer.state[parameter][moment] = value.to(parameter.device)
         self.position = Position(**state["position"])
         self._rollout_seconds = state["rollout_seconds"]
         if "rollouts" in tensors:
