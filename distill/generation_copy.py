@@ -20,7 +20,7 @@ WORTHWHILE_SPEEDUP = 1.25
 
 
 class GenerationCopy:
-    """`model` is the copy; it follows the `source` it was made from whenever `refresh` is called."""
+    """`model` is the copy; `refresh` brings it up to its source, and `stale` says that this is due."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class GenerationCopy:
         self.model.generation_config = GenerationConfig(
             eos_token_id=list(eos_token_ids) or None, pad_token_id=pad_token_id
         )
-        self.dtype = dtype
+        self.dtype, self.stale = dtype, False
         self._updates: list[Callable[[], None]] = []
         packs = pack and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self._replace_head(packs)
@@ -51,6 +51,7 @@ class GenerationCopy:
         """Copies the weights that have another form here from the source."""
         for update in self._updates:
             update()
+        self.stale = False
 
     def _replace_head(self, packs: bool) -> None:
         head = self.model.get_output_embeddings()
@@ -93,6 +94,15 @@ class PackedLinear(nn.Module):
         # In a tuple, so that they are no parameters of this module.
         self._source, self._dtype = (source.weight, source.bias), dtype
         self.update()
+
+    @property
+    def weight(self) -> Tensor:
+        """The source's, for code that looks at an output layer's weight."""
+        return self._source[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._source[1]
 
     def update(self) -> None:
         weight, bias = self._source

@@ -111,8 +111,8 @@ class RolloutEngine:
         """
         self.sampling, self.seed, self.engine = sampling, seed, engine
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
-        self._memory_budget_bytes, self._stale = memory_budget_bytes, False
-        if engine == "native" and (reason := native_refusal(model.config.get_text_config())):
+        self._memory_budget_bytes = memory_budget_bytes
+        if engine == "native" and (reason := native_refusal(model)):
             raise NotImplementedError(f"rollout.engine native: {reason}; set rollout.engine: transformers")
         dtype = choose_dtype(model, precision)
         static = model.device.type == "cuda" and fits_static(model.config.get_text_config())
@@ -122,7 +122,7 @@ class RolloutEngine:
         )
         self._model = self._copy.model
         self._prefill_attention = self._model.config._attn_implementation
-        _, head = split_head(model)
+        self._body, head = split_head(self._model)
         self._scale, self._softcap, self._vocab_size = head.scale, head.softcap, vocab_size
         if engine == "native":
             with torch.no_grad():
@@ -135,7 +135,7 @@ class RolloutEngine:
 
     def refresh(self) -> None:
         """Says that the student's weights have changed; they are copied when they are next needed."""
-        self._stale = True
+        self._copy.stale = True
 
     def variant(self, *, seed: int, max_new_tokens: int) -> "RolloutEngine":
         """The same engine, weights included, with another seed and length: for evaluations between two steps."""
@@ -154,9 +154,8 @@ class RolloutEngine:
             raise ValueError("prompts must be left-padded and not empty: the last column of prompt_mask has a hole")
         if not 1 <= num_rollouts <= ROW_IDS_PER_PROMPT:
             raise ValueError(f"num_rollouts must be from 1 to {ROW_IDS_PER_PROMPT}, got {num_rollouts}")
-        if self._stale:
+        if self._copy.stale:
             self._copy.refresh()
-            self._stale = False
         device = prompt_ids.device
         numbers = torch.arange(num_rollouts, device=device)
         row_ids = (prompt_keys.to(device)[:, None] * ROW_IDS_PER_PROMPT + numbers).flatten()
@@ -178,17 +177,16 @@ class RolloutEngine:
     def _run_native(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
         """One `generate` call whose loop is ours, in as many waves as the memory budget asks for."""
 
-        @torch.inference_mode()
         def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
             num_rollouts = row_ids.numel() // input_ids.shape[0]
             for prompts, waves in self._waves(*input_ids.shape, num_rollouts):
                 self._set_attention(self._prefill_attention)
-                cache, last_hidden = prefill(model.base_model, input_ids[prompts], prompt_mask[prompts])
+                cache, last_hidden = prefill(self._body, input_ids[prompts], prompt_mask[prompts])
                 self._set_attention(ATTENTION_NAME)
                 for rows in waves:
                     index = torch.arange(rows.start, rows.stop, device=input_ids.device) // num_rollouts - prompts.start
                     wave = Wave(
-                        model.base_model,
+                        self._body,
                         self._logits,
                         prompt=cache,
                         last_hidden=last_hidden,
@@ -265,7 +263,7 @@ class RolloutEngine:
         Raises `NotImplementedError` when they disagree.
         """
         token_ids = torch.arange(4, device=self._model.device)[None]
-        body, everything = self._model.base_model, torch.ones_like(token_ids, dtype=torch.bool)
+        body, everything = self._body, torch.ones_like(token_ids, dtype=torch.bool)
         _, expected = prefill(body, token_ids, everything)
         prompt, _ = prefill(body, token_ids[:, :-1], everything[:, :-1])
         self._set_attention(ATTENTION_NAME)
@@ -305,8 +303,9 @@ class _Drawing(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, token_ids[:, None], 0.0)
 
 
-def native_refusal(config) -> str | None:
-    """Why the native engine cannot decode a model of this configuration, or None."""
+def native_refusal(model: PreTrainedModel) -> str | None:
+    """Why the native engine cannot decode this model, or None as far as its configuration tells."""
+    config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if config.is_encoder_decoder:
         return "an encoder-decoder has no prompt cache of the causal kind"
@@ -316,6 +315,8 @@ def native_refusal(config) -> str | None:
         return "layers share one another's keys and values"
     if getattr(config, "attn_logit_softcapping", None):
         return "attention scores are soft-capped"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} computes attention itself and takes no other function for it"
     return None
 
 

@@ -261,6 +261,19 @@ def test_refresh_follows_the_student(family: str, precision: str, engine: str) -
         torch.testing.assert_close(new.logprob, rescored(model, new), rtol=0, atol=1e-4)
 
 
+def test_variant_shares_the_weights_and_their_refresh() -> None:
+    model, prompts = tiny_model(), ragged_prompts()
+    engine = make_engine(model)
+    variant = engine.variant(seed=8, max_new_tokens=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    engine.refresh()
+    rollouts = run(variant, prompts, 2)
+    same(rollouts, run(make_engine(model, 5, seed=8), prompts, 2))
+    assert rollouts.completion_ids.shape[1] == 5
+
+
 def test_bfloat16_stays_near_the_student(family: str) -> None:
     """As near as the stock model in bfloat16 comes, whose logits are rounded too."""
     model, prompts = tiny_model(family), ragged_prompts()
