@@ -25,7 +25,7 @@ train: venv
 	$(BIN)/python -m distill.train --config $(CONFIG) $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 bench: venv
 	$(BIN)/python -m pytest benchmarks $(ARGS)
