@@ -123,6 +123,9 @@ def _keep_gradients(ctx, inputs, output) -> None:
     ctx.needed = inputs[9]
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(
+        False
+    )  # else autograd makes zeros as large as the weight for the outputs without gradient
 
 
 def _scale_gradients(ctx, upstream: Tensor, *_) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from distill_kernels.counter import uniform
 
 _BLOCK = 256  # columns whose sum the search for the drawn column skips at once
-_SLICE_BYTES = 16 * 2**20
+_SLICE_BYTES = 2 * 2**20  # of each [rows, V] buffer: small enough for the cache
+_COARSE_STEPS = 12
 
 
 def sample_rows(
@@ -71,18 +72,33 @@ def _threshold(z: Tensor, mass: Tensor, top_k: int, top_p: float, min_p: float) 
 
 def _bisect(z: Tensor, low: Tensor, keeps: Callable[[Tensor], Tensor]) -> Tensor:
     """[r] smallest value of z [r, V] above `low` for which `keeps` holds; it holds for the largest, 0, and stops
-    holding once on the way down. `keeps` judges the values at or below its argument [r, 1]."""
+    holding once on the way down. `keeps` judges the values at or below its argument [r, 1].
+
+    A few halvings first, which cost one sum each; then steps that move to a value that occurs, until none is left
+    between the two ends.
+    """
     high = torch.zeros_like(low)
+    for _ in range(_COARSE_STEPS):
+        middle = (low + high) / 2
+        kept = keeps(middle[:, None])
+        high, low = torch.where(kept, middle, high), torch.where(kept, low, middle)
+    nearest = _largest_up_to(z, high)
+    high = torch.where(nearest > low, nearest, torch.zeros_like(high))
     while True:
         middle = (low + high) / 2
         active = (middle > low) & (middle < high)
         if not active.any():
             return high
-        below = z.masked_fill(z > middle[:, None], -math.inf).amax(-1)  # the largest value not above the middle
+        below = _largest_up_to(z, middle)
         kept = keeps(middle[:, None]) & (below > low)
         above = z.masked_fill(z <= middle[:, None], math.inf).amin(-1)
         high = torch.where(active & kept, below, high)
         low = torch.where(active & ~kept, torch.where(above == high, high, middle), low)
+
+
+def _largest_up_to(z: Tensor, limit: Tensor) -> Tensor:
+    """[r] largest value of z [r, V] that is at most limit [r]."""
+    return z.masked_fill(z > limit[:, None], -math.inf).amax(-1)
 
 
 def _draw(masses: Tensor, draws: Tensor) -> Tensor:
