@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return Run(config, console, lambda: signals.received).execute()
-    except (ConfigError, PromptError, ModelError, CheckpointError) as error:
+    # NotImplementedError: a model that the native rollout engine refuses, with the way out.
+    except (ConfigError, PromptError, ModelError, CheckpointError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
