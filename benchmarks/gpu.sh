@@ -23,10 +23,12 @@ run() { # run SECONDS NAME COMMAND...: one part within its time, its output kept
   tail -n 25 "$out/$name.txt"
 }
 
-run 240 tests "$PYTHON" -m pytest -q tests/test_kernels_*.py -k "cuda or offsets or 2_to_the_31"
+run 150 tests "$PYTHON" -m pytest -q tests/test_kernels_*.py -k "cuda or offsets or 2_to_the_31"
 for file in benchmarks/test_*.py; do
   name=$(basename "$file" .py)
-  run 170 "$name" "$PYTHON" -m pytest -q "$file" \
+  limit=80
+  if [ "$name" = test_kernels ]; then limit=180; fi
+  run "$limit" "$name" "$PYTHON" -m pytest -q "$file" \
     --results "$out/$name.json" --benchmark-json "$out/$name.pytest-benchmark.json"
 done
 exit $status
