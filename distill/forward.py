@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from distill.cpu_linear import OneDnnLinears
 from distill.packing import Rows, host_rows, length_buckets, micro_batches, pack, pad
 from distill.prefix_attention import PrefixLayout, prefix_attention
 
@@ -61,6 +62,12 @@ def completion_hidden(
     not plain causal, so that every row has to compute its own prompt.
     """
     rows = host_rows(prompt_ids, prompt_mask, completion_ids, completion_lengths, prompt_index)
+    with OneDnnLinears():
+        return _hidden(body, prompt_ids, completion_ids, rows, checkpointing=checkpointing)
+
+
+def _hidden(body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: Rows, *, checkpointing: bool) -> Tensor:
+    """`completion_hidden` by sharing prompts, or plainly where that is cheaper or the model does not allow it."""
     inputs = (body, prompt_ids, completion_ids, rows)
     buckets = length_buckets(rows)
     if sum(len(bucket) * rows.length(bucket[0]) for bucket in buckets) <= WORTH_SHARING * rows.packed_tokens():

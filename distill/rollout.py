@@ -334,4 +334,4 @@ def free_bytes(device: torch.device) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
-    raise OSError("/proc/meminfo has no line MemAvailable; set rollout.memory_budget_bytes")
+    raise OSError("/proc/meminfo has no line MemAvailable; set rollout.memory_gib")

@@ -94,9 +94,7 @@ def write_config(tmp_path, tiny_pair):
     import yaml
 
     def write(changes: dict | None = None, name: str = "config.yaml"):
-        (tmp_path / "prompts.txt").write_text(
-            "Say red.\nSay green.\nSay blue.\nSay grey.\nSay pink.\n"
-        )
+        (tmp_path / "prompts.txt").write_text("Say red.\nSay green.\nSay blue.\nSay grey.\nSay pink.\n")
         (tmp_path / "eval.txt").write_text("Count to three.\nName a bird.\n")
         content = {
             "student": {"model": str(tiny_pair["student"])},

@@ -1,6 +1,10 @@
 """The algorithm: expectation, weights, micro-batches, masks. Every check is against plain PyTorch or by enumeration."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, s
 from distill.models import split_head
 from distill.prompts import left_pad
 from distill.rollout import RolloutEngine, Rollouts
+
+ROOT = Path(__file__).parent.parent
 
 
 def parts_of(model, dtype=torch.float32) -> ModelParts:
@@ -193,3 +199,41 @@ def test_a_head_wider_than_the_vocabulary_is_scored_on_the_shared_tokens_only():
     ids = torch.cat([rollouts.prompt_ids[0], rollouts.completion_ids[0, :3]])
     own, other = (model(ids[None]).logits[0, 3:6, :97].log_softmax(-1) for model in (student, teacher))
     torch.testing.assert_close(stats.reverse_kl[:3], (own.exp() * (own - other)).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+STEP_IN_A_PROCESS_OF_ITS_OWN = """
+import resource, sys
+sys.path.insert(0, "tests")
+from conftest import tiny_model
+from test_loss import gradients, make_rollouts, parts_of
+from distill.forward import micro_batches
+from distill.loss import Group, LossOptions, statistics
+
+V = 32_768
+student, teacher = (tiny_model("llama", vocab_size=V, seed=seed) for seed in (1, 2))
+
+def everything(rows, length):
+    rollouts = make_rollouts([length] * rows, num_rollouts=rows, vocab_size=V)
+    for objective in ("reverse_kl", "sampled_reverse_kl"):
+        gradients(student, teacher, rollouts, LossOptions(objective))
+    group = Group.of(rollouts)
+    parts = micro_batches(group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, 10**6)
+    assert len(parts) == 1
+    statistics(parts_of(student), parts_of(teacher), group, parts)
+
+everything(2, 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+everything(64, 64)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_no_logits_of_a_whole_group_exist():
+    """4,096 tokens on 32,768 words: one [K, V] in float32 is 512 MiB; scoring, loss and gradient stay below half."""
+    command = [sys.executable, "-c", STEP_IN_A_PROCESS_OF_ITS_OWN]
+    paths = os.pathsep.join(str(ROOT / name) for name in (".", "kernels"))
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 256 * 1024  # KiB
