@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Timing, interleave
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.harness import Timing, interleave
 from distill.decode import SamplingOptions
 from distill.models import load_model
 from distill.rollout import RolloutEngine
@@ -116,7 +116,7 @@ def report(capsys, title: str, shape: tuple[int, int, int], timings: dict[str, T
     return rates
 
 
-# N, rounds, and what the issue asks for: at least this many times stock, and the loop.
+# N, rounds, and what is asked for: at least this many times stock, and the loop.
 TINY = [(1, 5, 1.0, 1.0), (4, 3, 1.0, 1.0), (16, 3, 2.3, 9.0), (64, 1, 4.0, 1.0)]
 
 

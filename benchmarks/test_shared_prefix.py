@@ -8,16 +8,16 @@ of 16 rows at a time, as a large batch suffers from its own size.
 
 import pytest
 import torch
-from harness import Row, format_table, interleave, peak_memory
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.harness import Row, format_table, interleave, peak_memory
 from distill.forward import completion_hidden, padded_hidden
 from distill.models import split_head
 from distill.packing import host_rows
 
 VOCAB_SIZE = 8192
-# (P, T, N) and how many times faster than plain rows the issue asks for.
+# (P, T, N) and how many times faster than plain rows it has to be.
 SHAPES = {(256, 64, 16): 3.2, (256, 64, 64): 3.8, (256, 256, 8): 1.5, (32, 32, 4): 0.97}
 
 

@@ -12,9 +12,9 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Row, Timing, format_table, gemm_rate, interleave
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.harness import Row, Timing, format_table, gemm_rate, interleave
 from distill.config import TrainingConfig
 from distill.decode import SamplingOptions
 from distill.loss import LossOptions, ModelParts
