@@ -62,7 +62,8 @@ def completion_hidden(
     not plain causal, so that every row has to compute its own prompt.
     """
     rows = host_rows(prompt_ids, prompt_mask, completion_ids, completion_lengths, prompt_index)
-    with OneDnnLinears():
+    # A recomputation runs outside this context, and has to save what the first forward saved.
+    with _nothing() if checkpointing else OneDnnLinears():
         return _hidden(body, prompt_ids, completion_ids, rows, checkpointing=checkpointing)
 
 

@@ -63,8 +63,8 @@ class Group(NamedTuple):
     @classmethod
     def of(cls, rollouts: "Rollouts") -> "Group":
         """The group that some rollouts form."""
-        on_host = (rollouts.prompt_mask, rollouts.completion_lengths, rollouts.prompt_index)
-        mask, lengths, index = (tensor.cpu() for tensor in on_host)
+        mask, lengths = rollouts.prompt_mask.cpu(), rollouts.completion_lengths.cpu()
+        index = torch.arange(len(lengths)) // rollouts.num_rollouts
         return cls(rollouts.prompt_ids, mask, rollouts.completion_ids, lengths, index, rollouts.logprob)
 
     @property

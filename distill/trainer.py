@@ -145,7 +145,7 @@ class Trainer:
         self._rollout_seconds = state["rollout_seconds"]
         if "rollouts" in tensors:
             saved = {name: value.to(self.device) for name, value in tensors["rollouts"].items()}
-            self._rollouts = Rollouts(num_rollouts=self.options.num_rollouts_per_prompt, **saved)
+            self._rollouts = _lengths_on_host(Rollouts(num_rollouts=self.options.num_rollouts_per_prompt, **saved))
         self.engine.refresh()
 
     def _after(self, at: Position, batches: Sequence[Sequence[int]]) -> Position:
@@ -163,11 +163,12 @@ class Trainer:
         first = epoch * sum(map(len, batches)) + sum(map(len, batches[:batch]))
         keys = torch.arange(first, first + len(batches[batch]))
         with self.clock.phase("rollout"):
-            self._rollouts = self.engine.generate(
+            rollouts = self.engine.generate(
                 prompt_ids, prompt_mask, num_rollouts=self.options.num_rollouts_per_prompt, prompt_keys=keys
             )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self._rollouts = _lengths_on_host(rollouts)
         self._rollout_seconds = self.clock.read()["rollout"]
 
     def _step(self, rollouts: Rollouts, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
@@ -222,3 +223,10 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         return metrics, row_sums.tolist()
+
+
+def _lengths_on_host(rollouts: Rollouts) -> Rollouts:
+    """With masks and lengths where the steps' plans are made, so that no step waits for an accelerator to tell them."""
+    return replace(
+        rollouts, prompt_mask=rollouts.prompt_mask.cpu(), completion_lengths=rollouts.completion_lengths.cpu()
+    )
