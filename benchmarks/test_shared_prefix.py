@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness import Row, format_table, interleave, peak_memory
+from distill.cpu_linear import OneDnnLinears
 from distill.forward import completion_hidden, padded_hidden
 from distill.models import split_head
 from distill.packing import host_rows
@@ -51,7 +52,8 @@ def step(model, hidden_of, inputs, rows_at_once):
 
 def plain(body, prompt_ids, prompt_mask, completion_ids, lengths, index):
     rows = host_rows(prompt_ids, prompt_mask, completion_ids, lengths, index)
-    return padded_hidden(body, prompt_ids, completion_ids, rows)
+    with OneDnnLinears():  # the same products for both, so that what is compared is the sharing
+        return padded_hidden(body, prompt_ids, completion_ids, rows)
 
 
 @pytest.mark.parametrize(("shape", "wanted"), SHAPES.items(), ids=str)
