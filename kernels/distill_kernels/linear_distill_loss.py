@@ -128,9 +128,10 @@ def _keep_gradients(ctx, inputs, output) -> None:
     )  # else autograd makes zeros as large as the weight for the outputs without gradient
 
 
-def _scale_gradients(ctx, upstream: Tensor, *_) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    # Without materialised zeros, a loss that nothing depends on has no upstream gradient.
     scaled = [
-        (gradient * upstream).to(dtype) if needed else None
+        (gradient * upstream).to(dtype) if needed and upstream is not None else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
     return *scaled, *[None] * 17
