@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models of several families and a real byte-level tokenizer, all made on the spot."""
 
+import json
 import os
 
 import pytest
@@ -86,6 +87,21 @@ def tiny_pair(tmp_path_factory):
         tiny_tokenizer().save_pretrained(folder)
         folders[name] = folder
     return folders
+
+
+def ship_code(folder) -> None:
+    """Turns a saved Llama into a model that only the Python code in its folder can load."""
+    (folder / "tiny_code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class TinyConfig(LlamaConfig):\n    model_type = 'tiny_remote'\n"
+        "class TinyModel(LlamaForCausalLM):\n    config_class = TinyConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "tiny_remote",
+        "auto_map": {"AutoConfig": "tiny_code.TinyConfig", "AutoModelForCausalLM": "tiny_code.TinyModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import TINY_FAMILIES, tiny_model, tiny_tokenizer
+from conftest import TINY_FAMILIES, ship_code, tiny_model, tiny_tokenizer
 
 from distill import sources
 from distill.models import (
@@ -205,17 +205,7 @@ def test_a_named_attention_without_its_package_says_what_to_install(name, monkey
 def test_remote_code_runs_only_when_asked_for(tmp_path, tiny_pair):
     folder = tmp_path / "remote"
     shutil.copytree(tiny_pair["student"], folder)
-    (folder / "tiny_code.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class TinyConfig(LlamaConfig):\n    model_type = 'tiny_remote'\n"
-        "class TinyModel(LlamaForCausalLM):\n    config_class = TinyConfig\n"
-    )
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "tiny_remote",
-        "auto_map": {"AutoConfig": "tiny_code.TinyConfig", "AutoModelForCausalLM": "tiny_code.TinyModel"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    ship_code(folder)
     with pytest.raises(ModelError, match="trust_remote_code"):
         load_model(str(folder))
     assert type(load_model(str(folder), trust_remote_code=True)).__name__ == "TinyModel"

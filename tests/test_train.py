@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_model, tiny_tokenizer
+from conftest import ship_code, tiny_model, tiny_tokenizer
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -305,17 +305,7 @@ def others(tmp_path, tiny_pair):
     (tmp_path / "other.txt").write_text("Say one.\nSay two.\nSay three.\nSay four.\nSay five.\n")
     remote = tmp_path / "remote"
     shutil.copytree(tiny_pair["student"], remote)
-    (remote / "tiny_code.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class TinyConfig(LlamaConfig):\n    model_type = 'tiny_remote'\n"
-        "class TinyModel(LlamaForCausalLM):\n    config_class = TinyConfig\n"
-    )
-    config = json.loads((remote / "config.json").read_text())
-    config |= {
-        "model_type": "tiny_remote",
-        "auto_map": {"AutoConfig": "tiny_code.TinyConfig", "AutoModelForCausalLM": "tiny_code.TinyModel"},
-    }
-    (remote / "config.json").write_text(json.dumps(config))
+    ship_code(remote)
 
     def stand_in(key: str, value):
         if value == "other":
