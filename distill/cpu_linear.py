@@ -1,12 +1,8 @@
-"""Float32 linear layers through oneDNN on a CPU, forward and backward.
+"""Float32 linear layers through oneDNN on a CPU, forward and backward; see `distill_kernels.cpu_product` for why.
 
-PyTorch gives float32 products to MKL, which on CPUs of other makers than its own reaches half of what oneDNN does:
-180 against 400 GFLOP/s at the sizes of a 135M model on two cores of an AMD EPYC (`pytest benchmarks/test_linear.py`).
-Same arithmetic, another order of additions. Left out on purpose: other dtypes, which PyTorch gives to oneDNN itself,
-and the model, whose layers stay as they are: the choice lasts as long as the context.
+The model's layers stay as they are: the choice lasts as long as the context.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# oneDNN keeps compiled code for each shape, and every step brings new numbers of tokens: its default of 1,024 shapes
-# grew to 0.4 GiB within 80 steps. A step needs some twenty. Read when the first product is made.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-
-
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[.., H] float32 times the transpose of [V, H], plus [V]: [.., V]. Either may be a transposed view."""
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+from distill_kernels.cpu_product import available, product
 
 
 class _Linear(torch.autograd.Function):
@@ -55,11 +44,4 @@ class OneDnnLinears(TorchFunctionMode):
 
 
 def _applies(inputs: Tensor, weight: Tensor) -> bool:
-    return (
-        inputs.device.type == "cpu"
-        and inputs.dtype == weight.dtype == torch.float32
-        and inputs.dim() > 1
-        and inputs.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return available(inputs, weight) and inputs.dim() > 1 and not torch.is_autocast_enabled("cpu")

@@ -34,7 +34,7 @@ ALLOWED = {
     "report": {"config", "metrics"},
     "chat": {"models", "prompts"},
 }
-USE_KERNELS = {"decode", "rollout", "loss"}
+USE_KERNELS = {"decode", "rollout", "loss", "cpu_linear"}
 USE_TRANSFORMERS = {"prompts", "models", "rollout", "decode", "kv_cache", "generation_copy", "forward"}
 
 

@@ -3,7 +3,9 @@
 Products accumulate in float32 and leave float32 logits, whatever the inputs: logits rounded to bfloat16 would put
 0.02 to 0.05 nats of noise into every log-probability. On CUDA that is cuBLAS with a float32 output. On a CPU no
 such product exists, so half-precision weights are widened to float32 in blocks of `_CAST_BYTES`; a bfloat16 product
-then runs on bfloat16 units where the CPU has them (see `_products`), which is exact, as the operands are.
+then runs on bfloat16 units where the CPU has them (see `_products`), which is exact, as the operands are. A float32
+product goes to oneDNN, which returns new tensors only: in blocks of vocabulary of `_BLOCK_BYTES`, so that what it
+returns is still in the cache when it is copied or added to where it belongs.
 """
 
 from collections.abc import Iterator
@@ -12,10 +14,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from distill_kernels import cpu_product
+
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 """Budget for the two logits buffers and the logits' gradient, when a call names none."""
 
-_CAST_BYTES = 16 * 2**20
+_CAST_BYTES = 16 * 2**20  # of widened weights
+_BLOCK_BYTES = 4 * 2**20  # of a product's result
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -49,10 +54,15 @@ class HeadProducts:
         # On CUDA the tensor cores take half-precision operands as they are and accumulate in float32.
         self.native = weight.device.type == "cuda" and self.dtype != accumulate
         self.operand = self.dtype if self.native else accumulate
+        self.one_dnn = hidden.dtype == torch.float32 and cpu_product.available(weight)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """out [k, V] = hidden [k, H] weight^T."""
         hidden = hidden.to(self.operand)
+        if self.one_dnn:
+            for columns in self._vocabulary_blocks(len(hidden)):
+                out[:, columns].copy_(cpu_product.product(hidden, self.weight[columns]))
+            return out
         with _products(self.dtype):
             for columns, block in self._blocks():
                 self._mm(hidden, block.T, out[:, columns])
@@ -60,6 +70,8 @@ class HeadProducts:
 
     def hidden_gradient(self, grad: Tensor, out: Tensor) -> Tensor:
         """out [k, H] = grad [k, V] weight."""
+        if self.one_dnn:
+            return out.copy_(cpu_product.product(grad, self.weight.t()))
         with _products(self.dtype):
             for columns, block in self._blocks():
                 if columns.start == 0:
@@ -71,6 +83,10 @@ class HeadProducts:
     def add_weight_gradient(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None:
         """total [V, H] += grad [k, V]^T hidden [k, H]."""
         hidden = hidden.to(self.operand)
+        if self.one_dnn:
+            for columns in self._vocabulary_blocks(hidden.shape[1]):
+                total[columns] += cpu_product.product(grad[:, columns].t(), hidden.t())
+            return
         with _products(self.dtype):
             if self.native:
                 torch.addmm(total, grad.T, hidden, out_dtype=self.accumulate, out=total)
@@ -89,9 +105,12 @@ class HeadProducts:
         if self.weight.dtype == self.operand:
             yield slice(0, V), self.weight
             return
-        step = max(1, _CAST_BYTES // (H * self.operand.itemsize))
-        for start in range(0, V, step):
-            yield slice(start, min(start + step, V)), self.weight[start : start + step].to(self.operand)
+        for columns in self._vocabulary_blocks(H, _CAST_BYTES):
+            yield columns, self.weight[columns].to(self.operand)
+
+    def _vocabulary_blocks(self, width: int, size: int = _BLOCK_BYTES) -> Iterator[slice]:
+        """The vocabulary in blocks of which one, `width` wide, has `size` bytes."""
+        return chunks(len(self.weight), max(1, size // (width * self.operand.itemsize)))
 
 
 @contextmanager

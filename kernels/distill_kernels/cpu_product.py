@@ -1,0 +1,27 @@
+"""Float32 products through oneDNN on a CPU.
+
+PyTorch gives float32 products to MKL, which on CPUs of other makers than its own reaches half of what oneDNN does:
+180 against 400 GFLOP/s at the sizes of a 135M model on two cores of an AMD EPYC (`pytest benchmarks/test_linear.py`).
+Same arithmetic, another order of additions. Other dtypes are left out: PyTorch gives those to oneDNN itself.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+# oneDNN keeps compiled code for each shape, and every step brings new numbers of tokens: its default of 1,024 shapes
+# grew to 0.4 GiB within 80 steps. A step needs some twenty. Read when the first product is made.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
+def available(*tensors: Tensor) -> bool:
+    """Whether `product` takes these tensors: float32, on a CPU, with something in them, and torch has oneDNN."""
+    return torch.backends.mkldnn.is_available() and all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() > 0 for t in tensors
+    )
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[.., H] float32 times the transpose of [V, H], plus [V]: [.., V]. Either may be a transposed view."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
