@@ -18,12 +18,16 @@ from typing import Any
 
 import torch
 
+from distill_kernels import cpu_product
+
 
 @dataclass(frozen=True)
 class Timing:
     """Of one candidate, in seconds."""
 
     samples: tuple[float, ...]
+    peak_bytes: int | None = None
+    """Memory beyond what was held before, where it was asked for."""
 
     @property
     def median(self) -> float:
@@ -66,19 +70,30 @@ def interleave(
     rounds: int = 5,
     warmup: int = 1,
     device: torch.device | str = "cpu",
+    memory: bool = False,
 ) -> dict[str, Timing]:
-    """Times every candidate once a round; each call includes waiting for the device."""
+    """Times every candidate once a round; each call includes waiting for the device. With `memory`, the first round
+    measures each one's peak too."""
     device = torch.device(device)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    peaks: dict[str, int] = {}
+
+    def timed(name: str) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        candidates[name]()
+        synchronize(device)
+        return time.perf_counter() - start
+
     for index in range(warmup + rounds):
-        for name, candidate in candidates.items():
-            synchronize(device)
-            start = time.perf_counter()
-            candidate()
-            synchronize(device)
-            if index >= warmup:
-                samples[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+        for name in candidates:
+            seconds = []
+            if memory and index == 0:
+                peaks[name] = peak_memory(lambda name=name, seconds=seconds: seconds.append(timed(name)), device)
+            else:
+                seconds.append(timed(name))
+            samples[name] += seconds
+    return {name: Timing(tuple(values[warmup:]), peaks.get(name)) for name, values in samples.items()}
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
@@ -126,12 +141,15 @@ def copy_bandwidth(device: torch.device | str = "cpu", size: int | None = None) 
 def gemm_rate(
     M: int, N: int, K: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> float:
-    """FLOPs a second of [M, K] times [K, N]."""
+    """FLOPs a second of [M, K] times [K, N], by the fastest way there is."""
     a = torch.randn(M, K, device=device).to(dtype)
     b = torch.randn(N, K, device=device).to(dtype)
     out = torch.empty(M, N, dtype=dtype, device=device)
-    best = min(interleave({"mm": lambda: torch.mm(a, b.T, out=out)}, rounds=5, device=device)["mm"].samples)
-    return 2 * M * N * K / best
+    ways = {"mm": lambda: torch.mm(a, b.T, out=out)}
+    if cpu_product.available(a, b):
+        ways["oneDNN"] = lambda: cpu_product.product(a, b)
+    timings = interleave(ways, rounds=5, device=device)
+    return 2 * M * N * K / min(min(timing.samples) for timing in timings.values())
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -6,10 +6,11 @@ With z = logits / temperature, each filter keeps the columns at or above a thres
     top-p   the smallest z(v) for which the mass of {u: z(u) > z(v)} is below p, among what top-k left
     min-p   max z + log(min_p)
 
-A threshold is found by bisection (each step one pass that takes the row's count or mass above a value and moves to
-the nearest value that occurs), so top-p differs from sorting by the rounding of a sum at the boundary, and keeps
-all of a tie there. The token is the inverse of the cumulative mass, in the order of the columns, at one uniform
-number of the counter (seed, step, row): see `counter`. Nothing else is random, and no number is drawn per column.
+On CUDA a threshold is found by bisection (each step one pass that takes the row's count or mass above a value and
+moves to the nearest value that occurs), on a CPU among the largest values of the row. Top-p differs from sorting by
+the rounding of a sum at the boundary, and keeps all of a tie there. The token is the inverse of the cumulative
+mass, in the order of the columns, at one uniform number of the counter (seed, step, row): see `counter`. Nothing
+else is random, and no number is drawn per column.
 
 Bytes: R V w without filters, twice (maximum and sums, then the draw); the passes of a bisection re-read the row,
 which the L2 cache holds.

@@ -1,11 +1,11 @@
 """Drawing tokens in PyTorch: what `triton_sample` does for CUDA, for logits on a CPU.
 
-The filters need one threshold a row, not an order: a column stays while the mass (top-p) or the number (top-k) of
-the columns above it is below the limit, which a bisection over the logits' range finds in some twenty passes.
+The filters need one threshold a row, not an order. For top-p it lies among the few likeliest columns of almost every
+row a language model writes, so those are ranked first, and more of the vocabulary only for the rows that need it:
+ranking 256 of 49,152 columns takes a twentieth of the time of all of them.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from distill_kernels.counter import uniform
 
 _BLOCK = 256  # columns whose sum the search for the drawn column skips at once
 _SLICE_BYTES = 2 * 2**20  # of each [rows, V] buffer: small enough for the cache
-_COARSE_STEPS = 12
+_LIKELY = 256  # columns among which the end of the nucleus is looked for first
 
 
 def sample_rows(
@@ -60,45 +60,27 @@ def _threshold(z: Tensor, mass: Tensor, top_k: int, top_p: float, min_p: float) 
     if 0 < top_k < V:
         thresholds.append(z.topk(top_k, dim=-1).values[:, -1])
     if top_p < 1:
-        kept = mass if not thresholds else mass.masked_fill(z < thresholds[0][:, None], 0)
-        total = kept.sum(-1)
-        # Columns of mass <= (1 - top_p) total / V sum to less than 1 - top_p: none of them is in the nucleus.
-        lowest = (total * ((1 - top_p) / V)).log()
-        thresholds.append(_bisect(z, lowest, lambda middle: (kept * (z > middle)).sum(-1) < top_p * total))
+        left = z if not thresholds else z.masked_fill(z < thresholds[0][:, None], -math.inf)
+        total = mass if not thresholds else left.exp()
+        thresholds.append(_nucleus(left, total.double().sum(-1), top_p))
     if min_p > 0:
         thresholds.append(torch.full_like(z[:, 0], math.log(min_p)))
     return torch.stack(thresholds).amax(0) if thresholds else None
 
 
-def _bisect(z: Tensor, low: Tensor, keeps: Callable[[Tensor], Tensor]) -> Tensor:
-    """[r] smallest value of z [r, V] above `low` for which `keeps` holds; it holds for the largest, 0, and stops
-    holding once on the way down. `keeps` judges the values at or below its argument [r, 1].
-
-    A few halvings first, which cost one sum each; then steps that move to a value that occurs, until none is left
-    between the two ends.
-    """
-    high = torch.zeros_like(low)
-    for _ in range(_COARSE_STEPS):
-        middle = (low + high) / 2
-        kept = keeps(middle[:, None])
-        high, low = torch.where(kept, middle, high), torch.where(kept, low, middle)
-    nearest = _largest_up_to(z, high)
-    high = torch.where(nearest > low, nearest, torch.zeros_like(high))
-    while True:
-        middle = (low + high) / 2
-        active = (middle > low) & (middle < high)
-        if not active.any():
-            return high
-        below = _largest_up_to(z, middle)
-        kept = keeps(middle[:, None]) & (below > low)
-        above = z.masked_fill(z <= middle[:, None], math.inf).amin(-1)
-        high = torch.where(active & kept, below, high)
-        low = torch.where(active & ~kept, torch.where(above == high, high, middle), low)
-
-
-def _largest_up_to(z: Tensor, limit: Tensor) -> Tensor:
-    """[r] largest value of z [r, V] that is at most limit [r]."""
-    return z.masked_fill(z > limit[:, None], -math.inf).amax(-1)
+def _nucleus(z: Tensor, total: Tensor, top_p: float) -> Tensor:
+    """[r] smallest value of z [r, V] that top-p keeps: exp(z) above it sums to less than top_p of total [r]."""
+    V = z.shape[1]
+    threshold, rows = z.new_zeros(len(z)), torch.arange(len(z))
+    for count in (min(_LIKELY, V), max(1, V // 4), V):
+        values, limit = z[rows].topk(count, dim=-1).values, (top_p * total[rows])[:, None]
+        masses = values.double().exp()
+        inside = masses.cumsum(-1) - masses < limit  # [rows, count], true up to the nucleus's end
+        threshold[rows] = values.gather(1, inside.sum(-1, keepdim=True) - 1)[:, 0]
+        rows = rows[inside[:, -1]]
+        if not len(rows):
+            break
+    return threshold
 
 
 def _draw(masses: Tensor, draws: Tensor) -> Tensor:
