@@ -72,7 +72,7 @@ def interleave(
     device: torch.device | str = "cpu",
     memory: bool = False,
 ) -> dict[str, Timing]:
-    """Times every candidate once a round; each call includes waiting for the device. With `memory`, the first round
+    """Times every candidate once a round; each call includes waiting for the device. With `memory`, the last round
     measures each one's peak too."""
     device = torch.device(device)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -88,7 +88,7 @@ def interleave(
     for index in range(warmup + rounds):
         for name in candidates:
             seconds = []
-            if memory and index == 0:
+            if memory and index == warmup + rounds - 1:
                 peaks[name] = peak_memory(lambda name=name, seconds=seconds: seconds.append(timed(name)), device)
             else:
                 seconds.append(timed(name))

@@ -10,6 +10,7 @@ import copy
 import functools
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.harness import Timing, interleave
+from benchmarks.harness import Row, Timing, interleave
 from distill.decode import SamplingOptions
 from distill.models import load_model
 from distill.rollout import RolloutEngine
@@ -102,17 +103,16 @@ def candidates(name: str, precision: str, shape: tuple[int, int, int]) -> dict[s
     }
 
 
-def report(capsys, title: str, shape: tuple[int, int, int], timings: dict[str, Timing]) -> dict[str, float]:
-    """Prints tokens per second of every candidate; returns them."""
+def report(record, title: str, shape: tuple[int, int, int], timings: dict[str, Timing]) -> dict[str, float]:
+    """Records a row for every candidate; returns their tokens per second."""
     B, P, N = shape
     tokens = {"loop": LOOP_CALLS * TOKENS}
     rates = {name: tokens.get(name, B * N * TOKENS) / timing.median for name, timing in timings.items()}
-    with capsys.disabled():
-        print(f"\n{title}: {B} prompts of {P} tokens, {N} rollouts of {TOKENS} tokens each")
-        for name, rate in rates.items():
-            timing = timings[name]
-            against = f"{rate / rates['stock']:6.2f} x stock" if "stock" in rates else ""
-            print(f"  {name:8} {rate:8.0f} tokens/s  spread {timing.spread:4.0%}  {against}")
+    group = f"rollouts, {title}: {B} prompts of {P} tokens, {N} rollouts of {TOKENS} tokens each"
+    for name, rate in rates.items():
+        against = f", {rate / rates['stock']:.2f} x stock" if name != "stock" else ""
+        label, timing = f"{name}: {rate:.0f} tokens/s{against}", timings[name]
+        record(Row(group, label, timing.median, timing.spread, extra={"tokens_per_second": rate}))
     return rates
 
 
@@ -121,10 +121,10 @@ TINY = [(1, 5, 1.0, 1.0), (4, 3, 1.0, 1.0), (16, 3, 2.3, 9.0), (64, 1, 4.0, 1.0)
 
 
 @pytest.mark.parametrize(("N", "rounds", "times_stock", "times_loop"), TINY, ids=[f"N{row[0]}" for row in TINY])
-def test_tiny_model(N: int, rounds: int, times_stock: float, times_loop: float, capsys) -> None:
+def test_tiny_model(N: int, rounds: int, times_stock: float, times_loop: float, record) -> None:
     shape = (4, 256, N)
     timings = interleave(candidates("tiny", "float32", shape), rounds=rounds, warmup=int(N < 64))
-    rates = report(capsys, "tiny model, float32", shape, timings)
+    rates = report(record, "tiny model, float32", shape, timings)
     assert rates["native"] >= times_stock * rates["stock"]
     assert rates["native"] >= times_loop * rates["loop"]
 
@@ -132,42 +132,42 @@ def test_tiny_model(N: int, rounds: int, times_stock: float, times_loop: float, 
 @pytest.mark.real_model
 @pytest.mark.parametrize("N", [4, 16])
 @pytest.mark.parametrize("P", [32, 512])
-def test_smollm2(P: int, N: int, capsys) -> None:
+def test_smollm2(P: int, N: int, record) -> None:
     shape = (1, P, N)
     timings = interleave(candidates("SmolLM2-135M", "float32", shape), rounds=3, warmup=0)
-    rates = report(capsys, "SmolLM2-135M, float32", shape, timings)
+    rates = report(record, "SmolLM2-135M, float32", shape, timings)
     assert rates["native"] > max(rates["stock"], rates["loop"])
 
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_smollm2_ten_prompts(precision: str, capsys) -> None:
+def test_smollm2_ten_prompts(precision: str, record) -> None:
     """The shape at which vLLM was measured on such a machine."""
     shape = (10, 32, 4)
     made = candidates("SmolLM2-135M", precision, shape)
     timings = interleave({name: made[name] for name in ("stock", "native")}, rounds=3)
-    rates = report(capsys, f"SmolLM2-135M, {precision}", shape, timings)
+    rates = report(record, f"SmolLM2-135M, {precision}", shape, timings)
     assert rates["native"] >= 1.9 * rates["stock"]
 
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("B", [1, 4, 10])
-def test_cost_of_more_rollouts(B: int, capsys) -> None:
+def test_cost_of_more_rollouts(B: int, record) -> None:
     engine, prompt_ids = engine_of("SmolLM2-135M", "float32"), prompts_of("SmolLM2-135M", B, 32)
     made = {f"N={N}": functools.partial(native, engine, prompt_ids, N) for N in (1, 4, 16)}
     timings = interleave(made, rounds=3)
     one = timings["N=1"].median
-    with capsys.disabled():
-        print(f"\nSmolLM2-135M, float32, {B} prompts of 32 tokens, {TOKENS} tokens a rollout")
-        for name, timing in timings.items():
-            print(f"  {name:5} {timing.median:6.2f} s  {timing.median / one:5.2f} x the time of N=1")
+    for name, timing in timings.items():
+        label = f"{name}: {timing.median / one:.2f} x the time of N=1"
+        group = f"rollouts, SmolLM2-135M, float32: {B} prompts of 32 tokens, {TOKENS} tokens a rollout"
+        record(Row(group, label, timing.median, timing.spread))
     assert timings["N=4"].median <= 2 * one
     if B < 10:  # 160 rows keep two cores busy with arithmetic alone, which no arrangement makes cheaper
         assert timings["N=16"].median <= 5 * one
 
 
 @pytest.mark.real_model
-def test_memory_of_256_rollouts(capsys) -> None:
+def test_memory_of_256_rollouts(record) -> None:
     """In a fresh process, interpreter, libraries and weights included."""
     here = Path(__file__).parent
     program = (
@@ -176,10 +176,9 @@ def test_memory_of_256_rollouts(capsys) -> None:
         "this.native(this.engine_of('SmolLM2-135M', 'float32'), this.prompts_of('SmolLM2-135M', 1, 512), 256)\n"
         "print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
+    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     peak = int(done.stdout.splitlines()[-1])
-    with capsys.disabled():
-        print(
-            f"\n256 rollouts of one prompt of 512 tokens, SmolLM2-135M, float32: {peak / GIB:.2f} GiB resident at most"
-        )
+    group = "256 rollouts of one prompt of 512 tokens, SmolLM2-135M, float32"
+    record(Row(group, "the whole process", time.perf_counter() - start, peak_bytes=peak))
     assert peak <= 6 * GIB

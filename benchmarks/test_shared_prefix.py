@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.harness import Row, format_table, interleave, peak_memory
+from benchmarks.harness import Row, interleave
 from distill.cpu_linear import OneDnnLinears
 from distill.forward import completion_hidden, padded_hidden
 from distill.models import split_head
@@ -57,7 +57,7 @@ def plain(body, prompt_ids, prompt_mask, completion_ids, lengths, index):
 
 
 @pytest.mark.parametrize(("shape", "wanted"), SHAPES.items(), ids=str)
-def test_forward_and_backward(model, two_threads, shape, wanted, capsys):
+def test_forward_and_backward(model, two_threads, shape, wanted, record):
     P, T, N = shape
     torch.manual_seed(1)
     inputs = (
@@ -73,12 +73,10 @@ def test_forward_and_backward(model, two_threads, shape, wanted, capsys):
     }
     if N > 16:
         candidates["plain rows, 16 at a time"] = lambda: step(model, plain, inputs, 16)
-    timings = interleave(candidates, rounds=3 if N > 16 else 5)
-    peaks = {name: peak_memory(candidate) for name, candidate in candidates.items()}
+    timings = interleave(candidates, rounds=3 if N > 16 else 5, memory=True)
     ours = timings["shared prompt"].median
     best = min(timing.median for name, timing in timings.items() if name != "shared prompt")
     group = f"(P, T, N) = {shape}: {best / ours:.2f} x, asked {wanted} x, bound {N * (P + T) / (P + N * T):.2f} x"
-    rows = [Row(group, name, t.median, t.spread, peak_bytes=peaks[name]) for name, t in timings.items()]
-    with capsys.disabled():
-        print("\n" + format_table(rows))
+    for name, timing in timings.items():
+        record(Row(group, name, timing.median, timing.spread, peak_bytes=timing.peak_bytes))
     assert best / ours >= wanted

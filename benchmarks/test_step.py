@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.harness import Row, Timing, format_table, gemm_rate, interleave
+from benchmarks.harness import Row, Timing, gemm_rate, interleave
 from distill.config import TrainingConfig
 from distill.decode import SamplingOptions
 from distill.loss import LossOptions, ModelParts
@@ -143,18 +143,15 @@ def beside_trl(models, tokenizer, P: int, T: int, N: int, dtype, ours: Callable,
 
 
 @pytest.mark.real_model
-def test_cost_of_more_rollouts(models, tokenizer, capsys):
+def test_cost_of_more_rollouts(models, tokenizer, record):
     P, T = 256, 32
     wanted = {1: 1.0, 4: 1.8, 16: 4.5}
     steps = {f"N = {N}": our_step(*models, tokenizer, P, T, N, torch.float32, "auto") for N in wanted}
     timings = interleave(steps, rounds=3)
     one = timings["N = 1"].median
-    rows = []
     for (name, timing), limit in zip(timings.items(), wanted.values(), strict=True):
         label = f"{name}: {timing.median / one:.2f} x the step of N = 1, asked at most {limit} x"
-        rows.append(Row(f"one step, P = {P}, T = {T}", label, timing.median, timing.spread))
-    with capsys.disabled():
-        print("\n" + format_table(rows))
+        record(Row(f"one step, P = {P}, T = {T}", label, timing.median, timing.spread))
     for timing, limit in zip(timings.values(), wanted.values(), strict=True):
         assert timing.median / one <= limit
 
@@ -166,15 +163,15 @@ def test_cost_of_more_rollouts(models, tokenizer, capsys):
     [(32, 32, 4, 1.0, 3), (512, 32, 16, 5.0, 1)],
     ids=["short prompt", "long prompt"],
 )
-def test_beside_trl(models, tokenizer, tmp_path, capsys, P, T, N, wanted, rounds, dtype):
+def test_beside_trl(models, tokenizer, tmp_path, record, P, T, N, wanted, rounds, dtype):
     pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0")
     ours = our_step(*models, tokenizer, P, T, N, dtype)
     theirs = (load_model(MODEL, drop_layers=DROPPED), models[1])
     timings = beside_trl(theirs, tokenizer, P, T, N, dtype, ours, tmp_path, rounds)
     ratio = timings["TRL"].median / timings["ours"].median
     group = f"one step in {dtype}, (P, T, N) = {(P, T, N)}: {ratio:.2f} x as fast, asked {wanted} x"
-    with capsys.disabled():
-        print("\n" + format_table([Row(group, name, t.median, t.spread) for name, t in timings.items()]))
+    for name, timing in timings.items():
+        record(Row(group, name, timing.median, timing.spread))
     assert ratio >= wanted
 
 
@@ -202,7 +199,7 @@ def multiplied_weights(model, P: int, T: int, N: int) -> int:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("N", [4, 16, 64])
-def test_qwen3_sizes_on_a_gpu(capsys, N):
+def test_qwen3_sizes_on_a_gpu(record, N):
     P, T = 512, 256
     with torch.device("cuda"):
         student = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **QWEN3, **SMALL))
@@ -216,6 +213,6 @@ def test_qwen3_sizes_on_a_gpu(capsys, N):
         "update": 6 * multiplied_weights(student, P, T, N),
     }
     limit = gemm_rate(8192, 8192, 8192, dtype=torch.bfloat16, device="cuda")
-    with capsys.disabled():
-        print("\n" + format_table(phase_rows(results, f"Qwen3-0.6B from 4B, (P, T, N) = {(P, T, N)}", flops, limit)))
+    for row in phase_rows(results, f"Qwen3-0.6B from 4B, (P, T, N) = {(P, T, N)}", flops, limit):
+        record(row)
     assert all(result.metrics["seconds_update"] > 0 for result in results)
