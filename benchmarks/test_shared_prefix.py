@@ -1,8 +1,9 @@
 """Forward and backward of N completions of one prompt: the prompt computed once, against the plain padded rows.
 
 A tiny random Llama (8 layers, hidden 256, V 8,192) in float32 on two CPU threads, from token ids to the gradients of
-the sampled tokens' log-probabilities, head included in both. The plain rows are given the better of one batch and
-of 16 rows at a time, as a large batch suffers from its own size.
+the sampled tokens' log-probabilities, head included in both, and the same products (oneDNN's) in both, so that what
+is compared is the sharing. The plain rows are given the better of one batch and of 16 rows at a time, as a large
+batch suffers from its own size.
 `bound` is what the tokens of the body allow, N(P + T) / (P + NT).
 """
 
@@ -46,13 +47,15 @@ def step(model, hidden_of, inputs, rows_at_once):
     for start in range(0, len(index), rows_at_once):
         rows = slice(start, start + rows_at_once)
         part = (prompt_ids, prompt_mask, completion_ids[rows], lengths[rows], index[rows])
-        logits = head.logits(hidden_of(body, *part))
+        hidden = hidden_of(body, *part)
+        with OneDnnLinears():
+            logits = head.logits(hidden)
         nn.functional.cross_entropy(logits, completion_ids[rows].flatten(), reduction="sum").div(len(index)).backward()
 
 
 def plain(body, prompt_ids, prompt_mask, completion_ids, lengths, index):
     rows = host_rows(prompt_ids, prompt_mask, completion_ids, lengths, index)
-    with OneDnnLinears():  # the same products for both, so that what is compared is the sharing
+    with OneDnnLinears():
         return padded_hidden(body, prompt_ids, completion_ids, rows)
 
 
