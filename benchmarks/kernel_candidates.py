@@ -1,7 +1,8 @@
 """The computations that the kernel benchmarks compare: ours, plain PyTorch with full logits, and other projects'.
 
-Each function takes the inputs and gives a call without arguments that does the work once. Peers are imported where
-they are used, and skip their rows where they are not installed.
+Each function takes the inputs and gives a call without arguments that does the work once and returns both gradients.
+Peers are imported where they are used, and skip their rows where they are not installed. `check_linear` refuses a
+candidate that computes something else before it is timed.
 """
 
 from collections.abc import Callable
@@ -66,12 +67,13 @@ def linear_ours(head: Head, objective: str) -> Call:
 
 
 def linear_pytorch(head: Head, objective: str) -> Call:
-    """Full logits of both models, float32 log-softmax, autograd."""
+    """Full logits of both models, float32 log-softmax (float64 of float64 inputs), autograd."""
 
     def call():
-        student = F.linear(*head.trained).float().log_softmax(-1)
+        wide = torch.promote_types(head.student_hidden.dtype, torch.float32)
+        student = F.linear(*head.trained).to(wide).log_softmax(-1)
         with torch.no_grad():
-            teacher = F.linear(head.teacher_hidden, head.teacher_weight).float().log_softmax(-1)
+            teacher = F.linear(head.teacher_hidden, head.teacher_weight).to(wide).log_softmax(-1)
         if objective == "reverse_kl":
             losses = (student.exp() * (student - teacher)).sum(-1)
         else:
@@ -132,6 +134,28 @@ def linear_cce(head: Head, objective: str) -> Call:
 def _only(objective: str, supported: str) -> None:
     if objective != supported:
         pytest.skip(f"has {supported} only")
+
+
+def check_linear(name: str, objective: str, V: int, Hs: int, Ht: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Runs a candidate on a few tokens and compares its gradients with PyTorch's in float64.
+
+    Asserts an error of at most ten times that of PyTorch with full logits in the same dtype, plus 1 in 10,000: less
+    exact than that is another loss.
+    """
+    if name == "cce":  # another loss: there is nothing to compare
+        return
+    few = make_head(16, V, Hs, Ht, device, dtype)
+    exact = Head(*(t.detach().double() if t.is_floating_point() else t for t in vars(few).values()))
+    for tensor in exact.trained:
+        tensor.requires_grad_()
+    truth = linear_pytorch(exact, objective)()
+
+    def error(gradients) -> float:
+        pairs = zip(gradients, truth, strict=True)
+        return max(((found.double() - right).norm() / right.norm()).item() for found, right in pairs)
+
+    found, allowed = error(LINEAR[name](few, objective)()), 10 * error(linear_pytorch(few, objective)()) + 1e-4
+    assert found <= allowed, f"{name} computes something else: relative error {found:.2e} of the gradients"
 
 
 LINEAR = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.harness import Row, copy_bandwidth, gemm_rate, interleave, peak_memory
-from benchmarks.kernel_candidates import LINEAR, LOGITS, SAMPLE, make_head
+from benchmarks.kernel_candidates import LINEAR, LOGITS, SAMPLE, check_linear, make_head
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -70,6 +70,7 @@ def test_linear_distill_loss(benchmark, record, device, name, shape, objective):
     """Forward and backward, both gradients."""
     K, V, Hs, Ht = shape
     call = LINEAR[name](make_head(K, V, Hs, Ht, device, DTYPE), objective)
+    check_linear(name, objective, V, Hs, Ht, device, DTYPE)
     flops, floor = linear_floor(K, V, Hs, Ht, device)
     group = f"linear_distill_loss {objective} K {K} V {V} H {Hs}/{Ht} {DTYPE}"
     # Weights, hidden states and both gradients, each once: what no chunking can avoid.
@@ -105,14 +106,13 @@ def test_cpu_target(benchmark, record, device):
     """K 2,048, V 49,152, H 576: at most 1.1 x the time of full logits, at most an eighth of their extra memory,
     not slower than the peers that are installed; all timed in turn."""
     K, V, H = 2048, 49_152, 576
-    head, few = (make_head(rows, V, H, H, device, torch.float32) for rows in (K, 64))
-    calls = {}
+    head, calls = make_head(K, V, H, H, device, torch.float32), {}
     for name, candidate in LINEAR.items():
         try:
             calls[name] = candidate(head, "reverse_kl")
         except pytest.skip.Exception:
             continue
-        candidate(few, "reverse_kl")()  # libraries make their own buffers
+        check_linear(name, "reverse_kl", V, H, H, device, torch.float32)
     timings = interleave(calls, rounds=3, warmup=0, memory=True)
     flops, floor = linear_floor(K, V, H, H, device)
     group = f"CPU target: linear_distill_loss reverse_kl K {K} V {V} H {H}"
