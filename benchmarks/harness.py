@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ class Timing:
 
 @dataclass
 class Row:
-    """One line of a result table. Absent figures stay None and print as a dash."""
+    """One line of a result table. Absent figures stay None and print as a dash.
+
+    `group` and `name` are the same in every run, so that results can be compared; this project's row is named `ours`.
+    """
 
     group: str
     name: str
@@ -55,7 +58,8 @@ class Row:
     """Of the time that the machine's measured limits allow: 1 is the limit itself."""
     peak_bytes: int | None = None
     """Memory beyond what was held before."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    """Tokens handled in `seconds`."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -171,9 +175,17 @@ def _cpu_name() -> str:
     return platform.processor() or "unknown"
 
 
+def ratios(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """By group and name: how many times as long as this project's row of the group a row takes, or as the group's
+    first row where there is none of this project's."""
+    first = {row.group: row.seconds for row in reversed(rows)} | {r.group: r.seconds for r in rows if r.name == "ours"}
+    return {(row.group, row.name): row.seconds / first[row.group] for row in rows}
+
+
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as text, a block a group."""
-    header = ("", "ms", "spread", "GB", "GFLOP", "of limit", "peak MiB")
+    header = ("", "ms", "spread", "ratio", "tokens/s", "GB", "GFLOP", "of limit", "peak MiB")
+    compared = ratios(rows)
     lines = []
     for group in dict.fromkeys(row.group for row in rows):
         members = [row for row in rows if row.group == group]
@@ -182,6 +194,8 @@ def format_table(rows: Sequence[Row]) -> str:
                 row.name,
                 f"{row.seconds * 1e3:.2f}",
                 _show(row.spread, "{:.0%}"),
+                f"{compared[group, row.name]:.2f}",
+                _show(row.tokens, "{:.0f}", row.seconds),
                 _show(row.bytes, "{:.3f}", 1e9),
                 _show(row.flops, "{:.1f}", 1e9),
                 _show(row.fraction, "{:.0%}"),
@@ -189,13 +203,12 @@ def format_table(rows: Sequence[Row]) -> str:
             )
             for row in members
         ]
-        widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+        shown = [column for column in range(len(header)) if any(line[column] != "-" for line in table[1:])]
+        widths = {column: max(len(line[column]) for line in table) for column in shown}
         lines.append(group)
         for line in table:
-            cells = [line[0].ljust(widths[0])] + [
-                cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)
-            ]
-            lines.append("  " + "  ".join(cells).rstrip())
+            cells = [line[column].rjust(widths[column]) for column in shown[1:]]
+            lines.append("  " + "  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
 
 
