@@ -1,4 +1,4 @@
-# make venv | train | test | bench | lint. The first of them on a fresh machine builds the environment in .venv.
+# make venv | train | test | bench | bench-check | lint. The first of them on a fresh machine builds the environment in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CONFIG ?= configs/default.yaml
 ARGS ?=
 
-.PHONY: venv train test bench lint clean
+.PHONY: venv train test bench bench-check lint clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.complete
@@ -29,6 +29,9 @@ test: venv
 
 bench: venv
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+bench-check: venv
+	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -39,6 +39,18 @@ def model():
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, **heads))
 
 
+def inputs_of(P: int, T: int, N: int) -> tuple:
+    """Random ids of one prompt and its N completions."""
+    torch.manual_seed(1)
+    return (
+        torch.randint(VOCAB_SIZE, (1, P)),
+        torch.ones(1, P, dtype=torch.bool),
+        torch.randint(VOCAB_SIZE, (N, T)),
+        [T] * N,
+        [0] * N,
+    )
+
+
 def step(model, hidden_of, inputs, rows_at_once):
     """Gradients of the mean log-probability of the completions, accumulated over parts of the rows."""
     body, head = split_head(model)
@@ -62,14 +74,7 @@ def plain(body, prompt_ids, prompt_mask, completion_ids, lengths, index):
 @pytest.mark.parametrize(("shape", "wanted"), SHAPES.items(), ids=str)
 def test_forward_and_backward(model, two_threads, shape, wanted, record):
     P, T, N = shape
-    torch.manual_seed(1)
-    inputs = (
-        torch.randint(VOCAB_SIZE, (1, P)),
-        torch.ones(1, P, dtype=torch.bool),
-        torch.randint(VOCAB_SIZE, (N, T)),
-        [T] * N,
-        [0] * N,
-    )
+    inputs = inputs_of(P, T, N)
     candidates = {
         "ours": lambda: step(model, completion_hidden, inputs, N),
         "plain rows": lambda: step(model, plain, inputs, N),

@@ -1,0 +1,103 @@
+"""`make bench-check`: how many times faster than plain PyTorch the parts are, against what is kept; about a minute.
+
+    python -m benchmarks.check [--update]
+
+Ratios of CPU time on one thread, of small versions of the benchmarks: seconds differ from machine to machine and wall
+time from minute to minute, these do not. Fails where a ratio fell by more than 20 % of the kept one, which is that of
+the same CPU if it is known, else the lowest of all. `--update` keeps this machine's ratios.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import test_rollout, test_shared_prefix
+from benchmarks.harness import describe_machine
+from benchmarks.kernel_candidates import SAMPLE, linear_ours, linear_pytorch, logits_ours, logits_pytorch, make_head
+from distill.forward import completion_hidden
+
+KEPT = Path(__file__).parent / "results" / "check.json"
+ALLOWED_FALL = 0.2
+Pair = tuple[Callable[[], object], Callable[[], object]]
+
+
+def pairs() -> dict[str, Pair]:
+    """Ours and the plain way, by name."""
+    cpu = torch.device("cpu")
+    head = make_head(256, 16_384, 256, 256, cpu, torch.float32)
+    student, teacher = torch.randn(2, 128, 16_384)
+    student.requires_grad_()
+    token_ids = torch.randint(16_384, (128,))
+    peaked = torch.randn(8, 49_152) * 4
+    prompt = test_rollout.prompts_of("tiny", 1, 64)
+    return {
+        "fused head, reverse_kl": (linear_ours(head, "reverse_kl"), linear_pytorch(head, "reverse_kl")),
+        "fused head, sampled_reverse_kl": (
+            linear_ours(head, "sampled_reverse_kl"),
+            linear_pytorch(head, "sampled_reverse_kl"),
+        ),
+        "reverse_kl from logits": (
+            logits_ours(student, teacher, token_ids),
+            logits_pytorch(student, teacher, token_ids),
+        ),
+        "sample with top-p": (SAMPLE["ours"](peaked, 0.9), SAMPLE["sorting"](peaked, 0.9)),
+        "rollouts, one prompt of 64 tokens x 16": (
+            lambda: test_rollout.native(test_rollout.engine_of("tiny", "float32"), prompt, 16),
+            lambda: test_rollout.stock(test_rollout.stock_of("tiny", "float32"), prompt, 16),
+        ),
+        "shared prompt, (P, T, N) = (128, 32, 8)": shared_prompt(128, 32, 8),
+    }
+
+
+def shared_prompt(P: int, T: int, N: int) -> Pair:
+    model = test_rollout.model_of("tiny")
+    inputs = test_shared_prefix.inputs_of(P, T, N)
+    ways = completion_hidden, test_shared_prefix.plain
+    return tuple(lambda way=way: test_shared_prefix.step(model, way, inputs, N) for way in ways)
+
+
+def measure(pair: Pair, rounds: int = 5) -> float:
+    """How many times the CPU time of ours the plain way takes: the median of rounds after a warm-up."""
+    ratios = []
+    for _ in range(rounds + 1):
+        seconds = []
+        for call in pair:
+            start = time.process_time()
+            call()
+            seconds.append(time.process_time() - start)
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios[1:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description="Guards the benchmarks' ratios.")
+    parser.add_argument("--update", action="store_true", help="keep this machine's ratios as what is asked for")
+    update = parser.parse_args(argv).update
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    cpu = describe_machine()["cpu"]
+    found, fell = {}, []
+    for name, pair in pairs().items():
+        found[name] = measure(pair)
+        known = [machine[name] for machine in kept.values() if name in machine]
+        before = kept.get(cpu, {}).get(name) or (min(known) if known else None)
+        print(f"{name:48} {found[name]:6.2f} x" + (f", kept {before:.2f} x" if before else ""), flush=True)
+        if before and found[name] < (1 - ALLOWED_FALL) * before:
+            fell.append(name)
+    if update:
+        KEPT.write_text(json.dumps(kept | {cpu: {name: round(x, 2) for name, x in found.items()}}, indent=1) + "\n")
+    elif fell:
+        print(f"fell by more than {ALLOWED_FALL:.0%}: {'; '.join(fell)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
