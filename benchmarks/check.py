@@ -9,6 +9,7 @@ the same CPU if it is known, else the lowest of all. `--update` keeps this machi
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -62,17 +63,23 @@ def shared_prompt(P: int, T: int, N: int) -> Pair:
     return tuple(lambda way=way: test_shared_prefix.step(model, way, inputs, N) for way in ways)
 
 
+def cpu_seconds(call: Callable[[], object], times: int = 1) -> float:
+    start = time.process_time()
+    for _ in range(times):
+        call()
+    return time.process_time() - start
+
+
 def measure(pair: Pair, rounds: int = 5) -> float:
-    """How many times the CPU time of ours the plain way takes: the median of rounds after a warm-up."""
+    """How many times the CPU time of ours the plain way takes: the median of rounds of 0.1 s or more, taken in turn."""
+    for call in pair:
+        call()
+    times = [max(1, math.ceil(0.1 / cpu_seconds(call))) for call in pair]
     ratios = []
-    for _ in range(rounds + 1):
-        seconds = []
-        for call in pair:
-            start = time.process_time()
-            call()
-            seconds.append(time.process_time() - start)
-        ratios.append(seconds[1] / seconds[0])
-    return statistics.median(ratios[1:])
+    for _ in range(rounds):
+        ours, plain = (cpu_seconds(call, n) / n for call, n in zip(pair, times, strict=True))
+        ratios.append(plain / ours)
+    return statistics.median(ratios)
 
 
 def main(argv: list[str] | None = None) -> int:

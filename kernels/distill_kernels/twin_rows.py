@@ -5,8 +5,8 @@ cache: about 0.2 ns an element and pass on one core, against 0.6 ns from main me
 in are scratch: they are overwritten.
 
 Each softmax is kept as shifted logits s = z - max z (0 at the largest), so that differences of two models' logits
-lose nothing to cancellation, whatever the size of the logits. Columns of logit -inf become `_FLOOR`: exp gives 0
-there, and 0 * _FLOOR is 0 where 0 * -inf would be NaN.
+lose nothing to cancellation, whatever the size of the logits. Columns of logit -inf become `FLOOR`: exp gives 0
+there, and 0 * FLOOR is 0 where 0 * -inf would be NaN.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor
 from distill_kernels.chunks import chunks
 from distill_kernels.types import OBJECTIVES, Head
 
-_FLOOR = -1e30
+FLOOR = -1e30
 _SLICE_BYTES = 2 * 2**20  # of one of the five [rows, V] buffers that a slice works in
 
 
@@ -48,7 +48,7 @@ def token_stats(
     for part, (exps_s, exps_t, difference) in row_slices(student):
         s = softmax_of(student[part], exps_s, student_head, temperature)
         t = softmax_of(teacher[part], exps_t, teacher_head, temperature)
-        _write_stats(s, t, token_ids[part], difference, stats[:, part])
+        write_stats(s, t, token_ids[part], difference, stats[:, part])
 
 
 def distill_rows(
@@ -76,7 +76,7 @@ def distill_rows(
     for part, (exps_s, exps_t, work) in row_slices(student):
         s = softmax_of(student[part], exps_s, student_head, temperature)
         t = softmax_of(teacher[part], exps_t, teacher_head, temperature)
-        _write_stats(s, t, token_ids[part], work, stats[:, part])
+        write_stats(s, t, token_ids[part], work, stats[:, part])
         slope = None
         if grad is not None and student_head.softcap is not None:
             # Of softcap: 1 - tanh^2, with tanh = logit / softcap, before `student` is overwritten.
@@ -114,7 +114,7 @@ def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> 
     outside = None
     if some_outside:
         outside = shifted == -math.inf
-        shifted.masked_fill_(outside, _FLOOR)
+        shifted.masked_fill_(outside, FLOOR)
     torch.exp(shifted, out=exps)
     total = exps.sum(-1, keepdim=True)
     return _Softmax(shifted, exps, peak, total, total.log(), outside)
@@ -128,7 +128,7 @@ def _mean(weights: Tensor, total: Tensor, values: Tensor) -> Tensor:
 def _at(s: _Softmax, ids: Tensor) -> Tensor:
     """[r] log-probability of the token ids [r, 1]."""
     chosen = s.shifted.gather(1, ids)
-    return (chosen - s.log_total).masked_fill(chosen < _FLOOR / 2, -math.inf)[:, 0]
+    return (chosen - s.log_total).masked_fill(chosen < FLOOR / 2, -math.inf)[:, 0]
 
 
 def _missed(p: _Softmax, q: _Softmax) -> Tensor | None:
@@ -139,7 +139,8 @@ def _missed(p: _Softmax, q: _Softmax) -> Tensor | None:
     return missed.any(-1, keepdim=True)
 
 
-def _write_stats(s: _Softmax, t: _Softmax, token_ids: Tensor, work: Tensor, stats: Tensor) -> None:
+def write_stats(s: _Softmax, t: _Softmax, token_ids: Tensor, work: Tensor, stats: Tensor) -> None:
+    """Writes the six statistics [6, r]; `work` [r, V] is scratch."""
     ids = token_ids[:, None]
     student_logprob, teacher_logprob = _at(s, ids), _at(t, ids)
     impossible = (student_logprob == -math.inf) & (teacher_logprob == -math.inf)
