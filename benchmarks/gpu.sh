@@ -23,7 +23,7 @@ run() { # run SECONDS NAME COMMAND...: one part within its time, its output kept
   tail -n 25 "$out/$name.txt"
 }
 
-run 150 tests "$PYTHON" -m pytest -q tests/test_kernels_*.py -k "cuda or offsets or 2_to_the_31"
+run 150 tests "$PYTHON" -m pytest -q tests -k "cuda or offsets or 2_to_the_31"
 for file in benchmarks/test_*.py; do
   name=$(basename "$file" .py)
   limit=80
