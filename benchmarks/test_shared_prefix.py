@@ -2,8 +2,8 @@
 
 A tiny random Llama (8 layers, hidden 256, V 8,192) in float32 on two CPU threads, from token ids to the gradients of
 the sampled tokens' log-probabilities, head included in both, and the same products (oneDNN's) in both, so that what
-is compared is the sharing. The plain rows are given the better of one batch and of 16 rows at a time, as a large
-batch suffers from its own size.
+is compared is the sharing. What is asked for is against one padded batch; a large one suffers from its own size, so
+16 rows at a time are measured beside it.
 `bound` is what the tokens of the body allow, N(P + T) / (P + NT).
 """
 
@@ -83,9 +83,8 @@ def test_forward_and_backward(model, two_threads, shape, wanted, record):
         candidates["plain rows, 16 at a time"] = lambda: step(model, plain, inputs, 16)
     timings = interleave(candidates, rounds=3 if N > 16 else 5, memory=True)
     ours = timings["ours"].median
-    best = min(timing.median for name, timing in timings.items() if name != "ours")
     bound = N * (P + T) / (P + N * T)
     group = f"shared prompt, forward and backward, (P, T, N) = {shape}: at most {bound:.2f} x, asked {wanted} x"
     for name, timing in timings.items():
         record(Row(group, name, timing.median, timing.spread, peak_bytes=timing.peak_bytes))
-    assert best / ours >= wanted
+    assert timings["plain rows"].median / ours >= wanted
