@@ -1,4 +1,4 @@
-# make venv | train | test | bench | bench-check | lint. The first of them on a fresh machine builds the environment in .venv.
+# make venv | train | test | bench | bench-check | docs | lint. The first of them on a fresh machine builds the environment in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CONFIG ?= configs/default.yaml
 ARGS ?=
 
-.PHONY: venv train test bench bench-check lint clean
+.PHONY: venv train test bench bench-check docs lint clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.complete
@@ -32,6 +32,9 @@ bench: venv
 
 bench-check: venv
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(ARGS)
+
+docs: venv
+	PYTHONPATH=.:kernels $(BIN)/python docs/configuration.py
 
 lint: venv
 	$(BIN)/ruff check .
