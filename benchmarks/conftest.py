@@ -40,4 +40,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
     terminalreporter.write_line(format_table(rows))
     if path := config.getoption("--results"):
-        write_json(Path(path), rows, device)
+        # Without the options that say where the results go, so that the command can be repeated as it stands.
+        words = [word for word in config.invocation_params.args if word not in ("--results", path) and word != "-q"]
+        write_json(Path(path), rows, device, command=" ".join(["pytest", *map(str, words)]))

@@ -6,6 +6,7 @@ data sheet. Memory is what the call needed at its peak beyond what was held befo
 """
 
 import ctypes
+import datetime
 import gc
 import json
 import platform
@@ -217,8 +218,9 @@ def _show(value: float | None, pattern: str, unit: float = 1) -> str:
 
 
 def write_json(path: Path | str, rows: Sequence[Row], device: torch.device | str = "cpu", **more: Any) -> None:
-    """Writes the machine, anything in `more` and the rows."""
+    """Writes the machine, the day, anything in `more` and the rows."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": describe_machine(device), **more, "rows": [asdict(row) for row in rows]}
+    day = datetime.date.today().isoformat()
+    content = {"machine": describe_machine(device), "date": day, **more, "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n")
