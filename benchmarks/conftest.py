@@ -1,5 +1,6 @@
 """Collects the rows that benchmarks record, prints them as one table, and writes them where --results says."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,4 +43,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if path := config.getoption("--results"):
         # Without the options that say where the results go, so that the command can be repeated as it stands.
         words = [word for word in config.invocation_params.args if word not in ("--results", path) and word != "-q"]
-        write_json(Path(path), rows, device, command=" ".join(["pytest", *map(str, words)]))
+        write_json(Path(path), rows, device, command=shlex.join(["pytest", *map(str, words)]))
