@@ -7,12 +7,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.harness import peak_memory
 from distill.config import TrainingConfig
 from distill.decode import SamplingOptions
 from distill.loss import LossOptions, ModelParts
 from distill.models import split_head
 from distill.rollout import RolloutEngine
 from distill.trainer import Trainer
+from distill_kernels.chunks import WORKSPACE_BYTES
 
 aten = torch.ops.aten
 # Operations whose result, or the size of it, the host has to know before it can go on.
@@ -70,13 +72,13 @@ class Watch:
 
 @pytest.fixture
 def trainer():
-    def make(device="cpu", **loss):
-        student, teacher = (tiny_model(f, seed=i).to(device) for i, f in enumerate(("llama", "qwen3")))
+    def make(device="cpu", *, V=97, N=3, T=6, budget=16, **loss):
+        student, teacher = (tiny_model(f, vocab_size=V, seed=i).to(device) for i, f in enumerate(("llama", "qwen3")))
         teacher.requires_grad_(False)
         engine = RolloutEngine(
             student,
-            sampling=SamplingOptions(max_new_tokens=6),
-            eos_token_ids=(2,),
+            sampling=SamplingOptions(max_new_tokens=T),
+            eos_token_ids=(),
             pad_token_id=0,
             seed=0,
             precision="float32",
@@ -89,9 +91,9 @@ def trainer():
             engine,
             lambda epoch: [[0, 1]],
             lambda indices: (prompts, prompts != 0),
-            TrainingConfig(num_rollouts_per_prompt=3, prompts_per_step=2, tokens_per_micro_batch=16),
+            TrainingConfig(num_rollouts_per_prompt=N, prompts_per_step=2, tokens_per_micro_batch=budget),
             LossOptions(**loss),
-            vocab_size=97,
+            vocab_size=V,
         )
 
     return make
@@ -122,6 +124,19 @@ def test_a_step_waits_for_its_metrics_only(trainer, objective):
         metrics, _ = made._step(rollouts, groups_in_batch=1)
     assert metrics["grad_norm"] > 0
     assert watch.waits == ["tolist", "tolist"]
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "sampled_reverse_kl"])
+def test_no_logits_of_all_tokens_exist_in_a_step(trainer, objective, monkeypatch):
+    """Rollout, scoring and update of K tokens stay far below the [K, V] float32 logits of one model, 160 MiB here."""
+    monkeypatch.setitem(WORKSPACE_BYTES, "cpu", 8 * 2**20)
+    few, many = (trainer(V=20_480, N=N, T=16, budget=2**20, objective=objective) for N in (2, 64))
+    next(few.steps())  # libraries make their own buffers
+    steps = many.steps()
+    results = []
+    peak = peak_memory(lambda: results.append(next(steps)))
+    assert results[0].metrics["completion_tokens"] * 20_480 * 4 == 160 * 2**20
+    assert peak < 80 * 2**20
 
 
 @pytest.mark.cuda
