@@ -39,7 +39,7 @@ class Run:
     def __init__(self, config: Config, console: Console, received_signal: Callable[[], Signals | None]) -> None:
         self.config, self.console, self.received_signal = config, console, received_signal
         self.folder = config.training.output_dir
-        self.started = time.monotonic()
+        self.started, self.cpu_started = time.monotonic(), time.process_time()
         self.device = choose_device(config.training.device)
         self.dtype = choose_dtype(config.training.precision, self.device)
         self.evaluations: list[dict[str, Any]] = []
@@ -170,6 +170,7 @@ class Run:
         self.trainer.restore(tensors, state["trainer"])
         self.evaluations, self.samples = state["evaluations"], state["samples"]
         self.started -= state["wall_seconds"]
+        self.cpu_started -= state.get("cpu_seconds", 0.0)
         done, total = self.trainer.position.step, self.trainer.total_steps
         self.console.print(f"continuing after step {done} of {total}", highlight=False)
 
@@ -259,6 +260,7 @@ class Run:
             "evaluations": self.evaluations,
             "samples": self.samples,
             "wall_seconds": time.monotonic() - self.started,
+            "cpu_seconds": time.process_time() - self.cpu_started,
         }
         step, keep_last = self.trainer.position.step, self.config.training.keep_last
         checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep_last)
@@ -283,6 +285,7 @@ class Run:
             "steps": self.trainer.position.step,
             "completion_tokens": sum(record["completion_tokens"] for record in metrics),
             "wall_seconds": time.monotonic() - self.started,
+            "cpu_seconds": time.process_time() - self.cpu_started,
             **{f"seconds_{p}": sum(m[f"seconds_{p}"] for m in metrics) for p in ("rollout", "score", "update")},
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",

@@ -63,6 +63,7 @@ def test_a_run_writes_everything_that_the_design_names(write_config, tmp_path, c
     assert summary["steps"] == 5
     assert summary["device"] == "cpu"
     assert summary["wall_seconds"] > 0
+    assert summary["cpu_seconds"] > 0
     assert [line["step"] for line in read_json_lines(run / "evaluations.jsonl")] == [0, 3, 5]
     evaluations = read_json_lines(run / "evaluations.jsonl")
     assert summary["eval_reverse_kl_before"] == evaluations[0]["reverse_kl"]

@@ -1,0 +1,160 @@
+"""Tables, CSV and plots of the study, all from the records that its parts give."""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.variance.figures import Interval, interval
+
+Record = dict[str, Any]
+
+# The recipe's own claims, of one sampled run each: standard deviation of the step's KL at one rollout, KL before and
+# after 20 epochs of 10 prompts, and how much less it fluctuates with more rollouts.
+RECIPE = {1: "sd 0.0865, KL 0.3588 → 0.0489 (−86.4 %)", 4: "−50 to −60 %", 8: "−60 to −70 %", 32: "−70 to −80 %"}
+
+
+def write_csv(path: Path, records: Sequence[Record]) -> None:
+    """One row a record; columns are those of the first."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]), extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def training_tables(records: Sequence[Record], targets: Sequence[float]) -> str:
+    """The recipe's table beside the measured one, what each setting ends at, and the compute to reach a held-out KL."""
+    seeds = sorted({record["seed"] for record in records})
+    beside = ["estimator", "N", "recipe", *("raw sd", "change"), *("de-trended", "change"), *("second half", "change")]
+    beside += ["exact KL, de-trended", "change"]
+    outcome = ["estimator", "N", "runs", "training KL, first → last epoch", "change", "held-out KL", "tokens"]
+    compute = ["held-out KL", "estimator", "N", "reached", "steps", "tokens", "seconds"]
+    reached = sorted((_compute(t, *cell) for cell in _cells(records) for t in targets), key=lambda r: -float(r[0]))
+    return "\n".join(
+        [
+            f"Means over {len(seeds)} seeds with 95 % t-intervals; KL in nats per token.\n",
+            markdown(beside, (_beside(records, *cell) for cell in _cells(records))),
+            markdown([*outcome, "seconds", "CPU seconds"], (_outcome(*cell) for cell in _cells(records))),
+            markdown(compute, reached),
+        ]
+    )
+
+
+def _beside(records: Sequence[Record], estimator: str, n: int, cell: list[Record]) -> list[str]:
+    """A row of the recipe's table; changes are against one rollout with the same seed."""
+    one = {r["seed"]: r for r in records if (r["estimator"], r["num_rollouts"]) == (estimator, 1)}
+    row = [estimator, str(n), RECIPE.get(n, "") if estimator == "sampled_reverse_kl" else ""]
+    for key in (
+        "reverse_kl_sd",
+        "reverse_kl_fluctuation",
+        "reverse_kl_fluctuation_late",
+        "reverse_kl_exact_fluctuation",
+    ):
+        changes = [record[key] / one[record["seed"]][key] - 1 for record in cell if record["seed"] in one]
+        row += [_over(cell, key).text(), _percent(interval(changes)) if n > 1 else "0"]
+    return row
+
+
+def _outcome(estimator: str, n: int, cell: list[Record]) -> list[str]:
+    reduction = interval([-record["reverse_kl_exact_reduction"] for record in cell])
+    start, end = _over(cell, "reverse_kl_exact_start"), _over(cell, "reverse_kl_exact_end")
+    figures = [f"{start.mean:.3f} → {end.text()}", _percent(reduction), _over(cell, "eval_after").text()]
+    costs = [_over(cell, key).text("{:,.0f}") for key in ("tokens", "seconds", "cpu_seconds")]
+    return [estimator, str(n), str(len(cell)), *figures, *costs]
+
+
+def _compute(target: float, estimator: str, n: int, cell: list[Record]) -> list[str]:
+    hits = sum(math.isfinite(record[f"steps_to_{target:g}"]) for record in cell)
+    costs = [_over(cell, f"{name}_to_{target:g}").text("{:,.0f}") for name in ("steps", "tokens", "seconds")]
+    return [f"{target:g}", estimator, str(n), f"{hits}/{len(cell)}", *costs]
+
+
+def _over(cell: Sequence[Record], key: str) -> Interval:
+    return interval([record[key] for record in cell])
+
+
+def plot_training(folder: Path, records: Sequence[Record], curves: Callable[[Record], list[tuple[int, float]]]) -> None:
+    """`fluctuation.png` and `held_out.png`."""
+    draw_by_n(
+        folder / "fluctuation.png",
+        records,
+        [
+            ("reverse_kl_fluctuation", "sampled KL of a step"),
+            ("reverse_kl_exact_fluctuation", "exact KL of a step"),
+        ],
+        "de-trended standard deviation, nats/token",
+    )
+    estimators = list(dict.fromkeys(record["estimator"] for record in records))
+    figure = Figure(figsize=(5.5 * len(estimators), 4), layout="constrained")
+    for axes, estimator in zip(_row(figure, len(estimators)), estimators, strict=True):
+        for name, n, cell in _cells(records):
+            if name != estimator:
+                continue
+            series = [curves(record) for record in cell]
+            tokens = [sum(c[i][0] for c in series) / len(series) for i in range(len(series[0]))]
+            levels = [interval([c[i][1] for c in series]) for i in range(len(series[0]))]
+            axes.errorbar(
+                tokens, [x.mean for x in levels], [x.half_width or 0 for x in levels], label=f"N = {n}", capsize=2
+            )
+        axes.set(title=estimator, xlabel="sampled tokens", ylabel="held-out reverse KL, nats/token", xscale="symlog")
+        axes.set_ylim(0)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(folder / "held_out.png", dpi=150)
+
+
+def draw_by_n(path: Path, records: Sequence[Record], panels: Sequence[tuple[str, str]], label: str) -> None:
+    """A panel a key: the key's mean and interval against N, a line an estimator, and the slope of independent draws."""
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axes, (key, title) in zip(_row(figure, len(panels)), panels, strict=True):
+        for estimator in dict.fromkeys(record["estimator"] for record in records):
+            found = [(n, interval([r[key] for r in cell])) for name, n, cell in _cells(records) if name == estimator]
+            found = sorted((n, x) for n, x in found if math.isfinite(x.mean))
+            if found:
+                ns, levels = zip(*found, strict=True)
+                axes.errorbar(
+                    ns, [x.mean for x in levels], [x.half_width or 0 for x in levels],
+                    marker="o", capsize=3, label=estimator,
+                )  # fmt: skip
+        _scale_n(axes, sorted({record["num_rollouts"] for record in records}))
+        axes.set(title=title, ylabel=label)
+    figure.savefig(path, dpi=150)
+
+
+def _scale_n(axes: Axes, ns: Sequence[int]) -> None:
+    top = max((line.get_ydata()[0] for line in axes.lines), default=1.0)
+    axes.plot(ns, [top * (ns[0] / n) ** 0.5 for n in ns], color="grey", linestyle=":", label="1/√N")
+    axes.set(xlabel="rollouts per prompt (N)", xscale="log", yscale="log")
+    axes.set_xticks(ns, [str(n) for n in ns], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def _row(figure: Figure, count: int) -> list[Axes]:
+    return list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _cells(records: Sequence[Record]) -> list[tuple[str, int, list[Record]]]:
+    """Records of each estimator and N, estimators in order of appearance, N ascending."""
+    order = list(dict.fromkeys(record["estimator"] for record in records))
+    keys = sorted({(order.index(r["estimator"]), r["num_rollouts"]) for r in records})
+    return [
+        (order[e], n, [r for r in records if (r["estimator"], r["num_rollouts"]) == (order[e], n)]) for e, n in keys
+    ]
+
+
+def _percent(value: Interval) -> str:
+    scaled = Interval(100 * value.mean, None if value.half_width is None else 100 * value.half_width)
+    text = scaled.text("{:+.0f}").replace("± +", "± ").replace("-", "−")
+    return text if text == "–" else f"{text} %"
