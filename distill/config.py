@@ -77,6 +77,8 @@ class RolloutConfig(Section):
     """Leave out tokens less likely than this fraction of the likeliest; 0 is off."""
     prompts_per_batch: Positive | None = None
     """Prompts sampled in one generate call; `training.prompts_per_step` if absent."""
+    mask_truncated: bool = False
+    """Leave completions that were cut by length out of the loss; they still count in every statistic."""
     engine: Literal["native", "transformers"] = "native"
     """`native`: our decode loop; `transformers`: its own, for comparison and for models the native one refuses."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -136,8 +138,18 @@ class LossConfig(Section):
     """`sequence`: mean over a rollout's tokens, then over the group's rollouts; `token`: mean over all its tokens."""
     temperature: Number = Field(1.0, gt=0)
     """Both models' logits are divided by this before their softmax in the loss."""
+    importance_sampling: Literal["none", "stale", "sampler"] = "stale"
+    """What sampled_reverse_kl is corrected for, by a ratio of probabilities: `stale`, the steps since sampling;
+    `sampler`, those and the sampler's temperature and filters; `none`, nothing."""
     importance_clip: Number | None = Field(2.0, ge=1)
-    """Upper limit of the importance ratio that corrects sampled_reverse_kl for steps since sampling; null: no ratio."""
+    """Upper limit of the importance ratio; null: no ratio."""
+    baseline: Literal["none", "group", "exact"] = "none"
+    """What sampled_reverse_kl subtracts from a token's reward: `group`, the mean token reward of the prompt's other
+    rollouts; `exact`, its expectation over the vocabulary."""
+    discount: Number = Field(0.0, ge=0, le=1)
+    """Weight of the next token's reward in a token's return, its square that of the one after, ...; 0: own reward."""
+    reward_clip: Number | None = Field(None, gt=0)
+    """Rewards of sampled_reverse_kl are limited to this size, in nats, either way; null: no limit."""
     beta: Number = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `jsd`."""
 
@@ -181,15 +193,35 @@ class Config(BaseSettings):
                 f"rollout.prompts_per_batch is {batch} and training.prompts_per_step {step}: a batch must hold a whole "
                 "number of steps"
             )
-        tempered = self.loss.temperature != 1 and self.loss.importance_clip is not None
-        if tempered and self.loss.objective == "sampled_reverse_kl":
+        self._check_loss()
+        if self.training.eval_every and self.prompts.eval is None:
+            raise ValueError("training.eval_every is set, but prompts.eval names no file")
+        return self
+
+    def _check_loss(self) -> None:
+        loss = self.loss
+        if loss.objective != "sampled_reverse_kl":
+            meant = {"baseline": ("none",), "discount": (0,), "reward_clip": (None,)}
+            meant["importance_sampling"] = ("stale", "none")
+            for key, harmless in meant.items():
+                if getattr(loss, key) not in harmless:
+                    raise ValueError(
+                        f"loss.{key} is {getattr(loss, key)!r}, which changes sampled_reverse_kl only, and "
+                        f"loss.objective is {loss.objective}: leave loss.{key} out or set the objective"
+                    )
+            return
+        if loss.baseline == "group" and self.training.num_rollouts_per_prompt == 1:
+            raise ValueError(
+                "loss.baseline group is the mean of a prompt's other rollouts, and training.num_rollouts_per_prompt "
+                "is 1: sample more of them, or set loss.baseline to exact"
+            )
+        if loss.importance_sampling == "sampler" and loss.importance_clip is None:
+            raise ValueError("loss.importance_sampling sampler needs an upper limit: set loss.importance_clip")
+        if loss.temperature != 1 and loss.importance_clip is not None and loss.importance_sampling == "stale":
             raise ValueError(
                 "loss.importance_clip needs loss.temperature 1, because log-probabilities at sampling are recorded at "
                 "temperature 1: set loss.importance_clip to null or loss.temperature to 1"
             )
-        if self.training.eval_every and self.prompts.eval is None:
-            raise ValueError("training.eval_every is set, but prompts.eval names no file")
-        return self
 
 
 def parse_command_line(argv: Sequence[str]) -> Config:

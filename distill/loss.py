@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distill.advantage import advantages, needs_scores
 from distill.forward import completion_hidden
 from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
 
@@ -26,8 +27,19 @@ class LossOptions:
     objective: str = "sampled_reverse_kl"
     reduction: str = "sequence"
     temperature: float = 1.0
+    importance_sampling: str = "stale"
     importance_clip: float | None = None
+    baseline: str = "none"
+    discount: float = 0.0
+    reward_clip: float | None = None
     beta: float = 0.5
+    mask_truncated: bool = False
+
+    def ratio_to(self, group: "Group") -> Tensor | None:
+        """[R, T] log-probabilities below the importance ratio, None where there is no ratio."""
+        if self.objective != "sampled_reverse_kl" or self.importance_clip is None:
+            return None
+        return {"none": None, "stale": group.logprob, "sampler": group.sampling_logprob}[self.importance_sampling]
 
 
 class ModelParts(NamedTuple):
@@ -59,13 +71,24 @@ class Group(NamedTuple):
     completion_lengths: Tensor  # [R] int64, on the host
     prompt_index: Tensor  # [R] int64, on the host
     logprob: Tensor  # [R, T] float32: the student's at sampling
+    sampling_logprob: Tensor | None = None  # [R, T] float32: of the distribution sampled from
+    finished: Tensor | None = None  # [R] bool, on the host: not cut by length
 
     @classmethod
     def of(cls, rollouts: "Rollouts") -> "Group":
         """The group that some rollouts form."""
         mask, lengths = rollouts.prompt_mask.cpu(), rollouts.completion_lengths.cpu()
         index = torch.arange(len(lengths)) // rollouts.num_rollouts
-        return cls(rollouts.prompt_ids, mask, rollouts.completion_ids, lengths, index, rollouts.logprob)
+        return cls(
+            rollouts.prompt_ids,
+            mask,
+            rollouts.completion_ids,
+            lengths,
+            index,
+            rollouts.logprob,
+            rollouts.sampling_logprob,
+            rollouts.finished.cpu(),
+        )
 
     @property
     def starts(self) -> Tensor:
@@ -98,11 +121,15 @@ class Group(NamedTuple):
         )
 
 
-def token_weights(completion_lengths: Tensor, reduction: str) -> Tensor:
-    """[K] float32 weights that sum to 1 (or K = 0): of each rollout's mean, or of the mean over all tokens."""
+def token_weights(completion_lengths: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
+    """[K] float32 weights that sum to 1 (or K = 0): of each rollout's mean, or of the mean over all tokens.
+
+    Rows that `counted` [R] bool leaves out weigh 0, and the others share what they would have had.
+    """
     lengths = completion_lengths.double()
-    per_row = torch.ones_like(lengths) / lengths.sum() if reduction == "token" else 1 / (lengths * (lengths > 0).sum())
-    return per_row.repeat_interleave(completion_lengths).float()
+    kept = (lengths > 0) if counted is None else (lengths > 0) & counted
+    per_row = 1 / (lengths * kept).sum() if reduction == "token" else 1 / (lengths * kept.sum())
+    return torch.where(kept, per_row, 0).repeat_interleave(completion_lengths).float()
 
 
 @torch.no_grad()
@@ -127,35 +154,36 @@ def accumulate_gradients(
 
     Returns the loss (a scalar, nats) and the statistics of its K tokens, row 0's first, both detached.
     """
-    weights = token_weights(group.completion_lengths, options.reduction)
-    corrected = options.objective == "sampled_reverse_kl" and options.importance_clip is not None
+    weights = token_weights(
+        group.completion_lengths, options.reduction, group.finished if options.mask_truncated else None
+    )
+    heads = HeadPair(student, teacher, options.temperature, vocab_size)
+    ratio_to, advantage, hidden = options.ratio_to(group), None, None
+    if needs_scores(options):
+        scores, hidden = _score_first(heads, teacher_hidden, group, micro_batches, checkpointing)
+        advantage = advantages(scores, group.completion_lengths, group.prompt_index, options)
     losses, parts = [], []
     for rows in micro_batches:
         tokens = group.tokens_of(rows)
-        hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
+        if hidden is None:
+            hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
         device = hidden.device
         loss, stats = linear_distill_loss(
-            hidden,
-            student.head.weight.to(student.dtype),
-            teacher_hidden[tokens.to(device)],
-            teacher.head.weight.to(teacher.dtype),
+            *heads.inputs(hidden, teacher_hidden[tokens.to(device)]),
             group.valid(group.completion_ids, rows),
             weights[tokens].to(device),
             objective=options.objective,
-            sampling_logprob=group.valid(group.logprob, rows) if corrected else None,
-            importance_clip=options.importance_clip if corrected else None,
+            sampling_logprob=None if ratio_to is None else group.valid(ratio_to, rows),
+            importance_clip=None if ratio_to is None else options.importance_clip,
+            advantage=None if advantage is None else advantage[tokens.to(device)],
             beta=options.beta,
-            temperature=options.temperature,
-            vocab_size=vocab_size,
-            **student.head_arguments("student"),
-            **teacher.head_arguments("teacher"),
+            **heads.options(),
         )
         loss.backward()
+        hidden = None
         losses.append(loss.detach())
         parts.append(stats)
-    order = _inverse(group, micro_batches)
-    merged = TokenStats(*(torch.cat(columns)[order.to(columns[0].device)] for columns in zip(*parts, strict=True)))
-    return torch.stack(losses).sum(), merged
+    return torch.stack(losses).sum(), _merged(parts, group, micro_batches)
 
 
 @torch.no_grad()
@@ -168,21 +196,51 @@ def statistics(
     vocab_size: int | None = None,
 ) -> TokenStats:
     """The statistics of a group's K tokens without gradients, row 0's first."""
-    parts = []
+    heads, parts = HeadPair(student, teacher, 1.0, vocab_size), []
     for rows in micro_batches:
         inputs = group.inputs(rows)
-        parts.append(
-            linear_reverse_kl(
-                student.hidden(*inputs),
-                student.head.weight.to(student.dtype),
-                teacher.hidden(*inputs),
-                teacher.head.weight.to(teacher.dtype),
-                group.valid(group.completion_ids, rows),
-                vocab_size=vocab_size,
-                **student.head_arguments("student"),
-                **teacher.head_arguments("teacher"),
-            )
-        )
+        hidden = student.hidden(*inputs), teacher.hidden(*inputs)
+        ids = group.valid(group.completion_ids, rows)
+        parts.append(linear_reverse_kl(*heads.inputs(*hidden), ids, **heads.options()))
+    return _merged(parts, group, micro_batches)
+
+
+class HeadPair(NamedTuple):
+    """What every call of a fused operation on two models' hidden states shares."""
+
+    student: ModelParts
+    teacher: ModelParts
+    temperature: float
+    vocab_size: int | None
+
+    def inputs(self, student_hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights = (model.head.weight.to(model.dtype) for model in (self.student, self.teacher))
+        return student_hidden, next(weights), teacher_hidden, next(weights)
+
+    def options(self) -> dict:
+        heads = self.student.head_arguments("student") | self.teacher.head_arguments("teacher")
+        return {"temperature": self.temperature, "vocab_size": self.vocab_size, **heads}
+
+
+def _score_first(
+    heads: HeadPair, teacher_hidden: Tensor, group: Group, micro_batches: Sequence[Tensor], checkpointing: bool
+) -> tuple[TokenStats, Tensor | None]:
+    """The statistics of a whole group before its gradient, for advantages that look beyond a token.
+
+    Costs the products of both heads once more and, where the group is more than one micro-batch, a forward of the
+    student's body without gradient; the hidden states of a single micro-batch are handed back with their graph.
+    """
+    whole, parts = len(micro_batches) == 1, []
+    for rows in micro_batches:
+        with torch.set_grad_enabled(whole):
+            hidden = heads.student.hidden(*group.inputs(rows), checkpointing=checkpointing and whole)
+        inputs = heads.inputs(hidden.detach(), teacher_hidden[group.tokens_of(rows).to(hidden.device)])
+        parts.append(linear_reverse_kl(*inputs, group.valid(group.completion_ids, rows), **heads.options()))
+    return _merged(parts, group, micro_batches), hidden if whole else None
+
+
+def _merged(parts: list[TokenStats], group: Group, micro_batches: Sequence[Tensor]) -> TokenStats:
+    """The micro-batches' statistics in row order."""
     order = _inverse(group, micro_batches)
     return TokenStats(*(torch.cat(columns)[order.to(columns[0].device)] for columns in zip(*parts, strict=True)))
 

@@ -149,7 +149,7 @@ class Run:
             prompt_batches,
             lambda indices: left_pad([self.prompts.token_ids[i] for i in indices], self.tokenizer.pad_token_id),
             training,
-            LossOptions(**config.loss.model_dump()),
+            LossOptions(**config.loss.model_dump(), mask_truncated=rollout.mask_truncated),
             vocab_size=self.vocab_size,
         )
 

@@ -9,7 +9,8 @@ from distill_kernels import triton_math, triton_reverse_kl, triton_rows, triton_
 FLOATS = "*fp32"
 POINTERS = {
     "student_ptr": FLOATS, "teacher_ptr": FLOATS, "student_bias": FLOATS, "teacher_bias": FLOATS, "logits": "*bf16",
-    "token_ids": "*i64", "at_sampling_ptr": FLOATS, "stats": FLOATS, "normalisers": FLOATS, "losses": FLOATS,
+    "token_ids": "*i64", "at_sampling_ptr": FLOATS, "advantage_ptr": FLOATS,
+    "stats": FLOATS, "normalisers": FLOATS, "losses": FLOATS,
     "row_scale": FLOATS, "grad_ptr": "*bf16", "gradient_ptr": "*bf16", "upstream": FLOATS, "row_ids": "*i64",
     "step_ptr": "*i64", "logprobs": FLOATS,
 }  # fmt: skip
@@ -44,7 +45,8 @@ def main() -> None:
             compile_kernel(
                 triton_rows._rows_kernel, warps, BLOCK=block, OBJECTIVE=objective, GRADIENT=objective >= 0,
                 STUDENT_BIAS=extras, TEACHER_BIAS=extras, STUDENT_CAP=extras, TEACHER_CAP=extras,
-                IMPORTANCE=extras and objective == 0, NORMALISERS=objective == -1,
+                IMPORTANCE=extras and objective == 0, ADVANTAGE=extras and objective == 0,
+                NORMALISERS=objective == -1,
             )  # fmt: skip
     compile_kernel(triton_reverse_kl._backward_kernel, warps, BLOCK=block)
     for top_k, top_p, min_p in ((False, False, False), (True, True, True), (False, True, False)):

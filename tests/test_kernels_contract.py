@@ -97,7 +97,9 @@ def test_errors_of_linear_ops(position, value, words):
         ({"objective": "kl"}, ["objective", "'kl'", "reverse_kl"]),
         ({"objective": "jsd", "beta": 1.0}, ["beta", "1.0"]),
         ({"objective": "jsd", "importance_clip": 2.0}, ["importance_clip", "sampled_reverse_kl"]),
+        ({"objective": "reverse_kl", "advantage": torch.zeros(4)}, ["advantage", "sampled_reverse_kl", "'reverse_kl'"]),
         ({"sampling_logprob": torch.zeros(5)}, ["sampling_logprob", "[4]", "[5]"]),
+        ({"advantage": torch.zeros(5)}, ["advantage", "[4]", "[5]"]),
         ({"student_bias": torch.zeros(8)}, ["student_bias", "[9]", "[8]"]),
         ({"teacher_softcap": -1.0}, ["teacher_softcap", "-1.0"]),
         ({"temperature": float("nan")}, ["temperature", "nan"]),
@@ -185,7 +187,7 @@ def test_registration(implementation):
         hidden, weight, *teacher_side, ids, token_weight = linear_arguments(device=device)
         needed = [True, True, False]
         student_side = (hidden.requires_grad_(), weight.requires_grad_(), None)
-        options = (None, needed, 1, None, 0.5, 1.0, 9, None, None, 1.0, 1.0, None)
+        options = (None, None, needed, 1, None, 0.5, 1.0, 9, None, None, 1.0, 1.0, None)
         torch.library.opcheck(
             ops.linear_distill_loss.default, (*student_side, *teacher_side, None, ids, token_weight, *options)
         )

@@ -165,6 +165,28 @@ def test_sampled_tokens_of_probability_zero(implementation):
 
 
 @over_implementations
+@pytest.mark.parametrize("ratio", [False, True])
+def test_advantage(implementation, ratio):
+    """What the caller gives takes the reward's place in loss and gradient, over several chunks; statistics stay."""
+    torch.manual_seed(12)
+    with running(implementation) as device:
+        arguments = make(7, 300, 300, 8, 12, device=device)
+        options = {"sampling_logprob": -4 * torch.rand(7, device=device), "importance_clip": 1.5} if ratio else {}
+        own, stats, gradients = compare(arguments, workspace_bytes=3 * 8 * 300, **options)
+        given = 3 * torch.randn(14, device=device)[::2]
+        given[2] = 0
+        other, same_stats, others = compare(arguments, workspace_bytes=3 * 8 * 300, advantage=given, **options)
+        assert own != other
+        assert all(torch.equal(a, b) for a, b in zip(stats, same_stats, strict=True))
+        assert not others["student_hidden"][2].any()
+        assert gradients["student_hidden"][2].any()
+        # The reward itself as the advantage changes nothing.
+        again, _, same = compare(arguments, workspace_bytes=3 * 8 * 300, advantage=stats.reward, **options)
+        torch.testing.assert_close(again, own)
+        torch.testing.assert_close(same, gradients)
+
+
+@over_implementations
 def test_strides(implementation):
     torch.manual_seed(5)
     with running(implementation) as device:

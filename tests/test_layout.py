@@ -26,7 +26,8 @@ ALLOWED = {
     "cpu_linear": set(),
     "packing": {"prefix_attention"},
     "prefix_attention": set(),
-    "loss": {"forward"},
+    "advantage": set(),
+    "loss": {"advantage", "forward"},
     "trainer": {"rollout", "forward", "loss", "checkpoint", "metrics"},
     "checkpoint": {"config"},
     "evaluate": {"config", "models", "forward", "rollout", "loss"},
@@ -34,7 +35,7 @@ ALLOWED = {
     "report": {"config", "metrics"},
     "chat": {"models", "prompts"},
 }
-USE_KERNELS = {"decode", "rollout", "loss", "cpu_linear"}
+USE_KERNELS = {"decode", "rollout", "advantage", "loss", "cpu_linear"}
 USE_TRANSFORMERS = {"prompts", "models", "rollout", "decode", "kv_cache", "generation_copy", "forward"}
 
 

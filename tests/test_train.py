@@ -242,6 +242,7 @@ def test_a_signal_is_remembered_and_the_second_interrupt_stops_at_once(write_con
 # ---- Every configuration key has an effect -------------------------------------------------------------------------
 
 # key: (changes before and after the key is set, its value, what is looked at). "numbers": the metrics differ.
+SAMPLED = {"loss.objective": "sampled_reverse_kl"}
 EFFECTS = {
     "student.model": ({}, "other", "numbers"),
     "student.drop_layers": ({}, [1], "numbers"),
@@ -262,6 +263,7 @@ EFFECTS = {
     "rollout.engine": ({}, "transformers", lambda run: run.engine.engine),
     "rollout.precision": ({}, "bfloat16", lambda run: run.engine.precision),
     "rollout.memory_gib": ({}, 0.5, lambda run: run.engine._memory_budget_bytes),
+    "rollout.mask_truncated": ({}, True, "numbers"),
     "training.num_rollouts_per_prompt": ({}, 3, "numbers"),
     "training.prompts_per_step": ({}, 2, "numbers"),
     "training.learning_rate": ({}, 1e-2, "numbers"),
@@ -285,7 +287,11 @@ EFFECTS = {
     "loss.objective": ({}, "sampled_reverse_kl", "numbers"),
     "loss.reduction": ({"rollout.max_new_tokens": 99, "rollout.temperature": 10.0}, "token", "numbers"),
     "loss.temperature": ({}, 2.0, "numbers"),
-    "loss.importance_clip": ({"loss.objective": "sampled_reverse_kl", "training.learning_rate": 0.1}, None, "numbers"),
+    "loss.importance_clip": (SAMPLED | {"training.learning_rate": 0.1}, None, "numbers"),
+    "loss.importance_sampling": (SAMPLED | {"rollout.temperature": 2.0}, "sampler", "numbers"),
+    "loss.baseline": (SAMPLED, "exact", "numbers"),
+    "loss.discount": (SAMPLED, 0.5, "numbers"),
+    "loss.reward_clip": (SAMPLED, 0.1, "numbers"),
     "loss.beta": ({"loss.objective": "jsd"}, 0.1, "numbers"),
     "evaluation.num_rollouts_per_prompt": ({}, 2, lambda run: run.evaluations[0]["completion_tokens"]),
     "evaluation.max_new_tokens": ({}, 2, lambda run: run.evaluations[0]["completion_tokens"]),

@@ -12,12 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.variance import tables, training
+from benchmarks.variance import fixed, pool, split, tables, training
 from benchmarks.variance.study import HERE, Study, load_study
-from distill.config import ConfigError
+from distill.config import Config, ConfigError, load_config
 from distill.metrics import read_json_lines
+from distill.models import ModelError
+from distill.prompts import PromptError
 
-PARTS = ("training",)
+PARTS = ("fixed", "split", "training")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,11 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         study = load_study(arguments.study)
+        if arguments.only and not study.has(arguments.only):
+            raise ConfigError(f"{arguments.study}: has no part {arguments.only!r}")
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns, console=console) as progress:
-            for part in [arguments.only] if arguments.only else PARTS:
-                _run_part(part, study, arguments.config, arguments.output, progress)
-    except (ConfigError, training.RunFailedError) as error:
+            for part in [arguments.only] if arguments.only else filter(study.has, PARTS):
+                _run_part(part, study, arguments, progress)
+    except (ConfigError, ModelError, PromptError, training.RunFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -45,6 +49,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="ten minutes on two CPU cores instead of a night")
     parser.add_argument("--study", type=Path, help="a grid of your own instead of full.yaml or quick.yaml")
     parser.add_argument("--output", type=Path, help="folder; outputs/variance or outputs/variance-quick if absent")
+    parser.add_argument("--policy", help="a model for `fixed` and `split` instead of the recipe's untrained student")
     parser.add_argument("--only", choices=PARTS, help="this part alone")
     arguments = parser.parse_args(argv)
     arguments.study = arguments.study or HERE / ("quick.yaml" if arguments.quick else "full.yaml")
@@ -52,13 +57,38 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _run_part(part: str, study: Study, recipe: Path, output: Path, progress: Progress) -> None:
+def _run_part(part: str, study: Study, arguments: argparse.Namespace, progress: Progress) -> None:
+    recipe, output = arguments.config, arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    training.run_all(study, recipe, output, progress)
-    records = training.read_all(study, output)
-    tables.write_csv(output / "training.csv", records)
-    (output / "training.md").write_text(tables.training_tables(records, study.training.targets), encoding="utf-8")
-    tables.plot_training(output, records, lambda record: _held_out(output, record))
+    if part == "training":
+        training.run_all(study, recipe, output, progress)
+        records = training.read_all(study, output)
+        tables.plot_training(output, records, lambda record: _held_out(output, record))
+        text = tables.training_tables(records, study.training.targets)
+    else:
+        grid = getattr(study, part)
+        config = _config_of(recipe, grid.overrides, arguments.policy)
+        estimators = study.loss_options(config, grid.estimators)
+        pools = pool.make_pools(part, config, estimators, grid.prompts, grid.pool, output, progress)
+        if part == "fixed":
+            records = fixed.measure(pools, estimators, grid.num_rollouts)
+            text = tables.fixed_tables(records, fixed.sketch_error(pools))
+            tables.plot_fixed(output / "fixed.png", records)
+        else:
+            records = split.measure(pools, estimators, grid.layouts)
+            text = tables.split_tables(records)
+            tables.plot_split(output / "split.png", records)
+    tables.write_csv(output / f"{part}.csv", records)
+    (output / f"{part}.md").write_text(text, encoding="utf-8")
+
+
+def _config_of(recipe: Path, overrides: dict, policy: str | None) -> Config:
+    """The recipe as a pool needs it: with the policy to sample from, and nothing of a run's."""
+    changes = {section: dict(keys) for section, keys in overrides.items()}
+    changes["training"] = changes.get("training", {}) | {"resume": "never"}
+    if policy is not None:
+        changes["student"] = changes.get("student", {}) | {"model": policy, "drop_layers": []}
+    return load_config(recipe, changes)
 
 
 def _held_out(output: Path, record: tables.Record) -> list[tuple[int, float]]:

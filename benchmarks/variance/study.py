@@ -3,13 +3,15 @@
 The recipe itself is an ordinary run's configuration; a study only names what is varied around it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distill.config import ConfigError
+from distill.config import Config, ConfigError, LossConfig
+from distill.loss import LossOptions
 
 Count = Annotated[int, Field(ge=1)]
 HERE = Path(__file__).parent
@@ -39,12 +41,54 @@ class TrainingStudy(Part):
     """Keep each run's `final/` instead of its figures only."""
 
 
+class FixedStudy(Part):
+    """Groups of rollouts of single prompts at a fixed policy."""
+
+    estimators: tuple[str, ...]
+    num_rollouts: tuple[Count, ...]
+    prompts: Count
+    """The first so many of the recipe's prompts."""
+    pool: Annotated[int, Field(ge=2)]
+    """Rollouts of each prompt, at least twice the largest group."""
+    overrides: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> "FixedStudy":
+        if self.pool < 2 * max(self.num_rollouts):
+            raise ValueError(f"a pool of {self.pool} rollouts has no two groups of {max(self.num_rollouts)}")
+        return self
+
+
+class SplitStudy(Part):
+    """Prompts against rollouts at equal samples."""
+
+    estimators: tuple[str, ...]
+    layouts: tuple[tuple[Count, Count], ...]
+    """Prompts in a step, and rollouts of each."""
+    prompts: Annotated[int, Field(ge=3)]
+    pool: Annotated[int, Field(ge=2)]
+    """Rollouts of each prompt, from which larger groups are extrapolated."""
+    overrides: dict[str, dict[str, Any]] = {}
+
+
 class Study(Part):
     """A study's whole grid."""
 
     estimators: dict[str, dict[str, Any]]
     """Names, each with the keys of the recipe's `loss` section that it changes."""
-    training: TrainingStudy
+    fixed: FixedStudy | None = None
+    split: SplitStudy | None = None
+    training: TrainingStudy | None = None
+
+    def has(self, part: str) -> bool:
+        return getattr(self, part) is not None
+
+    def loss_options(self, recipe: Config, names: Sequence[str]) -> dict[str, LossOptions]:
+        """What the named estimators are."""
+        return {
+            name: LossOptions(**LossConfig(**recipe.loss.model_dump() | self.estimators[name]).model_dump())
+            for name in names
+        }
 
 
 def load_study(path: Path) -> Study:
@@ -57,8 +101,9 @@ def load_study(path: Path) -> Study:
         raise ConfigError(f"{path}: not a study: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: {error}") from None
-    for block in study.training.blocks:
-        for name in block.estimators:
+    blocks = study.training.blocks if study.training else ()
+    for part in filter(None, (*blocks, study.fixed, study.split)):
+        for name in part.estimators:
             if name not in study.estimators:
-                raise ConfigError(f"{path}: training names the estimator {name!r}, which is not among the estimators")
+                raise ConfigError(f"{path}: {name!r} is not among the estimators, {', '.join(study.estimators)}")
     return study

@@ -113,6 +113,83 @@ def plot_training(folder: Path, records: Sequence[Record], curves: Callable[[Rec
     figure.savefig(folder / "held_out.png", dpi=150)
 
 
+def fixed_tables(records: Sequence[Record], sketch_error: float) -> str:
+    """Noise at a fixed policy by estimator and N, and what is nearest to `reverse_kl` with the fewest rollouts."""
+    ns = sorted({record["num_rollouts"] for record in records})
+    parts = [
+        f"{records[0]['prompts']} prompts; 95 % jackknife intervals over prompts. A sketch's squared norm is off by "
+        f"{100 * sketch_error:.2f} % (root mean square) from the full gradient's.\n"
+    ]
+    for title, key, pattern in (
+        ("gradient's relative variance, E‖g − ḡ‖² / ‖ḡ‖²", "relative_variance", "{:.3g}"),
+        ("cosine to the large-sample gradient", "cosine", "{:.3f}"),
+        ("standard deviation of the group's sampled KL, nats per token", "kl_sd", "{:.3f}"),
+        ("standard deviation of the group's exact KL, nats per token", "kl_exact_sd", "{:.3f}"),
+    ):
+        rows = []
+        names = list(dict.fromkeys(record["estimator"] for record in records))
+        for name in names[:1] if key.startswith("kl") else names:  # rollouts are the same for every estimator
+            by_n = {record["num_rollouts"]: record for record in records if record["estimator"] == name}
+            shown = (_ranged(by_n[n], key, pattern) if n in by_n else "–" for n in ns)
+            rows.append(["all" if key.startswith("kl") else name, *shown])
+        parts.append(markdown([title, *(f"N = {n}" for n in ns)], rows))
+    return "\n".join(parts)
+
+
+def split_tables(records: Sequence[Record]) -> str:
+    """Within-prompt, between-prompt and total variance by layout, over the squared norm of the expected gradient."""
+    rows = [
+        [r["estimator"], f"{r['prompts_per_step']} x {r['num_rollouts']}"]
+        + [_ranged(r, part, "{:.3g}") for part in ("within", "between", "total")]
+        for r in records
+    ]
+    return markdown(["estimator", "prompts x rollouts", "within prompts", "between prompts", "total"], rows)
+
+
+def _ranged(record: Record, key: str, pattern: str) -> str:
+    """A figure and its interval."""
+    text = pattern.format(record[key])
+    if math.isfinite(record[f"{key}_low"]):
+        text += f" ({pattern.format(record[f'{key}_low'])} to {pattern.format(record[f'{key}_high'])})"
+    return text
+
+
+def plot_fixed(path: Path, records: Sequence[Record]) -> None:
+    """Relative variance and cosine against N."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = (("relative_variance", "relative variance of the gradient"), ("cosine", "cosine to the expected gradient"))
+    for axes, (key, title) in zip(_row(figure, 2), panels, strict=True):
+        for name in dict.fromkeys(record["estimator"] for record in records):
+            cells = [r for r in records if r["estimator"] == name]
+            errors = [[r[key] - r[f"{key}_low"] for r in cells], [r[f"{key}_high"] - r[key] for r in cells]]
+            axes.errorbar(
+                [r["num_rollouts"] for r in cells], [r[key] for r in cells], errors, marker="o", capsize=3, label=name
+            )
+        ns = sorted({record["num_rollouts"] for record in records})
+        axes.set(title=title, xlabel="rollouts per prompt (N)", xscale="log")
+        axes.set_yscale("log" if key == "relative_variance" else "linear")
+        axes.set_xticks(ns, [str(n) for n in ns])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_split(path: Path, records: Sequence[Record]) -> None:
+    """Stacked bars: within-prompt and between-prompt variance by layout, a panel an estimator."""
+    names = list(dict.fromkeys(record["estimator"] for record in records))
+    figure = Figure(figsize=(4 * len(names), 4), layout="constrained")
+    for axes, name in zip(_row(figure, len(names)), names, strict=True):
+        cells = [r for r in records if r["estimator"] == name]
+        labels = [f"{r['prompts_per_step']} x {r['num_rollouts']}" for r in cells]
+        within, between = ([max(0.0, r[part]) for r in cells] for part in ("within", "between"))
+        axes.bar(labels, within, label="within prompts")
+        axes.bar(labels, between, bottom=within, label="between prompts")
+        axes.set(title=name, xlabel="prompts x rollouts", ylabel="variance / squared expected gradient")
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def draw_by_n(path: Path, records: Sequence[Record], panels: Sequence[tuple[str, str]], label: str) -> None:
     """A panel a key: the key's mean and interval against N, a line an estimator, and the slope of independent draws."""
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")

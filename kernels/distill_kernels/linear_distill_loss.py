@@ -7,11 +7,12 @@ With p the student's and q the teacher's distribution at z = softcap(scale (h W^
     forward_kl           KL(q || p)                                p - q
     jsd                  beta KL(q || m) + (1 - beta) KL(p || m)   (1 - beta) p (log p - log m - KL(p || m))
 
-A = log q(y) - log p(y) and rho = min(exp(log p(y) - sampling_logprob), importance_clip) are constants of the
-gradient; m = beta q + (1 - beta) p (Agarwal et al. 2023, eq. 2). The loss is linear in the losses of the tokens
-with known weights, so the gradient needs nothing from outside but one number: a chunk of rows is multiplied by
-both heads, one row kernel writes the student's logit gradient, and that goes straight into both gradients.
-The backward pass multiplies them by the upstream gradient; nothing is computed twice, no [K, V] tensor exists.
+A = log q(y) - log p(y), or the `advantage` that the caller gives, and rho = min(exp(log p(y) - sampling_logprob),
+importance_clip) are constants of the gradient; m = beta q + (1 - beta) p (Agarwal et al. 2023, eq. 2). The loss is
+linear in the losses of the tokens with known weights, so the gradient needs nothing from outside but one number: a
+chunk of rows is multiplied by both heads, one row kernel writes the student's logit gradient, and that goes straight
+into both gradients. The backward pass multiplies them by the upstream gradient; nothing is computed twice, no [K, V]
+tensor exists.
 
 FLOPs: 2 K V (3 Hs + Ht), or 2 K V (Hs + Ht) without gradients and 2 K V (2 Hs + Ht) with a frozen head. Bytes: the
 logits buffers are written once, read twice (once where no gradient is asked for), and the gradient is written and
@@ -41,6 +42,7 @@ def _linear_distill_loss(
     token_ids: Tensor,
     token_weight: Tensor,
     sampling_logprob: Tensor | None,
+    advantage: Tensor | None,
     needed: list[bool],
     objective: int,
     importance_clip: float | None,
@@ -80,6 +82,7 @@ def _linear_distill_loss(
             losses[part],
             row_scale[part],
             grad,
+            advantage=None if advantage is None else advantage[part],
             objective=objective,
             importance_clip=importance_clip,
             beta=beta,
@@ -114,13 +117,13 @@ def _outputs(
 
 @_linear_distill_loss.register_fake
 def _(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, *rest) -> Gradients:
-    needed = rest[3]
+    needed = rest[4]
     return _outputs(student_hidden, student_weight, teacher_hidden, teacher_weight, needed)
 
 
 def _keep_gradients(ctx, inputs, output) -> None:
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
-    ctx.needed = inputs[9]
+    ctx.needed = inputs[10]
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(
@@ -134,19 +137,24 @@ def _scale_gradients(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, .
         (gradient * upstream).to(dtype) if needed and upstream is not None else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
-    return *scaled, *[None] * 17
+    return *scaled, *[None] * 18
 
 
 torch.library.register_autograd("distill_kernels::linear_distill_loss", _scale_gradients, setup_context=_keep_gradients)
 
 
 def _check_objective(
-    objective: str, sampling_logprob: Tensor | None, importance_clip: float | None, beta: float
+    objective: str,
+    sampling_logprob: Tensor | None,
+    importance_clip: float | None,
+    advantage: Tensor | None,
+    beta: float,
 ) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {objective!r}")
-    if objective != "sampled_reverse_kl" and not (sampling_logprob is None and importance_clip is None):
-        raise ValueError(f"sampling_logprob and importance_clip belong to sampled_reverse_kl; found {objective!r}")
+    own = {"sampling_logprob": sampling_logprob, "importance_clip": importance_clip, "advantage": advantage}
+    if objective != "sampled_reverse_kl" and any(value is not None for value in own.values()):
+        raise ValueError(f"{', '.join(own)} belong to sampled_reverse_kl; found {objective!r}")
     if objective == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must lie between 0 and 1; found {beta}. Its limits are forward_kl and reverse_kl")
 
@@ -162,6 +170,7 @@ def linear_distill_loss(
     objective: str = "sampled_reverse_kl",
     sampling_logprob: Tensor | None = None,
     importance_clip: float | None = None,
+    advantage: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -182,20 +191,21 @@ def linear_distill_loss(
     student_hidden [K, Hs], student_weight [Vs, Hs], teacher_hidden [K, Ht], teacher_weight [Vt, Ht]: float32,
     bfloat16 or float16, float64 on a CPU; each may have its own (a product runs in the wider of its two).
     token_ids [K] int64. token_weight [K], 0 for a token to leave out, whatever its loss is. sampling_logprob [K],
-    nats, and importance_clip are for `sampled_reverse_kl` only; without the first, rho is 1. beta, for `jsd`, lies
-    between 0 and 1, both excluded: there it is forward_kl and reverse_kl, scaled to 0. `vocab_size` is the number
+    nats, importance_clip and advantage are for `sampled_reverse_kl` only; without the first, rho is 1. advantage [K],
+    nats, takes the place of the token's reward in the loss and its gradient, not in the statistics. beta, for `jsd`,
+    lies between 0 and 1, both excluded: there it is forward_kl and reverse_kl, scaled to 0. `vocab_size` is the number
     of leading columns that both models share; columns past it have gradient 0. `workspace_bytes` bounds the buffers.
 
     A token whose divergence is infinite makes the loss infinite and has gradient 0.
     Raises ValueError and IndexError as `linear_reverse_kl` does.
     """
-    _check_objective(objective, sampling_logprob, importance_clip, beta)
+    _check_objective(objective, sampling_logprob, importance_clip, advantage, beta)
     V = checks.check_linear(
         (student_hidden, student_weight, student_bias),
         (teacher_hidden, teacher_weight, teacher_bias),
         token_ids,
         vocab_size,
-        vectors={"token_weight": token_weight, "sampling_logprob": sampling_logprob},
+        vectors={"token_weight": token_weight, "sampling_logprob": sampling_logprob, "advantage": advantage},
         numbers={
             "temperature": temperature,
             "student_softcap": student_softcap,
@@ -218,6 +228,7 @@ def linear_distill_loss(
         token_ids,
         token_weight.detach(),
         None if sampling_logprob is None else sampling_logprob.detach(),
+        None if advantage is None else advantage.detach(),
         needed,
         OBJECTIVES.index(objective),
         importance_clip,

@@ -62,6 +62,7 @@ def linear_distill_loss(
     objective: str = "sampled_reverse_kl",
     sampling_logprob: Tensor | None = None,
     importance_clip: float | None = None,
+    advantage: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -81,7 +82,7 @@ def linear_distill_loss(
     student, teacher = _logprobs(student_logits, teacher_logits, temperature, vocab_size)
     stats = _token_stats(student, teacher, token_ids)
     if objective == "sampled_reverse_kl":
-        losses = _sampled(stats, sampling_logprob, importance_clip)
+        losses = _sampled(stats, sampling_logprob, importance_clip, advantage)
     elif objective == "reverse_kl":
         losses = stats.reverse_kl
     elif objective == "forward_kl":
@@ -197,14 +198,17 @@ def _mixture(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(q + math.log(beta), p + math.log1p(-beta)).masked_fill(outside, -math.inf)
 
 
-def _sampled(stats: TokenStats, sampling_logprob: Tensor | None, importance_clip: float | None) -> Tensor:
-    """-rho A log p_student(y), A the reward and rho the truncated importance ratio, both constants."""
+def _sampled(
+    stats: TokenStats, sampling_logprob: Tensor | None, importance_clip: float | None, advantage: Tensor | None
+) -> Tensor:
+    """-rho A log p_student(y), A the reward or what is given, rho the truncated importance ratio, both constants."""
+    reward = stats.reward if advantage is None else advantage.to(stats.reward.dtype)
     ratio = torch.ones_like(stats.reward)
     if sampling_logprob is not None:
         ratio = (stats.student_logprob.detach() - sampling_logprob).exp()
         if importance_clip is not None:
             ratio = ratio.clamp(max=importance_clip)
-    advantage = (ratio * stats.reward).masked_fill(ratio == 0, 0)
+    advantage = (ratio * reward).masked_fill(ratio == 0, 0)
     finite = advantage.isfinite() & stats.student_logprob.isfinite()
     losses = -advantage.masked_fill(~finite, 0) * stats.student_logprob.masked_fill(~finite, 0)
     unbounded = (advantage != 0) & (stats.student_logprob != 0) & ~finite

@@ -22,13 +22,13 @@ _NONE, _SAMPLED, _REVERSE, _FORWARD, _JSD = (tl.constexpr(code) for code in rang
 
 @triton.jit
 def _rows_kernel(
-    student_ptr, teacher_ptr, student_bias, teacher_bias, token_ids, at_sampling_ptr,
+    student_ptr, teacher_ptr, student_bias, teacher_bias, token_ids, at_sampling_ptr, advantage_ptr,
     stats, normalisers, losses, row_scale, grad_ptr,
     student_stride, student_step, teacher_stride, teacher_step, stats_stride, normalisers_stride, grad_stride, V,
     student_scale, teacher_scale, student_softcap, teacher_softcap, inverse_temperature, importance_clip, beta,
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
-    OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, NORMALISERS: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr,
+    NORMALISERS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     student = student_ptr + offset_of(row, student_stride)
@@ -70,7 +70,10 @@ def _rows_kernel(
             ratio = 1.0
             if IMPORTANCE:
                 ratio = tl.minimum(tl.exp(logprob_s - tl.load(at_sampling_ptr + row)), importance_clip)
-            factor = tl.where(ratio == 0, 0.0, ratio * reward)
+            advantage = reward
+            if ADVANTAGE:
+                advantage = tl.load(advantage_ptr + row).to(tl.float32)
+            factor = tl.where(ratio == 0, 0.0, ratio * advantage)
             loss = tl.where((factor == 0) | (logprob_s == 0), 0.0, -factor * logprob_s)
         elif OBJECTIVE == _REVERSE:
             factor = 1.0
@@ -154,6 +157,7 @@ def distill_rows(
     row_scale: Tensor,
     grad: Tensor | None,
     *,
+    advantage: Tensor | None,
     objective: int,
     importance_clip: float | None,
     beta: float,
@@ -176,6 +180,7 @@ def distill_rows(
         teacher_head=teacher_head,
         objective=objective,
         sampling_logprob=sampling_logprob,
+        advantage=advantage,
         importance_clip=importance_clip,
         beta=beta,
         losses=losses,
@@ -196,6 +201,7 @@ def _launch_rows(
     normalisers: Tensor | None = None,
     objective: int = -1,
     sampling_logprob: Tensor | None = None,
+    advantage: Tensor | None = None,
     importance_clip: float | None = None,
     beta: float = 0.5,
     losses: Tensor | None = None,
@@ -213,6 +219,7 @@ def _launch_rows(
         _or(teacher_head.bias, teacher),
         token_ids.contiguous(),
         _or(sampling_logprob, stats).contiguous(),
+        _or(advantage, stats).contiguous(),
         stats,
         _or(normalisers, stats),
         _or(losses, stats),
@@ -239,6 +246,7 @@ def _launch_rows(
         TEACHER_CAP=teacher_head.softcap is not None,
         OBJECTIVE=objective,
         IMPORTANCE=sampling_logprob is not None,
+        ADVANTAGE=advantage is not None,
         NORMALISERS=normalisers is not None,
         GRADIENT=grad is not None,
         BLOCK=block_of(V),

@@ -61,6 +61,7 @@ def distill_rows(
     row_scale: Tensor,
     grad: Tensor | None,
     *,
+    advantage: Tensor | None,
     objective: int,
     importance_clip: float | None,
     beta: float,
@@ -86,7 +87,8 @@ def distill_rows(
         name = OBJECTIVES[objective]
         if name == "sampled_reverse_kl":
             at_sampling = None if sampling_logprob is None else sampling_logprob[part]
-            loss, factor = _sampled(s, stats[:, part], token_ids[part], at_sampling, importance_clip, out)
+            weight = stats[2, part] if advantage is None else advantage[part].to(stats.dtype)
+            loss, factor = _sampled(s, stats[0, part], weight, token_ids[part], at_sampling, importance_clip, out)
         elif name == "reverse_kl":
             loss, factor = _reverse(s, t, stats[3, part], work, out)
         elif name == "forward_kl":
@@ -158,20 +160,20 @@ def write_stats(s: _Softmax, t: _Softmax, token_ids: Tensor, work: Tensor, stats
 
 def _sampled(
     s: _Softmax,
-    stats: Tensor,
+    logprob: Tensor,
+    advantage: Tensor,
     token_ids: Tensor,
     sampling_logprob: Tensor | None,
     importance_clip: float | None,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """loss = -rho A log p(y); gradient rho A (p - onehot)."""
-    logprob, reward = stats[0], stats[2]
-    ratio = torch.ones_like(reward)
+    ratio = torch.ones_like(logprob)
     if sampling_logprob is not None:
         ratio = (logprob - sampling_logprob).exp()
         if importance_clip is not None:
             ratio = ratio.clamp(max=importance_clip)
-    advantage = (ratio * reward).masked_fill(ratio == 0, 0)
+    advantage = (ratio * advantage).masked_fill(ratio == 0, 0)
     loss = (-advantage * logprob).masked_fill((advantage == 0) | (logprob == 0), 0)
     if out is not None:
         torch.div(s.exps, s.total, out=out)

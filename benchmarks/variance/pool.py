@@ -1,0 +1,228 @@
+"""A pool of rollouts at a fixed policy, with the gradient that each of them alone would give, as a random sketch.
+
+A group's gradient is a mean over its rollouts, so the gradients of all groups of all sizes come from one pool. What
+depends on the group, the leave-one-out baseline b, is linear in two gradients: (A = r) − b (A = 1).
+Gradients of 135 million numbers are kept as D = 65,521 sums of them with random signs: inner products are preserved in
+the mean, with a standard deviation of at most sqrt(2 / D) = 0.6 % of the product of the norms.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill.advantage import advantages, needs_scores
+from distill.config import Config, ConfigError
+from distill.loss import Group, HeadPair, LossOptions, ModelParts, token_weights
+from distill.prompts import left_pad
+from distill.run import Run
+from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
+
+SKETCH_SIZE = 65_521  # a prime, so that the rows of no weight matrix fall into the same sums
+SIGNS_SEED = 20_240_601
+SCORE = "score"  # the gradient with A = 1
+
+
+class Sketch:
+    """Signed sums of gradients: element i of a parameter goes to sum i mod D with a random sign of its own."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], size: int = SKETCH_SIZE) -> None:
+        self.size = size
+        generator = torch.Generator().manual_seed(SIGNS_SEED)
+        self.signs = [
+            torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(p.device)
+            for p in parameters
+        ]
+
+    def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
+        """[D] float32."""
+        total = torch.zeros(self.size, device=gradients[0].device)
+        for gradient, signs in zip(gradients, self.signs, strict=True):
+            flat = gradient.reshape(-1)
+            whole = len(flat) // self.size * self.size
+            rows, row_signs = flat[:whole].view(-1, self.size), signs[:whole].view(-1, self.size)
+            for start in range(0, len(rows), 32):  # a block stays in the cache
+                total += (rows[start : start + 32] * row_signs[start : start + 32]).sum(0)
+            total[: len(flat) - whole] += flat[whole:] * signs[whole:]
+        return total
+
+
+@dataclass(frozen=True)
+class PromptPool:
+    """M rollouts of one prompt."""
+
+    sketches: dict[str, Tensor]  # [M, D] by vector
+    norms: dict[str, Tensor]  # [M] exact, squared
+    reward: Tensor  # [M] mean token reward, nats
+    reverse_kl: Tensor  # [M] mean exact token KL, nats
+    lengths: Tensor  # [M]
+
+    def save(self, path: Path) -> None:
+        tensors = {f"sketch/{name}": value for name, value in self.sketches.items()}
+        tensors |= {f"norm/{name}": value for name, value in self.norms.items()}
+        plain = {"reward": self.reward, "reverse_kl": self.reverse_kl, "lengths": self.lengths}
+        partial = path.with_suffix(".partial")
+        save_file({name: value.contiguous().cpu() for name, value in (tensors | plain).items()}, partial)
+        partial.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "PromptPool":
+        tensors = load_file(path)
+
+        def named(kind: str) -> dict[str, Tensor]:
+            return {n.removeprefix(f"{kind}/"): value for n, value in tensors.items() if n.startswith(f"{kind}/")}
+
+        return cls(named("sketch"), named("norm"), tensors["reward"], tensors["reverse_kl"], tensors["lengths"])
+
+
+def vectors_of(estimators: dict[str, LossOptions]) -> dict[str, LossOptions | None]:
+    """The gradients to be stored: one an estimator, but a group baseline's are the plain one and the score's (None)."""
+    found: dict[str, LossOptions | None] = {}
+    for name, options in estimators.items():
+        if options.baseline == "group":
+            found |= {plain_name(options): LossOptions(reduction=options.reduction), SCORE: None}
+        else:
+            found[vector_name(name, options)] = options
+    return found
+
+
+def plain_name(options: LossOptions) -> str:
+    """The name of the sampled estimator without baseline; a group baseline is measured with each token's own reward."""
+    if options.discount or options.reward_clip is not None:
+        raise ValueError("a group baseline is measured at a fixed policy without discount and reward clip only")
+    return "plain"
+
+
+def vector_name(name: str, options: LossOptions) -> str:
+    """The stored gradient that an estimator without group baseline is."""
+    sampled = options.objective == "sampled_reverse_kl" and not needs_scores(options)
+    return "plain" if sampled else name
+
+
+class PoolMaker:
+    """The policy, its teacher, and the prompts, with everything to make pools of them."""
+
+    def __init__(self, config: Config, estimators: dict[str, LossOptions]) -> None:
+        self.run = Run(config, Console(quiet=True), lambda: None)
+        self.vectors = vectors_of(estimators)
+        self.parameters = [p for p in self.run.student.parameters() if p.requires_grad]
+        self.sketch = Sketch(self.parameters)
+
+    def make(self, prompt: int, count: int, progress: Progress, task: Any) -> PromptPool:
+        """`count` rollouts of the prompt with this index, and their gradients."""
+        run = self.run
+        ids, mask = left_pad([run.prompts.token_ids[prompt]], run.tokenizer.pad_token_id)
+        rollouts = run.engine.generate(
+            ids.to(run.device), mask.to(run.device), num_rollouts=count, prompt_keys=torch.tensor([prompt])
+        )
+        group = Group.of(rollouts)
+        sketches: dict[str, list[Tensor]] = {name: [] for name in self.vectors}
+        norms: dict[str, list[Tensor]] = {name: [] for name in self.vectors}
+        reward, reverse_kl = [], []
+        for row in range(count):
+            stats, gradients = rollout_gradients(
+                run.student_parts, run.teacher_parts, group, row, self.vectors, self.parameters, run.vocab_size
+            )
+            for name, of_vector in gradients:
+                sketches[name].append(self.sketch(of_vector).cpu())
+                norms[name].append(sum(g.double().square().sum() for g in of_vector).cpu())
+            reward.append(stats.reward.mean().cpu())
+            reverse_kl.append(stats.reverse_kl.mean().cpu())
+            progress.advance(task)
+        return PromptPool(
+            {name: torch.stack(rows) for name, rows in sketches.items()},
+            {name: torch.stack(rows) for name, rows in norms.items()},
+            torch.stack(reward),
+            torch.stack(reverse_kl),
+            group.completion_lengths,
+        )
+
+
+def rollout_gradients(
+    student: ModelParts,
+    teacher: ModelParts,
+    group: Group,
+    row: int,
+    vectors: dict[str, LossOptions | None],
+    parameters: Sequence[nn.Parameter],
+    vocab_size: int | None,
+) -> tuple[TokenStats, Iterator[tuple[str, Sequence[Tensor]]]]:
+    """One rollout's statistics, and an iterator over (name, gradients) of its loss as a group of its own.
+
+    The importance ratio is left out: at a fixed policy it is 1.
+    """
+    rows = torch.tensor([row])
+    inputs, ids, lengths = group.inputs(rows), group.valid(group.completion_ids, rows), group.completion_lengths[rows]
+    hidden = student.hidden(*inputs)
+    with torch.no_grad():
+        teacher_hidden = teacher.hidden(*inputs)
+    heads = HeadPair(student, teacher, 1.0, vocab_size)
+    stats = linear_reverse_kl(*heads.inputs(hidden.detach(), teacher_hidden), ids, **heads.options())
+
+    def gradients() -> Iterator[tuple[str, Sequence[Tensor]]]:
+        for name, options in vectors.items():
+            if options is None:
+                advantage, options = torch.ones_like(stats.reward), LossOptions()
+            else:
+                advantage = advantages(stats, lengths, rows * 0, options) if needs_scores(options) else None
+            loss, _ = linear_distill_loss(
+                *heads.inputs(hidden, teacher_hidden),
+                ids,
+                token_weights(lengths, options.reduction).to(hidden.device),
+                objective=options.objective,
+                advantage=advantage,
+                beta=options.beta,
+                **heads.options(),
+            )
+            yield name, torch.autograd.grad(loss, parameters, retain_graph=True)
+
+    return stats, gradients()
+
+
+def make_pools(
+    name: str,
+    config: Config,
+    estimators: dict[str, LossOptions],
+    prompts: int,
+    count: int,
+    output: Path,
+    progress: Progress,
+) -> list[PromptPool]:
+    """The pools of the first `prompts` prompts, made where they are not there yet.
+
+    Raises `ConfigError` where pools of something else are in the way.
+    """
+    folder = output / "pools"
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = json.dumps(
+        {
+            "config": config.model_dump(mode="json", include={"student", "teacher", "prompts", "rollout"}),
+            "seed": config.training.seed,
+            "count": count,
+            "vectors": {n: None if v is None else vars(v) for n, v in vectors_of(estimators).items()},
+        },
+        indent=1,
+    )
+    made_of = folder / f"{name}.json"
+    if made_of.exists() and made_of.read_text(encoding="utf-8") != ours:
+        raise ConfigError(
+            f"{folder}: holds pools of other rollouts or gradients, as {made_of.name} says; "
+            "remove it or name another --output"
+        )
+    made_of.write_text(ours, encoding="utf-8")
+    paths = [folder / f"{name}-{prompt:03d}.safetensors" for prompt in range(prompts)]
+    missing = [prompt for prompt, path in enumerate(paths) if not path.exists()]
+    if missing:
+        task = progress.add_task(f"{name}: gradients", total=len(missing) * count)
+        maker = PoolMaker(config, estimators)
+        for prompt in missing:
+            maker.make(prompt, count, progress, task).save(paths[prompt])
+        progress.remove_task(task)
+    return [PromptPool.load(path) for path in paths]
