@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from distill.rollout import Rollouts
 
 
+AGREEMENT_TOKENS = 32  # of a micro-batch whose likeliest tokens are compared
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """How a group becomes one number; see the `loss` section of the configuration."""
@@ -121,6 +124,19 @@ class Group(NamedTuple):
         )
 
 
+class GroupGradient(NamedTuple):
+    """What is known of a group once its gradient has been added up, all of it detached."""
+
+    loss: Tensor
+    """[] nats."""
+    stats: TokenStats
+    """Of the group's K tokens, row 0's first."""
+    row_gradients: Tensor | None
+    """[R, H] gradient of each row's part of the loss with respect to a shift of all its hidden states."""
+    agreement: Tensor
+    """[] fraction of some evenly spaced tokens for which teacher and student have the same likeliest token."""
+
+
 def token_weights(completion_lengths: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
     """[K] float32 weights that sum to 1 (or K = 0): of each rollout's mean, or of the mean over all tokens.
 
@@ -149,11 +165,8 @@ def accumulate_gradients(
     *,
     vocab_size: int | None = None,
     checkpointing: bool = False,
-) -> tuple[Tensor, TokenStats]:
-    """Adds the gradient of a group's loss to the student's `.grad`, one micro-batch at a time.
-
-    Returns the loss (a scalar, nats) and the statistics of its K tokens, row 0's first, both detached.
-    """
+) -> GroupGradient:
+    """Adds the gradient of a group's loss to the student's `.grad`, one micro-batch at a time."""
     weights = token_weights(
         group.completion_lengths, options.reduction, group.finished if options.mask_truncated else None
     )
@@ -162,7 +175,7 @@ def accumulate_gradients(
     if needs_scores(options):
         scores, hidden = _score_first(heads, teacher_hidden, group, micro_batches, checkpointing)
         advantage = advantages(scores, group.completion_lengths, group.prompt_index, options)
-    losses, parts = [], []
+    losses, parts, shifts, agreements = [], [], [], []
     for rows in micro_batches:
         tokens = group.tokens_of(rows)
         if hidden is None:
@@ -179,11 +192,23 @@ def accumulate_gradients(
             beta=options.beta,
             **heads.options(),
         )
+        if hidden.requires_grad:
+            hidden.retain_grad()
         loss.backward()
-        hidden = None
         losses.append(loss.detach())
         parts.append(stats)
-    return torch.stack(losses).sum(), _merged(parts, group, micro_batches)
+        lengths = group.completion_lengths[rows].to(device, non_blocking=True)
+        if hidden.grad is not None:
+            shifts.append(torch.segment_reduce(hidden.grad.float(), "sum", lengths=lengths, axis=0))
+        agreements.append(heads.agreement(hidden.detach(), teacher_hidden[tokens.to(device)]))
+        hidden = None
+    rows = torch.cat(list(micro_batches)).argsort().to(device, non_blocking=True)
+    return GroupGradient(
+        torch.stack(losses).sum(),
+        _merged(parts, group, micro_batches),
+        torch.cat(shifts)[rows] if shifts else None,
+        torch.cat(agreements).float().mean(),
+    )
 
 
 @torch.no_grad()
@@ -220,6 +245,16 @@ class HeadPair(NamedTuple):
     def options(self) -> dict:
         heads = self.student.head_arguments("student") | self.teacher.head_arguments("teacher")
         return {"temperature": self.temperature, "vocab_size": self.vocab_size, **heads}
+
+    @torch.no_grad()
+    def agreement(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
+        """[k] bool, k at most AGREEMENT_TOKENS: whether evenly spaced tokens have the same likeliest token."""
+        every = max(1, -(-len(student_hidden) // AGREEMENT_TOKENS))
+        top = (
+            model.head.logits(hidden[::every])[:, : self.vocab_size].argmax(-1)
+            for model, hidden in ((self.student, student_hidden), (self.teacher, teacher_hidden))
+        )
+        return next(top) == next(top)
 
 
 def _score_first(

@@ -3,6 +3,7 @@
 Every value that lives on an accelerator is gathered into one tensor and read once a step.
 """
 
+import itertools
 import json
 import math
 import os
@@ -47,10 +48,15 @@ class PhaseClock:
         return totals
 
 
-def to_host(values: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars on a device as floats, in one copy."""
-    numbers = torch.stack([value.detach().double().reshape(()) for value in values.values()]).tolist()
-    return dict(zip(values, numbers, strict=True))
+def to_host(values: dict[str, Tensor]) -> dict[str, Any]:
+    """Scalars on a device as floats and vectors as lists (None for what is not finite in them), in one copy."""
+    numbers = iter(torch.cat([value.detach().double().reshape(-1) for value in values.values()]).tolist())
+    return {
+        name: [x if math.isfinite(x) else None for x in itertools.islice(numbers, value.numel())]
+        if value.dim()
+        else next(numbers)
+        for name, value in values.items()
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ import argparse
 import html
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 
 from distill.metrics import read_json_lines
 
+NOISE = ("gradient_noise_within", "gradient_noise_between", "gradient_signal")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 :root { color-scheme: light dark }
@@ -47,6 +49,7 @@ def write_report(run: Path) -> Path:
             _chart(metrics, [(f"seconds_{p}", p) for p in ("rollout", "score", "update")], "seconds"),
             "<h2>Entropy</h2>",
             _chart(metrics, [("student_entropy", "student"), ("teacher_entropy", "teacher")], "nats per token"),
+            *_diagnostics(metrics),
             "<h2>Held-out completions</h2>",
             _samples(summary.get("samples", [])),
             "</html>",
@@ -55,6 +58,56 @@ def write_report(run: Path) -> Path:
     target = run / "report.html"
     target.write_text(page, encoding="utf-8")
     return target
+
+
+def _diagnostics(metrics: list[dict[str, Any]]) -> list[str]:
+    """Charts of what a run needs watched; those whose figures the run never had are left out."""
+    window = max(1, len(metrics) // 20)
+    noise = [
+        {"step": record["step"], **{key: _recent(metrics, i, window, key) for key in NOISE}}
+        for i, record in enumerate(metrics)
+    ]
+    for record in noise:
+        signal = record["gradient_signal"]
+        for key in NOISE[:2]:
+            record[key] = record[key] / signal if signal > 0 else math.nan
+    kl = [("reverse_kl_q99", "99 % of tokens are below"), ("reverse_kl_end", "at the end of a completion")]
+    noise_lines = [(NOISE[0], "within prompts"), (NOISE[1], "between prompts")]
+    fractions = [
+        ("top_token_agreement", "same likeliest token"),
+        ("truncated_fraction", "cut by length"),
+        ("reward_clipped_fraction", "reward clipped"),
+    ]
+    charts = [
+        ("Reverse KL of single tokens", _chart(metrics, kl, "nats")),
+        ("Reverse KL by position", _positions(metrics)),
+        (f"Noise of the gradient (mean of {window} steps)", _chart(noise, noise_lines, "variance / signal")),
+        ("Fractions", _chart(metrics, fractions, "fraction")),
+    ]
+    return [f"<h2>{html.escape(title)}</h2>{chart}" for title, chart in charts if chart]
+
+
+def _recent(metrics: list[dict[str, Any]], index: int, window: int, key: str) -> float:
+    """Mean of a figure over the last steps that have it."""
+    values = [r[key] for r in metrics[max(0, index + 1 - window) : index + 1] if r.get(key) is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _positions(metrics: list[dict[str, Any]]) -> str:
+    """Reverse KL against the position in the completion, over the first and the last tenth of the steps."""
+    series = [record["reverse_kl_by_position"] for record in metrics if "reverse_kl_by_position" in record]
+    if not series:
+        return ""
+    share = max(1, len(series) // 10)
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots()
+    for label, part in (("first steps", series[:share]), ("last steps", series[-share:])):
+        columns = zip(*(row + [None] * (max(map(len, part)) - len(row)) for row in part), strict=True)
+        means = [sum(known) / len(known) for column in columns if (known := [x for x in column if x is not None])]
+        axes.plot([2**i for i in range(len(means))], means, marker="o", label=label)
+    axes.set(xlabel="token of the completion", ylabel="nats per token", ylim=(0, None))
+    axes.set_xscale("log", base=2)
+    return _svg(figure)
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
@@ -81,12 +134,15 @@ def _chart(
     unit: str,
     evaluations: list[dict[str, Any]] = (),
 ) -> str:
-    """A line chart as inline SVG."""
+    """A line chart as inline SVG; lines without a value are left out, and a chart without a line is empty text."""
+    lines = [(key, label) for key, label in lines if any(_known(record.get(key)) for record in metrics)]
+    if not lines:
+        return ""
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     steps = [record["step"] for record in metrics]
     for key, label in lines:
-        axes.plot(steps, [record[key] for record in metrics], label=label)
+        axes.plot(steps, [math.nan if record.get(key) is None else record[key] for record in metrics], label=label)
     if evaluations:
         axes.errorbar(
             [e["step"] for e in evaluations],
@@ -98,8 +154,17 @@ def _chart(
             label="held-out, exact, 95 %",
         )
     axes.set(xlabel="optimizer step", ylabel=unit, ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _svg(figure: Figure) -> str:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     with matplotlib.rc_context({"svg.fonttype": "none"}), io.StringIO() as buffer:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         return buffer.getvalue().split("?>")[-1].split('dtd">')[-1]

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distill.diagnostics import step_metrics
 from distill.forward import micro_batches
 from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score
-from distill.metrics import PhaseClock, peak_memory_bytes, to_host
+from distill.metrics import PhaseClock, peak_memory_bytes
 from distill.rollout import RolloutEngine, Rollouts
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class Trainer:
         learning_rate = self.learning_rate(self.position.step)
         with self.clock.phase("update"):
             self.optimizer.zero_grad(set_to_none=True)
-            loss, stats = accumulate_gradients(
+            result = accumulate_gradients(
                 self.student_parts,
                 self.teacher_parts,
                 teacher_hidden,
@@ -199,18 +200,7 @@ class Trainer:
                 settings["lr"] = learning_rate
             self.optimizer.step()
             self.engine.refresh()
-        row_sums = torch.segment_reduce(stats.reverse_kl, "mean", lengths=group.completion_lengths.to(self.device))
-        metrics = to_host(
-            {
-                "loss": loss,
-                "reverse_kl": -stats.reward.mean(),
-                "reverse_kl_exact": stats.reverse_kl.mean(),
-                "student_entropy": stats.student_entropy.mean(),
-                "teacher_entropy": stats.teacher_entropy.mean(),
-                "grad_norm": grad_norm,
-                "truncated_fraction": 1 - rollouts.finished.float().mean(),
-            }
-        )
+        metrics, row_reverse_kl = step_metrics(result, group, grad_norm, self.loss_options)
         # A batch's rollouts are shared evenly by the steps that it serves.
         seconds = {"rollout": self._rollout_seconds / groups_in_batch, **self.clock.read()}
         tokens = int(group.completion_lengths.sum())
@@ -222,11 +212,14 @@ class Trainer:
             "tokens_per_second": tokens / sum(seconds.values()),
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
-        return metrics, row_sums.tolist()
+        return metrics, row_reverse_kl
 
 
 def _lengths_on_host(rollouts: Rollouts) -> Rollouts:
     """With masks and lengths where the steps' plans are made, so that no step waits for an accelerator to tell them."""
     return replace(
-        rollouts, prompt_mask=rollouts.prompt_mask.cpu(), completion_lengths=rollouts.completion_lengths.cpu()
+        rollouts,
+        prompt_mask=rollouts.prompt_mask.cpu(),
+        completion_lengths=rollouts.completion_lengths.cpu(),
+        finished=rollouts.finished.cpu(),
     )

@@ -14,7 +14,19 @@ NASTY = "<script>alert('x')</script> [bold]&amp;"
 def metrics(step: int) -> dict:
     names = ("rollout", "score", "update")
     values = {"reverse_kl_exact": 2.0 / step, "grad_norm": 1.5, "student_entropy": 1.0, "teacher_entropy": 0.9}
-    return {"step": step, "tokens_per_second": 70.0, **values, **{f"seconds_{name}": 0.5 for name in names}}
+    diagnostics = {
+        "reverse_kl_q99": 9.0,
+        "reverse_kl_end": None if step % 2 else 0.5,
+        "reverse_kl_by_position": [1.0, None, 2.0][: 2 + step % 2],
+        "top_token_agreement": 0.5,
+        "truncated_fraction": 0.0,
+        "reward_clipped_fraction": None,
+        "gradient_noise_within": 2.0,
+        "gradient_noise_between": None,
+        "gradient_signal": 1.0 if step % 2 else -0.5,
+    }
+    seconds = {f"seconds_{name}": 0.5 for name in names}
+    return {"step": step, "tokens_per_second": 70.0, **values, **seconds, **diagnostics}
 
 
 def make_run(folder, steps=20):
@@ -28,7 +40,10 @@ def make_run(folder, steps=20):
 def test_report_is_one_file_with_charts_and_everything_escaped(tmp_path):
     make_run(tmp_path)
     page = write_report(tmp_path).read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 8
+    assert "within prompts" in page
+    assert "between prompts" not in page  # never known
+    assert "reward clipped" not in page
     assert "<script>" not in page
     assert page.count("&lt;script&gt;") == 4
     assert "http-equiv" not in page
@@ -41,6 +56,14 @@ def test_report_of_an_unfinished_run(tmp_path):
     (tmp_path / "summary.json").unlink()
     (tmp_path / "evaluations.jsonl").unlink()
     assert "<svg" in write_report(tmp_path).read_text()
+
+
+def test_report_of_a_run_without_diagnostics(tmp_path):
+    make_run(tmp_path)
+    known = ("step", "reverse_kl_exact", "grad_norm", "student_entropy", "teacher_entropy")
+    lines = [{k: v for k, v in metrics(s).items() if k in known or k.startswith("seconds_")} for s in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert write_report(tmp_path).read_text().count("<svg") == 4
 
 
 def test_report_command(tmp_path, capsys):
