@@ -12,14 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.variance import fixed, pool, split, tables, training
+from benchmarks.variance import fixed, pool, single, split, tables, training
 from benchmarks.variance.study import HERE, Study, load_study
 from distill.config import Config, ConfigError, load_config
 from distill.metrics import read_json_lines
 from distill.models import ModelError
 from distill.prompts import PromptError
 
-PARTS = ("fixed", "split", "training")
+PARTS = ("fixed", "split", "training", "single")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,6 +65,9 @@ def _run_part(part: str, study: Study, arguments: argparse.Namespace, progress: 
         records = training.read_all(study, output)
         tables.plot_training(output, records, lambda record: _held_out(output, record))
         text = tables.training_tables(records, study.training.targets)
+    elif part == "single":
+        records = single.run_all(study.single, output, progress)
+        text = tables.single_table(records)
     else:
         grid = getattr(study, part)
         config = _config_of(recipe, grid.overrides, arguments.policy)

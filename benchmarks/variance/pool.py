@@ -2,7 +2,7 @@
 
 A group's gradient is a mean over its rollouts, so the gradients of all groups of all sizes come from one pool. What
 depends on the group, the leave-one-out baseline b, is linear in two gradients: (A = r) − b (A = 1).
-Gradients of 135 million numbers are kept as D = 65,521 sums of them with random signs: inner products are preserved in
+Gradients of 135 million numbers are kept as D = 65,536 sums of them with random signs: inner products are preserved in
 the mean, with a standard deviation of at most sqrt(2 / D) = 0.6 % of the product of the norms.
 """
 
@@ -25,33 +25,35 @@ from distill.prompts import left_pad
 from distill.run import Run
 from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
 
-SKETCH_SIZE = 65_521  # a prime, so that the rows of no weight matrix fall into the same sums
+SKETCH_SIZE = 65_536
 SIGNS_SEED = 20_240_601
 SCORE = "score"  # the gradient with A = 1
 
 
 class Sketch:
-    """Signed sums of gradients: element i of a parameter goes to sum i mod D with a random sign of its own."""
+    """Signed sums of gradients: element i of a block of D elements goes to sum (i + shift of the block) mod D.
+
+    Signs and shifts are random: models concentrate their gradient in the same few places of every layer, which would
+    meet in the same sums if blocks were not shifted.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], size: int = SKETCH_SIZE) -> None:
         self.size = size
         generator = torch.Generator().manual_seed(SIGNS_SEED)
-        self.signs = [
-            torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(p.device)
-            for p in parameters
-        ]
+        self.blocks: list[list[tuple[Tensor, int]]] = []  # a parameter's signs [n <= D] and shifts
+        for parameter in parameters:
+            signs = torch.randint(0, 2, (parameter.numel(),), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+            parts = signs.to(parameter.device).split(size)
+            shifts = torch.randint(size, (len(parts),), generator=generator).tolist()
+            self.blocks.append(list(zip(parts, shifts, strict=True)))
 
     def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
         """[D] float32."""
-        total = torch.zeros(self.size, device=gradients[0].device)
-        for gradient, signs in zip(gradients, self.signs, strict=True):
-            flat = gradient.reshape(-1)
-            whole = len(flat) // self.size * self.size
-            rows, row_signs = flat[:whole].view(-1, self.size), signs[:whole].view(-1, self.size)
-            for start in range(0, len(rows), 32):  # a block stays in the cache
-                total += (rows[start : start + 32] * row_signs[start : start + 32]).sum(0)
-            total[: len(flat) - whole] += flat[whole:] * signs[whole:]
-        return total
+        total = torch.zeros(2 * self.size, device=gradients[0].device)  # what runs past D is added at the end
+        for gradient, blocks in zip(gradients, self.blocks, strict=True):
+            for part, (signs, shift) in zip(gradient.reshape(-1).split(self.size), blocks, strict=True):
+                total[shift : shift + len(part)] += part * signs
+        return total[: self.size] + total[self.size :]
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,16 @@ class SplitStudy(Part):
     overrides: dict[str, dict[str, Any]] = {}
 
 
+class SingleStudy(Part):
+    """One prompt with many rollouts, against few rollouts at as many steps and at as many samples."""
+
+    recipe: Path
+    runs: tuple[tuple[Count, Count], ...]
+    """Rollouts and optimizer steps of each run."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    overrides: dict[str, dict[str, Any]] = {}
+
+
 class Study(Part):
     """A study's whole grid."""
 
@@ -79,6 +89,7 @@ class Study(Part):
     fixed: FixedStudy | None = None
     split: SplitStudy | None = None
     training: TrainingStudy | None = None
+    single: SingleStudy | None = None
 
     def has(self, part: str) -> bool:
         return getattr(self, part) is not None

@@ -146,6 +146,22 @@ def split_tables(records: Sequence[Record]) -> str:
     return markdown(["estimator", "prompts x rollouts", "within prompts", "between prompts", "total"], rows)
 
 
+def single_table(records: Sequence[Record]) -> str:
+    """One prompt: what each number of rollouts and steps ends at, over seeds."""
+    groups: dict[tuple[int, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["num_rollouts"], record["steps"]), []).append(record)
+    rows = []
+    for (n, steps), cell in groups.items():
+        change = interval([record["eval_after"] / record["eval_before"] - 1 for record in cell])
+        figures = [f"{_over(cell, 'eval_before').mean:.3f} → {_over(cell, 'eval_after').text()}", _percent(change)]
+        costs = [_over(cell, key).text("{:,.0f}") for key in ("tokens", "seconds", "cpu_seconds")]
+        spread = _over(cell, "reverse_kl_fluctuation").text()
+        rows.append([str(n), str(steps), f"{n * steps:,}", str(len(cell)), *figures, spread, *costs])
+    header = ("N", "steps", "completions", "runs", "KL, new completions", "change", "de-trended sd of a step's KL")
+    return markdown([*header, "tokens", "seconds", "CPU seconds"], rows)
+
+
 def _ranged(record: Record, key: str, pattern: str) -> str:
     """A figure and its interval."""
     text = pattern.format(record[key])

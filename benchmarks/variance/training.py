@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,8 @@ from benchmarks.variance.figures import fluctuation, standard_deviation
 from benchmarks.variance.study import Study
 from distill.config import load_config
 from distill.metrics import read_json_lines
+
+Changes = dict[str, dict[str, Any]]  # sections and keys
 
 
 class Cell(NamedTuple):
@@ -50,7 +52,7 @@ def cells(study: Study) -> list[Cell]:
     ]
 
 
-def overrides_of(study: Study, cell: Cell, folder: Path) -> dict[str, dict[str, Any]]:
+def overrides_of(study: Study, cell: Cell, folder: Path) -> Changes:
     """What a run changes in the recipe."""
     changes = {section: dict(keys) for section, keys in study.training.overrides.items()}
     changes["loss"] = changes.get("loss", {}) | study.estimators[cell.estimator]
@@ -64,17 +66,32 @@ def overrides_of(study: Study, cell: Cell, folder: Path) -> dict[str, dict[str, 
 
 def run_all(study: Study, recipe: Path, output: Path, progress: Progress) -> None:
     """Runs what is missing of the grid. Raises `RunFailedError` and, after a signal, `KeyboardInterrupt`."""
-    grid = cells(study)
-    task = progress.add_task("training runs", total=len(grid))
-    for cell in grid:
-        folder = output / "runs" / cell.name
+    grid = {cell.name: (lambda folder, cell=cell: overrides_of(study, cell, folder)) for cell in cells(study)}
+    run_jobs("training runs", grid, recipe, output, progress, keep_models=study.training.keep_models)
+
+
+def run_jobs(
+    title: str,
+    jobs: dict[str, Callable[[Path], Changes]],
+    recipe: Path,
+    output: Path,
+    progress: Progress,
+    *,
+    keep_models: bool = False,
+) -> None:
+    """Runs each named job that is not finished, given what it changes in the recipe for its output folder."""
+    task = progress.add_task(title, total=len(jobs))
+    for name, changes in jobs.items():
+        folder = output / "runs" / name
         if not (folder / "summary.json").exists():
-            _run(study, cell, recipe, folder, progress)
+            _run(folder, recipe, changes(folder), progress)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if not keep_models:
+                shutil.rmtree(folder / "final", ignore_errors=True)
         progress.advance(task)
 
 
-def _run(study: Study, cell: Cell, recipe: Path, folder: Path, progress: Progress) -> None:
-    changes = overrides_of(study, cell, folder)
+def _run(folder: Path, recipe: Path, changes: Changes, progress: Progress) -> None:
     load_config(recipe, changes)  # a wrong key is refused before anything is started
     options = [
         f"--{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
@@ -83,7 +100,7 @@ def _run(study: Study, cell: Cell, recipe: Path, folder: Path, progress: Progres
     ]
     command = [sys.executable, "-m", "distill.train", "--config", str(recipe), *options]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    task = progress.add_task(f"  {cell.name}", total=None)
+    task = progress.add_task(f"  {folder.name}", total=None)
     log = folder.with_suffix(".log")
     with log.open("ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -96,10 +113,7 @@ def _run(study: Study, cell: Cell, recipe: Path, folder: Path, progress: Progres
         raise KeyboardInterrupt
     if process.returncode:
         said = " ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
-        raise RunFailedError(f"{cell.name} ended with status {process.returncode}: {said} (all of it in {log})")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    if not study.training.keep_models:
-        shutil.rmtree(folder / "final", ignore_errors=True)
+        raise RunFailedError(f"{folder.name} ended with status {process.returncode}: {said} (all of it in {log})")
 
 
 @contextmanager
