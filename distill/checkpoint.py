@@ -15,6 +15,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.config import Config
+
 MANIFEST = "manifest.json"
 
 # Keys whose change leaves every number of a continued run as it would have been.
@@ -93,10 +95,16 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     changed = []
     for section, keys in current.items():
         for key, value in keys.items():
-            old = saved.get(section, {}).get(key)
+            old = saved.get(section, {}).get(key, _default(section, key))
             if value != old and f"{section}.{key}" not in harmless:
                 changed.append(f"{section}.{key}: was {old!r}, now {value!r}")
     return changed
+
+
+def _default(section: str, key: str) -> Any:
+    """What a key means to a run that began before the key existed."""
+    field = Config.model_fields[section].annotation.model_fields.get(key)
+    return None if field is None else field.default
 
 
 def _sha256(path: Path) -> str:

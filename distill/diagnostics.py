@@ -83,7 +83,7 @@ def _at_ends(values: Tensor, group: "Group") -> Tensor:
 
 
 def _by_position(values: Tensor, lengths: Tensor) -> Tensor:
-    """Means over the positions 0, 1, 2 to 3, 4 to 7, 8 to 15, ... of the completions."""
+    """Means over the positions 0, 1 to 2, 3 to 6, 7 to 14, ... of the completions."""
     position = torch.cat([torch.arange(length) for length in lengths.tolist()])
     bucket = (position + 1).log2().floor().long()
     index = bucket.to(values.device, non_blocking=True)

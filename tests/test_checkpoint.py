@@ -82,6 +82,12 @@ def test_changes_that_matter_are_named():
         "training.seed: was 0, now 1",
         "loss.beta: was 0.5, now 0.4",
     ]
+    # A key that did not exist when the run began had its default.
+    current["loss"] |= {"beta": 0.5, "discount": 0.0}
+    current["training"]["seed"] = 0
+    assert checkpoint.changed_keys(saved, current) == []
+    current["loss"]["discount"] = 0.5
+    assert checkpoint.changed_keys(saved, current) == ["loss.discount: was 0.0, now 0.5"]
     # Where the learning rate depends on the last step, its number matters.
     saved["training"]["lr_schedule"] = current["training"]["lr_schedule"] = "cosine"
     assert "training.max_steps: was 5, now 9" in checkpoint.changed_keys(saved, current)

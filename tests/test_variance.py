@@ -191,6 +191,17 @@ def test_the_command_writes_every_table_and_repeats_nothing(tiny_study, tmp_path
     assert len(before) == 3 + 3 + 4  # runs, and pools of both parts
     assert main(arguments) == 0
     assert times() == before
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n<!-- fixed -->\nold\n<!-- end of fixed -->\nend\n")
+    assert main([*arguments, "--only", "fixed", "--page", str(page)]) == 0
+    once = page.read_text()
+    assert tables[output / "fixed.md"] in once
+    assert "old" not in once
+    assert once.endswith("<!-- end of fixed -->\nend\n")
+    assert (tmp_path / "page" / "fixed.png").exists()
+    assert main([*arguments, "--only", "fixed", "--page", str(page)]) == 0
+    assert page.read_text() == once
+    assert main([*arguments, "--only", "split", "--page", str(page)]) == 2
     assert tables == {path: path.read_text() for path in output.glob("*.md")}
     summary = json.loads((output / "runs" / "single-n1-steps8-seed0" / "summary.json").read_text())
     assert summary["steps"] == 8

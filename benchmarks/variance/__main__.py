@@ -19,6 +19,14 @@ from distill.metrics import read_json_lines
 from distill.models import ModelError
 from distill.prompts import PromptError
 
+PLOTS = {
+    "fixed": {"fixed": "Relative variance and cosine of a group's gradient against N"},
+    "split": {"split": "Variance of a step's gradient at 64 completions, within and between prompts"},
+    "training": {
+        "fluctuation": "De-trended standard deviation of a step's KL against N",
+        "held_out": "Held-out reverse KL against sampled tokens",
+    },
+}
 PARTS = ("fixed", "split", "training", "single")
 
 
@@ -33,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         with Progress(*columns, console=console) as progress:
             for part in [arguments.only] if arguments.only else filter(study.has, PARTS):
                 _run_part(part, study, arguments, progress)
+                if arguments.page:
+                    tables.fill_page(arguments.page, part, arguments.output, PLOTS.get(part, {}))
     except (ConfigError, ModelError, PromptError, training.RunFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,6 +60,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", type=Path, help="a grid of your own instead of full.yaml or quick.yaml")
     parser.add_argument("--output", type=Path, help="folder; outputs/variance or outputs/variance-quick if absent")
     parser.add_argument("--policy", help="a model for `fixed` and `split` instead of the recipe's untrained student")
+    parser.add_argument("--page", type=Path, help="a Markdown page whose marked sections the tables and plots go into")
     parser.add_argument("--only", choices=PARTS, help="this part alone")
     arguments = parser.parse_args(argv)
     arguments.study = arguments.study or HERE / ("quick.yaml" if arguments.quick else "full.yaml")

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.variance.figures import Interval, interval
+from distill.config import ConfigError
 
 Record = dict[str, Any]
 
@@ -24,6 +26,25 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
         writer = csv.DictWriter(file, list(records[0]), extrasaction="ignore", restval="")
         writer.writeheader()
         writer.writerows(records)
+
+
+def fill_page(page: Path, part: str, output: Path, plots: dict[str, str]) -> None:
+    """Puts a part's tables and plots (file names without suffix, with what they show) between its markers of a page.
+
+    The plots are copied into a folder beside the page. Raises ConfigError where the markers are missing.
+    """
+    begin, end = f"<!-- {part} -->\n", f"<!-- end of {part} -->"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    if begin not in text or end not in text:
+        raise ConfigError(f"{page}: has no section between {begin.strip()!r} and {end!r}")
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    content = [(output / f"{part}.md").read_text(encoding="utf-8")]
+    for name, shown in plots.items():
+        shutil.copyfile(output / f"{name}.png", folder / f"{name}.png")
+        content.append(f"![{shown}]({folder.name}/{name}.png)\n")
+    before, rest = text.split(begin)
+    page.write_text(before + begin + "\n" + "\n".join(content) + "\n" + end + rest.split(end)[1], encoding="utf-8")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
