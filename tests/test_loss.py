@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,12 +113,23 @@ def test_loss_and_gradient_equal_plain_pytorch(family, objective, reduction, cli
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("reduction", ["sequence", "token"])
-def test_splitting_a_group_does_not_change_its_gradient(family, reduction):
+@pytest.mark.parametrize(
+    "options",
+    [
+        LossOptions(),
+        LossOptions(reduction="token"),
+        LossOptions(baseline="group", discount=0.5, reward_clip=2.0),
+        LossOptions(baseline="exact", importance_clip=1.5),
+        LossOptions("reverse_kl", mask_truncated=True),
+    ],
+    ids=lambda options: f"{options.objective}-{options.reduction}-{options.baseline}",
+)
+def test_splitting_a_group_does_not_change_its_gradient(family, options):
     # In float64, where what is left is the algorithm and not the order of additions.
     student, teacher = (tiny_model(family, seed=seed, dtype=torch.float64) for seed in (1, 2))
     rollouts = make_rollouts([3, 7, 1, 5, 2, 6], num_rollouts=3, vocab_size=97, prompt_lengths=[2, 6])
-    options, dtype = LossOptions(reduction=reduction), torch.float64
+    rollouts.finished[3] = False
+    dtype = torch.float64
     whole_loss, whole_stats, whole, count = gradients(student, teacher, rollouts, options, dtype=dtype)
     assert count == 1
     for budget in (30, 15, 1):
@@ -128,6 +140,22 @@ def test_splitting_a_group_does_not_change_its_gradient(family, reduction):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         for name, value in whole.items():
             torch.testing.assert_close(split[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("correction", ["none", "stale", "sampler"])
+def test_the_ratio_is_to_what_the_configuration_names(correction):
+    """Against the same loss in plain PyTorch, with the ratio's tensor in the place of the recorded one."""
+    student, teacher = (tiny_model("llama", seed=seed, dtype=torch.float64) for seed in (1, 2))
+    rollouts = make_rollouts([3, 7, 1, 5], num_rollouts=2, vocab_size=97)
+    rollouts = replace(rollouts, sampling_logprob=rollouts.logprob.flip(0) - 0.3)
+    options = LossOptions(importance_sampling=correction, importance_clip=3)
+    _, _, found, _ = gradients(student, teacher, rollouts, options, dtype=torch.float64)
+    named = {"none": rollouts, "stale": rollouts, "sampler": replace(rollouts, logprob=rollouts.sampling_logprob)}
+    student.zero_grad(set_to_none=True)
+    clip = None if correction == "none" else 3
+    reference_loss(student, teacher, named[correction], LossOptions(importance_clip=clip)).backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_weights_sum_to_one_and_follow_the_reduction():

@@ -134,7 +134,7 @@ class PoolMaker:
             )
             for name, of_vector in gradients:
                 sketches[name].append(self.sketch(of_vector).cpu())
-                norms[name].append(sum(g.double().square().sum() for g in of_vector).cpu())
+                norms[name].append(torch.stack([g.norm() for g in of_vector]).double().square().sum().cpu())
             reward.append(stats.reward.mean().cpu())
             reverse_kl.append(stats.reverse_kl.mean().cpu())
             progress.advance(task)
