@@ -68,9 +68,9 @@ def test_a_groups_gradient_from_the_pool_is_the_trainers(name):
     for row in range(3):
         stats, found = rollout_gradients(parts_of(student), parts_of(teacher), group, row, vectors, parameters, None)
         rewards.append(stats.reward.mean())
-        for vector, of_row in found:
+        for vector, of_row, _ in found:
             rows[vector].append(torch.cat([g.flatten() for g in of_row]))
-    pool = PromptPool({k: torch.stack(v) for k, v in rows.items()}, {}, torch.stack(rewards), torch.zeros(3), None)
+    pool = PromptPool({k: torch.stack(v) for k, v in rows.items()}, {}, {}, torch.stack(rewards), torch.zeros(3), None)
     (ours,) = fixed.group_gradients(pool, name, ESTIMATORS[name], torch.arange(3)[None])
     flat = torch.cat([expected[n].flatten() for n, _ in student.named_parameters()])
     torch.testing.assert_close(ours, flat, rtol=1e-4, atol=1e-5 * flat.abs().max().item())
@@ -100,17 +100,21 @@ def known_pools(prompts=60, rollouts=16, size=40, within=2.0, between=0.5):
     for _ in range(prompts):
         of_prompt = signal + between * torch.randn(size, generator=generator)
         rows = of_prompt + within * torch.randn(rollouts, size, generator=generator)
-        plain = PromptPool({"plain": rows, "reverse_kl": of_prompt + 0.1 * (rows - of_prompt)}, {},
-                           torch.randn(rollouts, generator=generator), torch.zeros(rollouts), None)  # fmt: skip
-        pools.append(plain)
+        sketches = {"plain": rows, "reverse_kl": of_prompt + 0.1 * (rows - of_prompt)}
+        shifts = {name: 3 * value for name, value in sketches.items()}
+        reward = torch.randn(rollouts, generator=generator)
+        pools.append(PromptPool(sketches, shifts, {}, reward, torch.zeros(rollouts), None))
     return pools, signal.square().sum().item()
 
 
 def test_noise_at_a_fixed_policy_of_known_gradients():
-    pools, _ = known_pools(between=0.0)
-    _, squared = known_pools(between=0.0)
+    pools, squared = known_pools(between=0.0)
     estimators = {"plain": LossOptions(), "reverse_kl": LossOptions("reverse_kl")}
-    found = {(r["estimator"], r["num_rollouts"]): r for r in fixed.measure(pools, estimators, [1, 4, 8])}
+    records = fixed.measure(pools, estimators, [1, 4, 8])
+    found = {(record["estimator"], record["num_rollouts"]): record for record in records}
+    ratio = fixed.against(records, ("reverse_kl", 4), ("plain", 8))
+    assert ratio["_low"] < 0.02 < ratio["_high"]
+    assert fixed.against(records, ("reverse_kl", 4), ("plain", 32)) is None
     for n in (1, 4, 8):
         record = found["plain", n]
         assert record["relative_variance"] == pytest.approx(40 * 4 / n / squared, rel=0.1)
@@ -120,6 +124,7 @@ def test_noise_at_a_fixed_policy_of_known_gradients():
         assert found["reverse_kl", n]["relative_variance"] == pytest.approx(
             0.01 * record["relative_variance"], rel=0.01
         )
+        assert record["shift_relative_variance"] == pytest.approx(record["relative_variance"])
         assert record["kl_sd"] == pytest.approx(1 / math.sqrt(n), rel=0.1)
 
 

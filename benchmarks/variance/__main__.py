@@ -86,13 +86,16 @@ def _run_part(part: str, study: Study, arguments: argparse.Namespace, progress: 
         pools = pool.make_pools(part, config, estimators, grid.prompts, grid.pool, output, progress)
         if part == "fixed":
             records = fixed.measure(pools, estimators, grid.num_rollouts)
-            text = tables.fixed_tables(records, fixed.sketch_error(pools))
+            most = ("sampled_reverse_kl", max(grid.num_rollouts))
+            text = tables.fixed_tables(
+                records, fixed.sketch_error(pools), fixed.against(records, ("reverse_kl", 4), most)
+            )
             tables.plot_fixed(output / "fixed.png", records)
         else:
             records = split.measure(pools, estimators, grid.layouts)
             text = tables.split_tables(records)
             tables.plot_split(output / "split.png", records)
-    tables.write_csv(output / f"{part}.csv", records)
+    tables.write_csv(output / f"{part}.csv", [{k: v for k, v in r.items() if k != "per_prompt"} for r in records])
     (output / f"{part}.md").write_text(text, encoding="utf-8")
 
 

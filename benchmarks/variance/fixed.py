@@ -19,13 +19,16 @@ from distill.loss import LossOptions
 PARTITIONS = 32  # random ways to cut a pool into groups
 
 
-def group_gradients(pool: PromptPool, name: str, options: LossOptions, groups: Tensor) -> Tensor:
-    """Sketches [J, D] of the gradients of groups of rollouts, given as indices [J, N] into the pool."""
+def group_gradients(
+    pool: PromptPool, name: str, options: LossOptions, groups: Tensor, kind: str = "sketches"
+) -> Tensor:
+    """Sketches [J, D], or "shifts" [J, H], of the gradients of groups of rollouts, indices [J, N] into the pool."""
+    vectors = getattr(pool, kind)
     if options.baseline != "group":
-        return pool.sketches[vector_name(name, options)][groups].mean(1)
+        return vectors[vector_name(name, options)][groups].mean(1)
     reward, n = pool.reward[groups], groups.shape[1]
     others = (reward.sum(1, keepdim=True) - reward) / max(1, n - 1)
-    plain, score = pool.sketches["plain"][groups], pool.sketches[SCORE][groups]
+    plain, score = vectors["plain"][groups], vectors[SCORE][groups]
     return plain.mean(1) - (others[..., None] * score).mean(1)
 
 
@@ -36,24 +39,28 @@ def squared_mean(vectors: Tensor) -> Tensor:
 
 
 def noise(pool: PromptPool, name: str, options: LossOptions, target: str, n: int) -> dict[str, float]:
-    """Of one prompt: variance of a group of n, squared norm of the expected gradient, mean cosine, variances of KL."""
+    """Of one prompt: variance of a group of n, squared norm of the expected gradient (both of the shift's too), mean
+    cosine, variances of the KL."""
     count = len(pool.reward)
     generator = torch.Generator().manual_seed(0)
     reference = pool.sketches[target]
     expected = squared_mean(reference).clamp(min=0).sqrt()
-    variance, cosine, kl, kl_exact = [], [], [], []
+    variance, shift_variance, cosine, kl, kl_exact = [], [], [], [], []
     for _ in range(PARTITIONS if n > 1 else 1):
         groups = torch.randperm(count, generator=generator)[: count // n * n].view(-1, n)
         found = group_gradients(pool, name, options, groups)
         variance.append(found.double().var(0).sum())
+        shift_variance.append(group_gradients(pool, name, options, groups, "shifts").double().var(0).sum())
         # The reference leaves out the group's own rollouts, with which its noise is shared.
         rest = (reference.sum(0) - reference[groups].sum(1)) / (count - n)
         cosine.append(((found * rest).sum(1) / (found.norm(dim=1) * expected)).mean())
         kl.append(pool.reward[groups].mean(1).var())
         kl_exact.append(pool.reverse_kl[groups].mean(1).var())
-    means = [float(torch.stack(values).double().mean()) for values in (variance, cosine, kl, kl_exact)]
-    found = dict(zip(("variance", "cosine", "kl_variance", "kl_exact_variance"), means, strict=True))
-    return found | {"squared_norm": float(squared_mean(reference)), "one": 1.0}
+    lists = {"variance": variance, "shift_variance": shift_variance, "cosine": cosine}
+    lists |= {"kl_variance": kl, "kl_exact_variance": kl_exact}
+    found = {key: float(torch.stack(values).double().mean()) for key, values in lists.items()}
+    of_shift = float(squared_mean(pool.shifts[target]))
+    return found | {"squared_norm": float(squared_mean(reference)), "shift_squared_norm": of_shift, "one": 1.0}
 
 
 def target_of(name: str, options: LossOptions, estimators: dict[str, LossOptions]) -> str:
@@ -77,6 +84,8 @@ def measure(pools: Sequence[PromptPool], estimators: dict[str, LossOptions], ns:
             prompts = [noise(pool, name, options, target, n) for pool in pools]
             record: Record = {"estimator": name, "num_rollouts": n, "prompts": len(pools)}
             record |= {f"relative_variance{k}": v for k, v in ratio(prompts, "variance", "squared_norm").items()}
+            shift = ratio(prompts, "shift_variance", "shift_squared_norm")
+            record |= {f"shift_relative_variance{k}": v for k, v in shift.items()}
             record |= {f"cosine{k}": v for k, v in ratio(prompts, "cosine", "one", log=False).items()}
             for key in ("kl", "kl_exact"):
                 spread = ratio(prompts, f"{key}_variance", "one")
@@ -106,6 +115,15 @@ def jackknife(count: int, figure: Callable[[list[int]], float], log: bool = True
     half = T_95[max(df for df in T_95 if df <= count - 1)] * error
     low, high = (math.log(whole) - half, math.log(whole) + half) if log else (whole - half, whole + half)
     return found | {"_low": math.exp(low) if log else low, "_high": math.exp(high) if log else high}
+
+
+def against(records: Sequence[Record], one: tuple[str, int], other: tuple[str, int]) -> dict[str, float] | None:
+    """The ratio of two variances of the gradient, each an (estimator, N), with its interval; None if one is missing."""
+    by_cell = {(record["estimator"], record["num_rollouts"]): record["per_prompt"] for record in records}
+    if one not in by_cell or other not in by_cell:
+        return None
+    pairs = zip(by_cell[one], by_cell[other], strict=True)
+    return ratio([{"one": a["variance"], "other": b["variance"]} for a, b in pairs], "one", "other")
 
 
 def sketch_error(pools: Sequence[PromptPool]) -> float:

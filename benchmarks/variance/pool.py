@@ -61,6 +61,7 @@ class PromptPool:
     """M rollouts of one prompt."""
 
     sketches: dict[str, Tensor]  # [M, D] by vector
+    shifts: dict[str, Tensor]  # [M, H] gradients of a shift of the last hidden states, which a run's diagnostics use
     norms: dict[str, Tensor]  # [M] exact, squared
     reward: Tensor  # [M] mean token reward, nats
     reverse_kl: Tensor  # [M] mean exact token KL, nats
@@ -68,6 +69,7 @@ class PromptPool:
 
     def save(self, path: Path) -> None:
         tensors = {f"sketch/{name}": value for name, value in self.sketches.items()}
+        tensors |= {f"shift/{name}": value for name, value in self.shifts.items()}
         tensors |= {f"norm/{name}": value for name, value in self.norms.items()}
         plain = {"reward": self.reward, "reverse_kl": self.reverse_kl, "lengths": self.lengths}
         partial = path.with_suffix(".partial")
@@ -81,7 +83,8 @@ class PromptPool:
         def named(kind: str) -> dict[str, Tensor]:
             return {n.removeprefix(f"{kind}/"): value for n, value in tensors.items() if n.startswith(f"{kind}/")}
 
-        return cls(named("sketch"), named("norm"), tensors["reward"], tensors["reverse_kl"], tensors["lengths"])
+        vectors = (named(kind) for kind in ("sketch", "shift", "norm"))
+        return cls(*vectors, tensors["reward"], tensors["reverse_kl"], tensors["lengths"])
 
 
 def vectors_of(estimators: dict[str, LossOptions]) -> dict[str, LossOptions | None]:
@@ -125,22 +128,21 @@ class PoolMaker:
             ids.to(run.device), mask.to(run.device), num_rollouts=count, prompt_keys=torch.tensor([prompt])
         )
         group = Group.of(rollouts)
-        sketches: dict[str, list[Tensor]] = {name: [] for name in self.vectors}
-        norms: dict[str, list[Tensor]] = {name: [] for name in self.vectors}
+        sketches, shifts, norms = ({name: [] for name in self.vectors} for _ in range(3))
         reward, reverse_kl = [], []
         for row in range(count):
             stats, gradients = rollout_gradients(
                 run.student_parts, run.teacher_parts, group, row, self.vectors, self.parameters, run.vocab_size
             )
-            for name, of_vector in gradients:
+            for name, of_vector, shift in gradients:
+                shifts[name].append(shift.cpu())
                 sketches[name].append(self.sketch(of_vector).cpu())
                 norms[name].append(torch.stack([g.norm() for g in of_vector]).double().square().sum().cpu())
             reward.append(stats.reward.mean().cpu())
             reverse_kl.append(stats.reverse_kl.mean().cpu())
             progress.advance(task)
         return PromptPool(
-            {name: torch.stack(rows) for name, rows in sketches.items()},
-            {name: torch.stack(rows) for name, rows in norms.items()},
+            *({name: torch.stack(rows) for name, rows in kind.items()} for kind in (sketches, shifts, norms)),
             torch.stack(reward),
             torch.stack(reverse_kl),
             group.completion_lengths,
@@ -155,8 +157,9 @@ def rollout_gradients(
     vectors: dict[str, LossOptions | None],
     parameters: Sequence[nn.Parameter],
     vocab_size: int | None,
-) -> tuple[TokenStats, Iterator[tuple[str, Sequence[Tensor]]]]:
-    """One rollout's statistics, and an iterator over (name, gradients) of its loss as a group of its own.
+) -> tuple[TokenStats, Iterator[tuple[str, Sequence[Tensor], Tensor]]]:
+    """One rollout's statistics, and an iterator over the gradients of its loss as a group of its own: name, of the
+    parameters, of a shift of its last hidden states.
 
     The importance ratio is left out: at a fixed policy it is 1.
     """
@@ -168,7 +171,7 @@ def rollout_gradients(
     heads = HeadPair(student, teacher, 1.0, vocab_size)
     stats = linear_reverse_kl(*heads.inputs(hidden.detach(), teacher_hidden), ids, **heads.options())
 
-    def gradients() -> Iterator[tuple[str, Sequence[Tensor]]]:
+    def gradients() -> Iterator[tuple[str, Sequence[Tensor], Tensor]]:
         for name, options in vectors.items():
             if options is None:
                 advantage, options = torch.ones_like(stats.reward), LossOptions()
@@ -183,7 +186,8 @@ def rollout_gradients(
                 beta=options.beta,
                 **heads.options(),
             )
-            yield name, torch.autograd.grad(loss, parameters, retain_graph=True)
+            *of_parameters, of_hidden = torch.autograd.grad(loss, (*parameters, hidden), retain_graph=True)
+            yield name, of_parameters, of_hidden.sum(0)
 
     return stats, gradients()
 

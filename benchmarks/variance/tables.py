@@ -134,15 +134,22 @@ def plot_training(folder: Path, records: Sequence[Record], curves: Callable[[Rec
     figure.savefig(folder / "held_out.png", dpi=150)
 
 
-def fixed_tables(records: Sequence[Record], sketch_error: float) -> str:
-    """Noise at a fixed policy by estimator and N, and what is nearest to `reverse_kl` with the fewest rollouts."""
+def fixed_tables(records: Sequence[Record], sketch_error: float, four_to_most: dict[str, float] | None) -> str:
+    """Noise at a fixed policy by estimator and N; `four_to_most` compares the variances of `reverse_kl` with 4 rollouts
+    and of the sampled estimator with the most."""
     ns = sorted({record["num_rollouts"] for record in records})
     parts = [
         f"{records[0]['prompts']} prompts; 95 % jackknife intervals over prompts. A sketch's squared norm is off by "
         f"{100 * sketch_error:.2f} % (root mean square) from the full gradient's.\n"
     ]
+    if four_to_most:
+        parts.append(
+            f"With `reverse_kl`, N = 4, the gradient's variance is {_ranged(four_to_most, '', '{:.3g}')} times that of "
+            f"`sampled_reverse_kl` with N = {ns[-1]}.\n"
+        )
     for title, key, pattern in (
         ("gradient's relative variance, E‖g − ḡ‖² / ‖ḡ‖²", "relative_variance", "{:.3g}"),
+        ("the same of a shift of the last hidden states, as in `metrics.jsonl`", "shift_relative_variance", "{:.3g}"),
         ("cosine to the large-sample gradient", "cosine", "{:.3f}"),
         ("standard deviation of the group's sampled KL, nats per token", "kl_sd", "{:.3f}"),
         ("standard deviation of the group's exact KL, nats per token", "kl_exact_sd", "{:.3f}"),
