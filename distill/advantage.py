@@ -66,7 +66,9 @@ def _leave_one_out(reward: Tensor, lengths: Tensor, prompt_index: Tensor, discou
     device, same = reward.device, prompt_index[:, None] == prompt_index
     others = (same & ~torch.eye(len(lengths), dtype=torch.bool)).to(reward.dtype)  # [R, R]
     share = (others / others.sum(1, keepdim=True).clamp(min=1)).to(device, non_blocking=True)
-    of_row = torch.segment_reduce(reward, "mean", lengths=lengths.to(device, non_blocking=True), initial=0)
+    # Lengths that are checked would be waited for.
+    there = lengths.to(device, non_blocking=True)
+    of_row = torch.segment_reduce(reward, "mean", lengths=there, initial=0, unsafe=True)
     baseline = share @ of_row  # [R]
     row = torch.arange(len(lengths)).repeat_interleave(lengths).to(device, non_blocking=True)
     if discount == 0:

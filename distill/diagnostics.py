@@ -49,7 +49,7 @@ def step_metrics(
             "grad_norm": grad_norm,
             "truncated_fraction": 1 - group.finished.to(device, non_blocking=True).float().mean(),
             **gradient_noise(result.row_gradients, group, options),
-            "row_reverse_kl": torch.segment_reduce(stats.reverse_kl, "mean", lengths=lengths),
+            "row_reverse_kl": torch.segment_reduce(stats.reverse_kl, "mean", lengths=lengths, unsafe=True),
         }
     )
     return found, found.pop("row_reverse_kl")

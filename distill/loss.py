@@ -181,14 +181,16 @@ def accumulate_gradients(
         if hidden is None:
             hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
         device = hidden.device
+        there = tokens.to(device)
+        theirs = teacher_hidden[there]
         loss, stats = linear_distill_loss(
-            *heads.inputs(hidden, teacher_hidden[tokens.to(device)]),
+            *heads.inputs(hidden, theirs),
             group.valid(group.completion_ids, rows),
             weights[tokens].to(device),
             objective=options.objective,
             sampling_logprob=None if ratio_to is None else group.valid(ratio_to, rows),
             importance_clip=None if ratio_to is None else options.importance_clip,
-            advantage=None if advantage is None else advantage[tokens.to(device)],
+            advantage=None if advantage is None else advantage[there],
             beta=options.beta,
             **heads.options(),
         )
@@ -197,10 +199,11 @@ def accumulate_gradients(
         loss.backward()
         losses.append(loss.detach())
         parts.append(stats)
-        lengths = group.completion_lengths[rows].to(device, non_blocking=True)
         if hidden.grad is not None:
-            shifts.append(torch.segment_reduce(hidden.grad.float(), "sum", lengths=lengths, axis=0))
-        agreements.append(heads.agreement(hidden.detach(), teacher_hidden[tokens.to(device)]))
+            lengths = group.completion_lengths[rows].to(device, non_blocking=True)
+            # The lengths are ours; to check them, it would wait for the device.
+            shifts.append(torch.segment_reduce(hidden.grad.float(), "sum", lengths=lengths, unsafe=True))
+        agreements.append(heads.agreement(hidden.detach(), theirs))
         hidden = None
     rows = torch.cat(list(micro_batches)).argsort().to(device, non_blocking=True)
     return GroupGradient(
