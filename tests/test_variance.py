@@ -196,6 +196,8 @@ def test_the_command_writes_every_table_and_repeats_nothing(tiny_study, tmp_path
     assert len(before) == 3 + 3 + 4  # runs, and pools of both parts
     assert main(arguments) == 0
     assert times() == before
+    assert main([*arguments, "--tables"]) == 0
+    assert tables == {path: path.read_text() for path in output.glob("*.md")}
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n<!-- fixed -->\nold\n<!-- end of fixed -->\nend\n")
     assert main([*arguments, "--only", "fixed", "--page", str(page)]) == 0
@@ -226,6 +228,8 @@ def test_what_the_study_cannot_use_is_one_message(tiny_study, tmp_path, capsys):
     assert "'nothing' is not among the estimators" in refused({"fixed": study["fixed"] | {"estimators": ["nothing"]}})
     assert "no two groups of 9" in refused({"fixed": study["fixed"] | {"num_rollouts": [9]}})
     assert "has no part 'fixed'" in refused({"fixed": None}, "--only", "fixed")
+    assert "nothing of the part 'split'" in refused({}, "--tables", "--only", "split")
+    assert "has 5 prompts" in refused({"split": study["split"] | {"prompts": 6}}, "--only", "split")
     wrong = study["estimators"] | {"group": {"baseline": "group", "objective": "jsd"}}
     runs = {"blocks": [{"estimators": ["group"], "num_rollouts": [2]}]}
     assert "loss.baseline" in refused({"estimators": wrong, "training": runs}, "--only", "training")

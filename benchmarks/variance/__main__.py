@@ -61,6 +61,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder; outputs/variance or outputs/variance-quick if absent")
     parser.add_argument("--policy", help="a model for `fixed` and `split` instead of the recipe's untrained student")
     parser.add_argument("--page", type=Path, help="a Markdown page whose marked sections the tables and plots go into")
+    parser.add_argument("--tables", action="store_true", help="tables and plots of what is finished; nothing is run")
     parser.add_argument("--only", choices=PARTS, help="this part alone")
     arguments = parser.parse_args(argv)
     arguments.study = arguments.study or HERE / ("quick.yaml" if arguments.quick else "full.yaml")
@@ -69,34 +70,50 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run_part(part: str, study: Study, arguments: argparse.Namespace, progress: Progress) -> None:
-    recipe, output = arguments.config, arguments.output
+    """Runs what is missing of a part, unless tables alone are wanted, then writes its tables and plots."""
+    output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     if part == "training":
-        training.run_all(study, recipe, output, progress)
-        records = training.read_all(study, output)
+        if not arguments.tables:
+            training.run_all(study, arguments.config, output, progress)
+        records = _finished(part, training.read_all(study, output))
         tables.plot_training(output, records, lambda record: _held_out(output, record))
         text = tables.training_tables(records, study.training.targets)
     elif part == "single":
-        records = single.run_all(study.single, output, progress)
+        if not arguments.tables:
+            single.run_all(study.single, output, progress)
+        records = _finished(part, single.read_all(study.single, output))
         text = tables.single_table(records)
     else:
-        grid = getattr(study, part)
-        config = _config_of(recipe, grid.overrides, arguments.policy)
-        estimators = study.loss_options(config, grid.estimators)
-        pools = pool.make_pools(part, config, estimators, grid.prompts, grid.pool, output, progress)
-        if part == "fixed":
-            records = fixed.measure(pools, estimators, grid.num_rollouts)
-            most = ("sampled_reverse_kl", max(grid.num_rollouts))
-            text = tables.fixed_tables(
-                records, fixed.sketch_error(pools), fixed.against(records, ("reverse_kl", 4), most)
-            )
-            tables.plot_fixed(output / "fixed.png", records)
-        else:
-            records = split.measure(pools, estimators, grid.layouts)
-            text = tables.split_tables(records)
-            tables.plot_split(output / "split.png", records)
+        records, text = _from_pools(part, study, arguments, progress)
     tables.write_csv(output / f"{part}.csv", [{k: v for k, v in r.items() if k != "per_prompt"} for r in records])
     (output / f"{part}.md").write_text(text, encoding="utf-8")
+
+
+def _from_pools(
+    part: str, study: Study, arguments: argparse.Namespace, progress: Progress
+) -> tuple[list[tables.Record], str]:
+    """Records and tables of the two parts at a fixed policy."""
+    grid, output = getattr(study, part), arguments.output
+    config = _config_of(arguments.config, grid.overrides, arguments.policy)
+    estimators = study.loss_options(config, grid.estimators)
+    if not arguments.tables:
+        pool.make_pools(part, config, estimators, grid.prompts, grid.pool, output, progress)
+    pools = _finished(part, pool.read_pools(part, grid.prompts, output))
+    if part == "split":
+        records = split.measure(pools, estimators, grid.layouts)
+        tables.plot_split(output / "split.png", records)
+        return records, tables.split_tables(records)
+    records = fixed.measure(pools, estimators, grid.num_rollouts)
+    tables.plot_fixed(output / "fixed.png", records)
+    compared = fixed.against(records, ("reverse_kl", 4), ("sampled_reverse_kl", max(grid.num_rollouts)))
+    return records, tables.fixed_tables(records, fixed.sketch_error(pools), compared)
+
+
+def _finished(part: str, found: list) -> list:
+    if not found:
+        raise ConfigError(f"--tables: nothing of the part {part!r} is finished yet; run it without --tables")
+    return found
 
 
 def _config_of(recipe: Path, overrides: dict, policy: str | None) -> Config:

@@ -200,19 +200,21 @@ def make_pools(
     count: int,
     output: Path,
     progress: Progress,
-) -> list[PromptPool]:
-    """The pools of the first `prompts` prompts, made where they are not there yet.
+) -> None:
+    """Makes the pools of the first `prompts` prompts that are not there yet.
 
-    Raises `ConfigError` where pools of something else are in the way.
+    Raises `ConfigError` where pools of something else are in the way, and where there are fewer prompts.
     """
     folder = output / "pools"
     folder.mkdir(parents=True, exist_ok=True)
     ours = json.dumps(
         {
-            "config": config.model_dump(mode="json", include={"student", "teacher", "prompts", "rollout"}),
+            "config": config.model_dump(
+                mode="json", include={"student", "teacher", "prompts", "rollout"}, exclude_defaults=True
+            ),
             "seed": config.training.seed,
             "count": count,
-            "vectors": {n: None if v is None else vars(v) for n, v in vectors_of(estimators).items()},
+            "vectors": {n: _given(options) for n, options in vectors_of(estimators).items()},
         },
         indent=1,
     )
@@ -223,12 +225,29 @@ def make_pools(
             "remove it or name another --output"
         )
     made_of.write_text(ours, encoding="utf-8")
-    paths = [folder / f"{name}-{prompt:03d}.safetensors" for prompt in range(prompts)]
+    paths = _paths(name, prompts, output)
     missing = [prompt for prompt, path in enumerate(paths) if not path.exists()]
     if missing:
         task = progress.add_task(f"{name}: gradients", total=len(missing) * count)
         maker = PoolMaker(config, estimators)
+        if len(maker.run.prompts) < prompts:
+            raise ConfigError(
+                f"{config.prompts.train}: has {len(maker.run.prompts)} prompts, and {name} needs {prompts}"
+            )
         for prompt in missing:
             maker.make(prompt, count, progress, task).save(paths[prompt])
         progress.remove_task(task)
-    return [PromptPool.load(path) for path in paths]
+
+
+def read_pools(name: str, prompts: int, output: Path) -> list[PromptPool]:
+    """The pools that are there."""
+    return [PromptPool.load(path) for path in _paths(name, prompts, output) if path.exists()]
+
+
+def _paths(name: str, prompts: int, output: Path) -> list[Path]:
+    return [output / "pools" / f"{name}-{prompt:03d}.safetensors" for prompt in range(prompts)]
+
+
+def _given(options: LossOptions | None) -> dict[str, Any] | None:
+    """What differs from the defaults, so that an option which did not exist yet changes nothing."""
+    return options and {key: value for key, value in vars(options).items() if value != getattr(LossOptions(), key)}

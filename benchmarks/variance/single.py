@@ -1,5 +1,6 @@
 """One prompt: many rollouts a step against few, at as many steps and at as many samples."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,33 @@ from benchmarks.variance.study import SingleStudy
 from benchmarks.variance.training import Cell, Changes, figures_of, run_jobs
 
 
-def run_all(study: SingleStudy, output: Path, progress: Progress) -> list[dict[str, Any]]:
-    """Runs what is missing and gives the figures of every run."""
-    grid = {f"single-n{n}-steps{steps}-seed{seed}": (n, steps, seed) for n, steps in study.runs for seed in study.seeds}
-
-    def changes_of(n: int, steps: int, seed: int, folder: Path) -> Changes:
-        changes = {section: dict(keys) for section, keys in study.overrides.items()}
-        changes["training"] = changes.get("training", {}) | {
-            "num_rollouts_per_prompt": n,
-            "num_epochs": steps,  # of one prompt, so one step each
-            "eval_every": max(1, steps // 4),
-            "seed": seed,
-            "output_dir": str(folder),
-        }
-        return changes
-
-    jobs = {name: (lambda folder, cell=cell: changes_of(*cell, folder)) for name, cell in grid.items()}
+def run_all(study: SingleStudy, output: Path, progress: Progress) -> None:
+    """Runs what is missing."""
+    jobs = {name: partial(_changes, study, *run) for name, run in _grid(study).items()}
     run_jobs("one prompt", jobs, study.recipe, output, progress)
-    return [figures_of(Cell(name, n, seed), output / "runs" / name, ()) for name, (n, _, seed) in grid.items()]
+
+
+def read_all(study: SingleStudy, output: Path) -> list[dict[str, Any]]:
+    """The figures of every finished run."""
+    return [
+        figures_of(Cell(name, n, seed), output / "runs" / name, ())
+        for name, (n, _, seed) in _grid(study).items()
+        if (output / "runs" / name / "summary.json").exists()
+    ]
+
+
+def _grid(study: SingleStudy) -> dict[str, tuple[int, int, int]]:
+    """Rollouts, steps and seed by name."""
+    return {f"single-n{n}-steps{steps}-seed{seed}": (n, steps, seed) for seed in study.seeds for n, steps in study.runs}
+
+
+def _changes(study: SingleStudy, n: int, steps: int, seed: int, folder: Path) -> Changes:
+    changes = {section: dict(keys) for section, keys in study.overrides.items()}
+    changes["training"] = changes.get("training", {}) | {
+        "num_rollouts_per_prompt": n,
+        "num_epochs": steps,  # of one prompt, so one step each
+        "eval_every": max(1, steps // 4),
+        "seed": seed,
+        "output_dir": str(folder),
+    }
+    return changes

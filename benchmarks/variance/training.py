@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def overrides_of(study: Study, cell: Cell, folder: Path) -> Changes:
 
 def run_all(study: Study, recipe: Path, output: Path, progress: Progress) -> None:
     """Runs what is missing of the grid. Raises `RunFailedError` and, after a signal, `KeyboardInterrupt`."""
-    grid = {cell.name: (lambda folder, cell=cell: overrides_of(study, cell, folder)) for cell in cells(study)}
+    grid = {cell.name: partial(overrides_of, study, cell) for cell in cells(study)}
     run_jobs("training runs", grid, recipe, output, progress, keep_models=study.training.keep_models)
 
 
