@@ -1,7 +1,8 @@
 """Checkpoints: a folder of safetensors and JSON, complete or absent, with a digest of every file.
 
 A checkpoint is written to a temporary folder, flushed, and renamed. One that is damaged is skipped with a warning
-and the one before it is used. Nothing is ever unpickled.
+and the one before it is used. Nothing is ever unpickled. Random numbers need no state here: every draw is a function
+of the seed and of what is drawn.
 """
 
 import hashlib
@@ -9,15 +10,18 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.config import Config
 
 MANIFEST = "manifest.json"
+NEEDED = {"student.safetensors", "optimizer.safetensors", "state.json"}
 
 # Keys whose change leaves every number of a continued run as it would have been.
 HARMLESS = {
@@ -26,7 +30,7 @@ HARMLESS = {
     "training.keep_last",
     "training.resume",
     "training.eval_every",
-    "rollout.memory_gib",
+    "training.max_bad_steps",
 }
 # Harmless unless the learning rate depends on where the run ends.
 LENGTH = {"training.max_steps", "training.num_epochs"}
@@ -36,61 +40,161 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, with the reason."""
 
 
-def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep_last: int) -> Path:
-    """Writes `folder/step-NNNNNN` with one safetensors file a group of tensors, then removes all but the last ones."""
-    target = folder / f"step-{step:06d}"
+class Checkpoint(NamedTuple):
+    """One checkpoint as it was loaded."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["trainer"]["position"]["step"]
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics of every step up to this one."""
+        return self.path / "metrics.jsonl"
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep_last: int,
+    *,
+    best: int | None = None,
+    metrics: Path | None = None,
+) -> Path:
+    """Writes `folder/step-NNNNNN` with one safetensors file a group of tensors, and a copy of `metrics`.
+
+    Then removes all checkpoints but the last ones and that of step `best`. When writing fails, nothing is removed
+    but what was half written.
+    """
+    target = _path(folder, step)
     partial = folder / f".{target.name}.partial"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for name, group in tensors.items():
-        save_file(
-            {key: value.detach().contiguous().cpu() for key, value in group.items()}, partial / f"{name}.safetensors"
-        )
-    (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    digests = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        _flush(path)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    _flush(folder)
+    try:
+        partial.mkdir()
+        for name, group in tensors.items():
+            save_file(
+                {key: value.detach().contiguous().cpu() for key, value in group.items()},
+                partial / f"{name}.safetensors",
+            )
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        if metrics is not None:
+            shutil.copyfile(metrics, partial / "metrics.jsonl")
+        digests = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        if target.exists():
+            _remove(target)
+        os.replace(partial, target)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        if best is None or old != _path(folder, best):
+            _remove(old)
     return target
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted((path for path in folder.glob("step-*") if path.is_dir() and _step(path) is not None), key=_step)
 
 
-def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The groups of tensors and the state of one checkpoint. Raises `CheckpointError` if anything in it is wrong."""
+def load(checkpoint: Path) -> Checkpoint:
+    """Loads one checkpoint. Raises `CheckpointError` if anything in it is wrong."""
     try:
         digests = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(digests, dict) or not set(digests) >= NEEDED or any(Path(n).name != n for n in digests):
+            raise CheckpointError(f"{checkpoint / MANIFEST} does not list {', '.join(sorted(NEEDED))}")
         for name, digest in digests.items():
             if _sha256(checkpoint / name) != digest:
                 raise CheckpointError(f"{checkpoint / name} is damaged: its SHA-256 is not the one written with it")
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         names = [name for name in digests if name.endswith(".safetensors")]
-        return {name.removesuffix(".safetensors"): load_file(checkpoint / name) for name in names}, state
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {error}") from error
+        tensors = {name.removesuffix(".safetensors"): load_file(checkpoint / name) for name in names}
+        return Checkpoint(checkpoint, tensors, state)
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{checkpoint} is not a complete checkpoint: {error}. One is a folder such as RUN/checkpoints/step-000100"
+        ) from error
 
 
-def load_newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """The newest sound checkpoint under `folder` as `load` returns it, or None. Warns of each that is damaged."""
-    for checkpoint in reversed(list_checkpoints(folder)):
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest sound checkpoint under `folder`, or None where there is none at all.
+
+    Warns of each that is damaged. Raises `CheckpointError` when all are: to start over would lose what they hold.
+    """
+    found = list_checkpoints(folder)
+    for checkpoint in reversed(found):
         try:
             return load(checkpoint)
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+    if found:
+        raise CheckpointError(
+            f"{folder}: none of the {len(found)} checkpoints there is sound. Put back a copy of one, or set "
+            f"training.resume to never: that starts over and keeps this folder under another name"
+        )
     return None
 
 
+def newer_than(folder: Path, step: int) -> list[Path]:
+    """Finished checkpoints past `step`, oldest first."""
+    return [path for path in list_checkpoints(folder) if _step(path) > step]
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Renames checkpoints past `step`, which were found damaged, so that they count no more and are not lost."""
+    for path in newer_than(folder, step):
+        kept = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(kept, ignore_errors=True)
+        path.rename(kept)
+
+
+def check_fits(found: Checkpoint, group: str, parameters: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` unless the checkpoint's tensors have the names and shapes of these parameters."""
+    saved = found.tensors[group]
+    wrong = [name for name in {*saved, *parameters} if name not in saved or name not in parameters]
+    wrong = wrong or [name for name in saved if saved[name].shape != parameters[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{found.path} is of another {group}: {len(wrong)} tensors differ, {min(wrong)} among them. "
+            f"Has the model's folder changed since?"
+        )
+
+
+def _remove(checkpoint: Path) -> None:
+    # Under another name first, so that a kill leaves no half of it that looks like a checkpoint.
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def _step(path: Path) -> int | None:
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else None
+
+
 def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """What differs between two resolved configurations and matters, as `section.key: old, now new`."""
+    """What differs between two resolved configurations and matters, as `section.key: old, now new`.
+
+    A key that the saved one does not have is younger than it, and its default is what was done before.
+    """
     harmless = HARMLESS if current["training"]["lr_schedule"] != "constant" else HARMLESS | LENGTH
     changed = []
     for section, keys in current.items():
@@ -103,8 +207,9 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
 
 def _default(section: str, key: str) -> Any:
     """What a key means to a run that began before the key existed."""
-    field = Config.model_fields[section].annotation.model_fields.get(key)
-    return None if field is None else field.default
+    sections = Config.model_fields
+    keys = sections[section].annotation.model_fields if section in sections else {}
+    return keys[key].get_default(call_default_factory=True) if key in keys else None
 
 
 def _sha256(path: Path) -> str:

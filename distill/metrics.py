@@ -9,7 +9,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,24 +67,44 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one a line, each on disk as soon as it is written.
+    """An append-only file of JSON objects, one a line, each with the operating system as soon as it is written.
 
-    `keep` says which lines of an earlier run stay; a half-written last line never does.
+    Opening it cuts off everything from the first line on that is not whole or that `keep` turns down.
     """
 
-    def __init__(self, path: Path, keep=lambda record: False) -> None:
-        kept = [line for line in read_json_lines(path) if keep(line)] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] = lambda record: False) -> None:
+        self._file = path.open("a+b", buffering=0)
+        self._file.truncate(_kept_bytes(path, keep))
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
-        self._file.write("".join(_line(record) for record in records))
-        self._file.flush()
+        """Appends all of the records, or raises OSError and appends none."""
+        content, before = memoryview("".join(map(json_line, records)).encode()), self._file.seek(0, os.SEEK_END)
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError:
+            self._file.truncate(before)
+            raise
+
+    def sync(self) -> None:
+        """Returns when everything written is on the disk itself."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def _kept_bytes(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or not keep(json.loads(line)):
+                    break
+            except (ValueError, KeyError, TypeError):  # not JSON, or not a record of ours
+                break
+            kept += len(line)
+    return kept
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -105,7 +125,8 @@ def trend(values: list[float], window: int = 8) -> float:
     return (sum(values[-window:]) - sum(values[-2 * window : -window])) / window
 
 
-def _line(record: dict[str, Any]) -> str:
+def json_line(record: dict[str, Any]) -> str:
+    """A record as one line of JSON, with null for what is no finite number."""
     # JSON has no NaN: a reader in another language would stumble over it.
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n"

@@ -3,12 +3,10 @@
 The trainer takes the steps; here stands what happens between two of them: logging, evaluation, checkpoints.
 """
 
-import itertools
 import json
-import platform
-import shutil
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -17,20 +15,20 @@ import torch
 from rich.console import Console
 
 from distill import checkpoint
-from distill.checkpoint import CheckpointError
-from distill.config import Config, ConfigError, to_yaml
+from distill.checkpoint import Checkpoint, CheckpointError
+from distill.config import Config, to_yaml
 from distill.decode import SamplingOptions
-from distill.display import Display, closing_table
+from distill.display import Display
 from distill.evaluate import check_against_itself, decode_samples, evaluate
-from distill.loss import LossOptions, ModelParts
-from distill.metrics import JsonLines, peak_memory_bytes, read_json_lines
-from distill.models import check_pair, eos_ids, load_model, load_tokenizer, split_head
-from distill.prompts import PromptSet, epoch_order, left_pad, load_prompts
+from distill.loading import choose_device, choose_dtype, load_pair, load_prompt_sets
+from distill.loss import LossOptions
+from distill.models import eos_ids
+from distill.output import OutputFolder
+from distill.prompts import epoch_order, left_pad
 from distill.report import write_report
 from distill.rollout import RolloutEngine
+from distill.summary import NUM_SAMPLES, show_summary, summarise
 from distill.trainer import StepResult, Trainer
-
-NUM_SAMPLES = 6  # held-out completions kept from before and after, for the table and the report
 
 
 class Run:
@@ -38,86 +36,92 @@ class Run:
 
     def __init__(self, config: Config, console: Console, received_signal: Callable[[], Signals | None]) -> None:
         self.config, self.console, self.received_signal = config, console, received_signal
-        self.folder = config.training.output_dir
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         self.device = choose_device(config.training.device)
         self.dtype = choose_dtype(config.training.precision, self.device)
         self.evaluations: list[dict[str, Any]] = []
         self.samples: dict[str, list[str]] = {}
-        self._load_models()
-        self._load_prompts()
-        check_against_itself(self.teacher_parts, self.prompts.token_ids[0], self.vocab_size)
-        found = self._find_checkpoint()
-        self.trainer = self._make_trainer(found[1]["rollout_precision"] if found else config.rollout.precision)
-        if found:
-            self._restore(*found)
+        # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
+        self.output = OutputFolder(config.training.output_dir)
+        try:
+            self._load()
+            self.start = self._find_checkpoint()
+            precision = self.start.state["rollout_precision"] if self.start else config.rollout.precision
+            self.trainer = self._make_trainer(precision)
+            if self.start:
+                self._restore(self.start)
+        except BaseException:
+            self.output.release()
+            raise
+
+    @property
+    def folder(self) -> Path:
+        return self.output.path
 
     def execute(self) -> int:
         """Trains, evaluates and writes everything; returns the exit status."""
-        self._open_folder()
-        trainer, training = self.trainer, self.config.training
-        display = Display(trainer.total_steps, trainer.position.step, self.console)
-        trainer.on_phase = display.phase
-        with display:
-            if not self.evaluations:
-                self._evaluate(display)
-            for result in trainer.steps():
-                self._record(result, display)
-                step, last = trainer.position.step, trainer.position.step == trainer.total_steps
-                if last or (training.eval_every and step % training.eval_every == 0):
-                    self._evaluate(display)
-                stop = self.received_signal()
-                if last or stop or step % training.save_every == 0:
-                    self._save(display)
-                if stop and not last:
-                    display.message(f"{stop.name}: saved after step {step}; the same command continues from there")
+        display = Display(self.trainer.total_steps, self.trainer.position.step, self.console)
+        self.trainer.on_phase = display.phase
+        try:
+            self._open_folder()
+            with display:
+                if stop := self._train(display):
                     return 128 + stop
-            display.phase("writing the model")
-            self._write_model()
-        self._write_summary()
+                display.phase("writing the model")
+                self.output.replace("final", self._write_model)
+            summary = summarise(self)
+            self.output.write_text("summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+            with self.output.writing("report.html"):
+                report = write_report(self.folder)
+            show_summary(self.console, summary, self.folder, report)
+        finally:
+            self.output.release()
         return 0
 
-    def _load_models(self) -> None:
-        student, teacher, training = self.config.student, self.config.teacher, self.config.training
-        placed = {"device": self.device, "attention": training.attention}
-        self.tokenizer = load_tokenizer(student.model, trust_remote_code=student.trust_remote_code)
-        teacher_tokenizer = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
-        # The student's weights stay float32 whatever it is computed in: small updates would round away.
-        self.student = load_model(
-            student.model, drop_layers=student.drop_layers, trust_remote_code=student.trust_remote_code, **placed
-        )
-        self.teacher = load_model(
-            teacher.model, dtype=self.dtype, trust_remote_code=teacher.trust_remote_code, **placed
-        ).requires_grad_(False)
-        self.vocab_size = check_pair(self.student, self.teacher, self.tokenizer, teacher_tokenizer)
-        self.student_parts = ModelParts(*split_head(self.student), self.dtype)
-        self.teacher_parts = ModelParts(*split_head(self.teacher), self.dtype)
+    def _train(self, display: Display) -> Signals | None:
+        """Takes every step that is left; returns the signal that ended it early, with everything saved."""
+        trainer, training = self.trainer, self.config.training
+        if not self.evaluations:
+            self._evaluate(display)
+        if trainer.position.step == trainer.total_steps:
+            return None
+        if stop := self.received_signal():  # while the models were loaded
+            return self._stopped(stop, display)
+        for result in trainer.steps():
+            self._record(result, display)
+            step, last = trainer.position.step, trainer.position.step == trainer.total_steps
+            best_before = self.best_step
+            if last or (training.eval_every and step % training.eval_every == 0):
+                self._evaluate(display)
+            stop = self.received_signal()
+            if stop and not last:
+                return self._stopped(stop, display)
+            if last or step % training.save_every == 0 or self.best_step != best_before:
+                self._save(display)
+        return None
 
-    def _load_prompts(self) -> None:
-        settings, rollout = self.config.prompts, self.config.rollout
-        context = min(model.config.get_text_config().max_position_embeddings for model in (self.student, self.teacher))
-        room = context - rollout.max_new_tokens
-        if room < 1:
-            raise ConfigError(
-                f"rollout.max_new_tokens: found {rollout.max_new_tokens}, expected less than the models' context of "
-                f"{context} tokens"
-            )
-        options = {"chat_template": settings.chat_template, "max_tokens": min(settings.max_tokens, room)}
-        self.prompts = load_prompts(settings.train, self.tokenizer, **options)
-        self._report_left_out(settings.train, self.prompts, options["max_tokens"])
-        self.eval_prompts = None
-        if settings.eval is not None:
-            self.eval_prompts = load_prompts(settings.eval, self.tokenizer, **options)
-            self._report_left_out(settings.eval, self.eval_prompts, options["max_tokens"])
+    def _stopped(self, stop: Signals, display: Display) -> Signals:
+        self._save(display)
+        step = self.trainer.position.step
+        display.message(f"{stop.name}: saved after step {step}; the same command continues from there")
+        return stop
 
-    def _report_left_out(self, path: Path, prompts: PromptSet, limit: int) -> None:
-        if prompts.empty or prompts.too_long:
-            self.console.print(
-                f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "
-                f"{prompts.too_long} of more than {limit} tokens",
-                highlight=False,
-                soft_wrap=True,
-            )
+    @property
+    def best_step(self) -> int | None:
+        """The step after which the held-out reverse KL was lowest so far; the untrained student does not count."""
+        trained = [e for e in self.evaluations if e["step"] and math.isfinite(e["reverse_kl"])]
+        return min(trained, key=lambda e: e["reverse_kl"])["step"] if trained else None
+
+    def _load(self) -> None:
+        pair = load_pair(self.config, self.device, self.dtype)
+        self.student, self.tokenizer, self.vocab_size = pair.student, pair.tokenizer, pair.vocab_size
+        self.student_parts, self.teacher_parts = pair.student_parts, pair.teacher_parts
+
+        def tell(line: str) -> None:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+        self.prompts, self.eval_prompts = load_prompt_sets(self.config, pair, tell)
+        check_against_itself(self.teacher_parts, self.prompts.token_ids[0], self.vocab_size)
 
     def _make_trainer(self, rollout_precision: str) -> Trainer:
         config = self.config
@@ -153,56 +157,77 @@ class Run:
             vocab_size=self.vocab_size,
         )
 
-    def _find_checkpoint(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
-        """Tensors and state of the checkpoint to continue from, if there is one."""
-        resume = self.config.training.resume
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to continue from, if there is one."""
+        resume, own = self.config.training.resume, self.output.checkpoints
         if resume == "never":
             return None
         if resume == "auto":
-            found = checkpoint.load_newest(self.folder / "checkpoints")
+            found = checkpoint.load_newest(own)
         else:
             found = checkpoint.load(Path(resume))
+            newer = checkpoint.newer_than(own, found.step)
+            if newer:
+                raise CheckpointError(
+                    f"training.resume: {found.path} is older than {newer[-1]}, which would be overwritten. Set "
+                    f"training.resume to auto to continue from the newest, or name another training.output_dir"
+                )
         if found:
-            self._accept(found[1])
+            self._accept(found)
         return found
 
-    def _restore(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
-        self.trainer.restore(tensors, state["trainer"])
-        self.evaluations, self.samples = state["evaluations"], state["samples"]
-        self.started -= state["wall_seconds"]
-        self.cpu_started -= state.get("cpu_seconds", 0.0)
-        done, total = self.trainer.position.step, self.trainer.total_steps
-        self.console.print(f"continuing after step {done} of {total}", highlight=False)
+    def _restore(self, start: Checkpoint) -> None:
+        self.trainer.restore(start.tensors, start.state["trainer"])
+        self.evaluations, self.samples = start.state["evaluations"], start.state["samples"]
+        self.started -= start.state["wall_seconds"]
+        self.cpu_started -= start.state.get("cpu_seconds", 0.0)
+        now = self.environment()
+        for name, before in start.state.get("environment", {}).items():
+            if now[name] != before:
+                self.console.print(
+                    f"{name} was {before}, now {now[name]}: the last digits of the numbers can differ from now on",
+                    highlight=False,
+                )
+        self.console.print(f"continuing after step {start.step} of {self.trainer.total_steps}", highlight=False)
+
+    def environment(self) -> dict[str, Any]:
+        """What the last digits of a sum depend on beside the configuration."""
+        return {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "precision": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
 
     def _open_folder(self) -> None:
         """Sets an earlier run's folder aside where this one starts over, and opens the files that grow."""
-        folder = self.folder
-        if self.config.training.resume == "never" and (folder / "metrics.jsonl").exists():
-            names = (folder.with_name(f"{folder.name}.{i}") for i in itertools.count(1))
-            kept = next(path for path in names if not path.exists())
-            folder.rename(kept)
+        began, finished = (self.folder / name for name in ("metrics.jsonl", "final"))
+        # A finished run is never written over, even when its checkpoints were removed to make room.
+        over = began.exists() if self.config.training.resume == "never" else finished.exists()
+        if self.start is None and over:
+            kept = self.output.set_aside()
             self.console.print(f"the earlier run's folder is now {kept}", highlight=False, soft_wrap=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        done = self.trainer.position.step
+        if self.start:
+            with self.output.writing("the damaged checkpoints' new names"):
+                checkpoint.set_aside_newer(self.output.checkpoints, self.start.step)
+        self.output.open_logs(self.start)
+        self.output.write_text("config.yaml", to_yaml(self.config))
 
-        def open_log(name: str) -> JsonLines:
-            return JsonLines(folder / name, keep=lambda record: record["step"] <= done)
-
-        self.metrics_log, self.rollout_log = open_log("metrics.jsonl"), open_log("rollouts.jsonl")
-        self.evaluation_log = open_log("evaluations.jsonl")
-
-    def _accept(self, state: dict[str, Any]) -> None:
+    def _accept(self, found: Checkpoint) -> None:
         """Refuses a checkpoint of a run that this one would not continue truly, naming each key."""
+        state = found.state
+        if missing := {"trainer", "config", "prompts", "rollout_precision", "evaluations", "samples"} - set(state):
+            raise CheckpointError(f"{found.path / 'state.json'} lacks {', '.join(sorted(missing))}")
         changed = checkpoint.changed_keys(state["config"], self.config.model_dump(mode="json"))
         if state["prompts"] != self.prompts.digest:
             changed.append(f"prompts.train: the prompts in {self.config.prompts.train} are others than before")
         if changed:
             raise CheckpointError(
-                f"{self.folder} holds a run that this configuration would not continue truly:\n  "
+                f"{found.path} is of a run that this configuration would not continue truly:\n  "
                 + "\n  ".join(changed)
                 + "\nSet training.resume to never to start over, or name another training.output_dir"
             )
+        checkpoint.check_fits(found, "student", dict(self.student.named_parameters()))
 
     def _evaluate(self, display: Display) -> None:
         if self.eval_prompts is None:
@@ -222,7 +247,7 @@ class Run:
         )
         record = {"step": step, **result.record()}
         self.evaluations.append(record)
-        self.evaluation_log.write([record])
+        self.output.log("evaluations", [record])
         rows = range(0, len(self.eval_prompts) * settings.num_rollouts_per_prompt, settings.num_rollouts_per_prompt)
         self.samples["after" if step else "before"] = decode_samples(
             self.tokenizer, result.rollouts, rows[:NUM_SAMPLES]
@@ -234,17 +259,20 @@ class Run:
     def _record(self, result: StepResult, display: Display) -> None:
         rollouts, step = result.rollouts, result.metrics["step"]
         texts = decode_samples(self.tokenizer, rollouts, range(len(rollouts.finished)))
-        self.metrics_log.write([result.metrics])
-        self.rollout_log.write(
-            {
-                "step": step,
-                "prompt": self.prompts.texts[result.prompts[row // rollouts.num_rollouts]],
-                "completion": texts[row],
-                "completion_length": int(rollouts.completion_lengths[row]),
-                "finished": bool(rollouts.finished[row]),
-                "reverse_kl_exact": result.row_reverse_kl[row],
-            }
-            for row in range(len(texts))
+        self.output.log("metrics", [result.metrics])
+        self.output.log(
+            "rollouts",
+            (
+                {
+                    "step": step,
+                    "prompt": self.prompts.texts[result.prompts[row // rollouts.num_rollouts]],
+                    "completion": texts[row],
+                    "completion_length": int(rollouts.completion_lengths[row]),
+                    "finished": bool(rollouts.finished[row]),
+                    "reverse_kl_exact": result.row_reverse_kl[row],
+                }
+                for row in range(len(texts))
+            ),
         )
         display.update(result.metrics, texts[0])
 
@@ -259,76 +287,13 @@ class Run:
             "rollout_precision": self.engine.precision,
             "evaluations": self.evaluations,
             "samples": self.samples,
+            "environment": self.environment(),
             "wall_seconds": time.monotonic() - self.started,
             "cpu_seconds": time.process_time() - self.cpu_started,
         }
         step, keep_last = self.trainer.position.step, self.config.training.keep_last
-        checkpoint.save(self.folder / "checkpoints", step, tensors, state, keep_last)
+        self.output.save(step, tensors, state, keep_last=keep_last, best=self.best_step)
 
-    def _write_model(self) -> None:
-        """`final/` appears whole, and an earlier one stays until then."""
-        partial, final = self.folder / "final.partial", self.folder / "final"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.student.save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-
-    def _write_summary(self) -> None:
-        metrics = read_json_lines(self.folder / "metrics.jsonl")
-        before, after = (self.evaluations[i]["reverse_kl"] if self.evaluations else None for i in (0, -1))
-        samples = zip(self.samples.get("before", []), self.samples.get("after", []), strict=False)
-        summary = {
-            "eval_reverse_kl_before": before,
-            "eval_reverse_kl_after": after,
-            "eval_reverse_kl_reduction": 1 - after / before if before else None,
-            "steps": self.trainer.position.step,
-            "completion_tokens": sum(record["completion_tokens"] for record in metrics),
-            "wall_seconds": time.monotonic() - self.started,
-            "cpu_seconds": time.process_time() - self.cpu_started,
-            **{f"seconds_{p}": sum(m[f"seconds_{p}"] for m in metrics) for p in ("rollout", "score", "update")},
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "precision": str(self.dtype).removeprefix("torch."),
-            "rollout_precision": self.engine.precision,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "samples": [
-                {"prompt": prompt, "before": first, "after": last}
-                for prompt, (first, last) in zip(self._eval_texts(), samples, strict=False)
-            ],
-        }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
-        report = write_report(self.folder)
-        if before is not None:
-            change = f"  ({after / before - 1:+.0%})" if before else ""
-            rows = [("held-out reverse KL, nats/token", f"{before:.3f}", f"{after:.3f}{change}")]
-            rows += [(s["prompt"], s["before"], s["after"]) for s in summary["samples"][:3]]
-            closing_table(self.console, rows)
-        for line in (
-            f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; report: {report}",
-            f"model: {self.folder / 'final'}",
-            f"talk to it: python -m distill.chat {self.folder / 'final'}",
-        ):
-            self.console.print(line, highlight=False, soft_wrap=True)
-
-    def _eval_texts(self) -> Sequence[str]:
-        return self.eval_prompts.texts[:NUM_SAMPLES] if self.eval_prompts else []
-
-
-def choose_device(requested: str) -> torch.device:
-    """The device of `training.device`. Raises `ConfigError` when it is not there."""
-    if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(requested)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"training.device: found {requested!r}, but torch sees {torch.cuda.device_count()} GPUs")
-    return device
-
-
-def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """The dtype of `training.precision` on a device."""
-    if requested == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, requested)
+    def _write_model(self, folder: Path) -> None:
+        self.student.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

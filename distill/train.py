@@ -41,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only now what takes seconds to import: help and a wrong key are answered at once.
     from distill.checkpoint import CheckpointError
     from distill.models import ModelError
+    from distill.output import OutputError
     from distill.prompts import PromptError
     from distill.run import Run
 
     try:
         return Run(config, console, lambda: signals.received).execute()
     # NotImplementedError: a model that the native rollout engine refuses, with the way out.
-    except (ConfigError, PromptError, ModelError, CheckpointError, NotImplementedError) as error:
+    except (ConfigError, PromptError, ModelError, CheckpointError, OutputError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -16,7 +16,7 @@ def save(folder, step, value=1.0, keep_last=2):
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    tensors, state = checkpoint.load(save(tmp_path, 7))
+    tensors, state = checkpoint.load(save(tmp_path, 7))[1:]
     assert state == {"step": 7}
     assert torch.equal(tensors["student"]["w"], torch.ones(3))
     assert tensors["optimizer"]["w/step"] == 4
@@ -32,7 +32,7 @@ def test_the_last_ones_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         save(tmp_path, step)
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000003", "step-000010"]
-    assert checkpoint.load_newest(tmp_path)[1] == {"step": 10}
+    assert checkpoint.load_newest(tmp_path).state == {"step": 10}
 
 
 @pytest.mark.parametrize("name", ["student.safetensors", "state.json", "manifest.json"])
@@ -48,22 +48,22 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, name, dama
     else:
         path.unlink()
     with pytest.warns(UserWarning, match="trying the checkpoint before it"):
-        assert checkpoint.load_newest(tmp_path)[1] == {"step": 1}
+        assert checkpoint.load_newest(tmp_path).state == {"step": 1}
 
 
 def test_a_save_that_was_killed_leaves_no_checkpoint(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".step-000002.partial").mkdir()
     (tmp_path / ".step-000002.partial" / "student.safetensors").write_bytes(b"half")
-    assert checkpoint.load_newest(tmp_path)[1] == {"step": 1}
+    assert checkpoint.load_newest(tmp_path).state == {"step": 1}
     save(tmp_path, 2)  # and does not stand in the way of the next one
-    assert checkpoint.load_newest(tmp_path)[1] == {"step": 2}
+    assert checkpoint.load_newest(tmp_path).state == {"step": 2}
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 1, 1.0)
     save(tmp_path, 1, 2.0)
-    assert checkpoint.load_newest(tmp_path)[0]["student"]["w"][0] == 2
+    assert checkpoint.load_newest(tmp_path).tensors["student"]["w"][0] == 2
 
 
 def test_no_checkpoint_at_all(tmp_path):

@@ -31,13 +31,16 @@ ALLOWED = {
     "diagnostics": {"metrics"},
     "trainer": {"rollout", "forward", "loss", "diagnostics", "checkpoint", "metrics"},
     "checkpoint": {"config"},
+    "loading": {"config", "loss", "models", "prompts"},
+    "output": {"checkpoint", "metrics"},
+    "summary": {"display", "metrics"},
     "evaluate": {"config", "models", "forward", "rollout", "loss"},
     "display": {"metrics"},
     "report": {"config", "metrics"},
     "chat": {"models", "prompts"},
 }
 USE_KERNELS = {"decode", "rollout", "advantage", "loss", "cpu_linear"}
-USE_TRANSFORMERS = {"prompts", "models", "rollout", "decode", "kv_cache", "generation_copy", "forward"}
+USE_TRANSFORMERS = {"prompts", "models", "loading", "rollout", "decode", "kv_cache", "generation_copy", "forward"}
 
 
 def imports_of(path: Path) -> set[str]:

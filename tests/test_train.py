@@ -74,7 +74,9 @@ def test_a_run_writes_everything_that_the_design_names(write_config, tmp_path, c
         f"Say {word}." for word in ("red", "green", "blue", "grey", "pink")
     }
     assert load_config(run / "config.yaml").training.save_every == 2
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    best = min(evaluations[1:], key=lambda line: line["reverse_kl"])["step"]
+    assert summary["eval_best_step"] == best == 3  # kept beside the last two
+    assert sorted(path.name[-1] for path in (run / "checkpoints").iterdir()) == ["3", "4", "5"]
     assert "<svg" in (run / "report.html").read_text()
     text = capsys.readouterr().out
     assert "held-out reverse KL" in text
