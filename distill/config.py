@@ -102,6 +102,8 @@ class TrainingConfig(Section):
     """Adam's decay rates of the first and second moment."""
     max_grad_norm: Number = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
+    max_bad_steps: Integer = Field(10, ge=0)
+    """A step whose loss or gradient is not finite is skipped; more than this many in a row end the run."""
     num_epochs: Positive = 1
     """Passes over the training prompts."""
     max_steps: Positive | None = None

@@ -1,5 +1,6 @@
 """What the user sees while a run goes on: a live panel in a terminal, plain lines anywhere else."""
 
+import math
 from typing import Any
 
 from rich.console import Console, Group
@@ -44,7 +45,8 @@ class Display:
         """Shows a finished optimizer step."""
         self.step, self._metrics, self._sample = metrics["step"], metrics, " ".join(sample.split())
         # The exact figure: the sampled one is too noisy for a trend to be seen.
-        self._history.append(metrics["reverse_kl_exact"])
+        if math.isfinite(metrics["reverse_kl_exact"]):
+            self._history.append(metrics["reverse_kl_exact"])
         self._seconds.append(sum(value for key, value in metrics.items() if key.startswith("seconds_")))
         if not self.console.is_terminal:
             self.message(f"step {self.step:>{len(str(self.total))}}/{self.total}  {self._figures()}")

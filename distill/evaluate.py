@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.forward import micro_batches
 from distill.loss import Group, ModelParts, statistics
+from distill.memory import MemoryLimits
 from distill.models import ModelError
 from distill.rollout import RolloutEngine, Rollouts
 
@@ -41,7 +41,7 @@ def evaluate(
     max_new_tokens: int,
     seed: int,
     vocab_size: int,
-    token_budget: int,
+    limits: MemoryLimits,
 ) -> Evaluation:
     """Samples from the student on the left-padded `prompts` (ids and mask [B, P]) and scores every token exactly.
 
@@ -53,8 +53,10 @@ def evaluate(
         prompt_ids, prompt_mask, num_rollouts=num_rollouts, prompt_keys=torch.arange(len(prompt_ids))
     )
     group = Group.of(rollouts)
-    parts = micro_batches(group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, token_budget)
-    stats = statistics(student, teacher, group, parts, vocab_size=vocab_size)
+    lengths = group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index
+    stats = limits.in_micro_batches(
+        "evaluation", lengths, lambda parts: statistics(student, teacher, group, parts, vocab_size=vocab_size)
+    )
     prompt_of_token = group.prompt_index.repeat_interleave(group.completion_lengths)
     mean = stats.reverse_kl.double().mean()
     return Evaluation(

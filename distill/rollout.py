@@ -9,7 +9,6 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from distill.decode import (
 )
 from distill.generation_copy import GenerationCopy, choose_dtype
 from distill.kv_cache import ATTENTION_NAME, DecodeCache
+from distill.memory import MemoryLimits, free_bytes
 from distill.models import split_head
 from distill_kernels import sample
 
@@ -102,16 +102,19 @@ class RolloutEngine:
         engine: str = "native",
         memory_budget_bytes: int | None = None,
         vocab_size: int | None = None,
+        limits: MemoryLimits | None = None,
     ) -> None:
         """`precision` is `auto`, `float32` or `bfloat16`; `engine` is `native` or `transformers`.
 
         `memory_budget_bytes` bounds what a wave of rows may take beside the weights; None takes half of what is free.
-        `vocab_size` leaves out the padded columns past the tokenizer.
+        `vocab_size` leaves out the padded columns past the tokenizer. `limits` is where the number of rows that are
+        sampled at once is kept when memory runs out.
         Raises `NotImplementedError` for a model whose attention the native engine cannot run.
         """
         self.sampling, self.seed, self.engine = sampling, seed, engine
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self._memory_budget_bytes = memory_budget_bytes
+        self.limits, self._rows_at_once = limits or MemoryLimits(1), 1
         if engine == "native" and (reason := native_refusal(model)):
             raise NotImplementedError(f"rollout.engine native: {reason}; set rollout.engine: transformers")
         dtype = choose_dtype(model, precision)
@@ -154,14 +157,20 @@ class RolloutEngine:
             raise ValueError("prompts must be left-padded and not empty: the last column of prompt_mask has a hole")
         if not 1 <= num_rollouts <= ROW_IDS_PER_PROMPT:
             raise ValueError(f"num_rollouts must be from 1 to {ROW_IDS_PER_PROMPT}, got {num_rollouts}")
-        if self._copy.stale:
-            self._copy.refresh()
         device = prompt_ids.device
         numbers = torch.arange(num_rollouts, device=device)
         row_ids = (prompt_keys.to(device)[:, None] * ROW_IDS_PER_PROMPT + numbers).flatten()
-        out = Completions.empty(row_ids.numel(), self.sampling.max_new_tokens, self.pad_token_id, device)
         run = self._run_native if self.engine == "native" else self._run_transformers
-        run(prompt_ids, prompt_mask, row_ids, out)
+
+        def draw() -> Completions:
+            if self._copy.stale:
+                self._copy.refresh()
+            out = Completions.empty(row_ids.numel(), self.sampling.max_new_tokens, self.pad_token_id, device)
+            run(prompt_ids, prompt_mask, row_ids, out)
+            return out
+
+        lower = "rollout.max_new_tokens or prompts.max_tokens, or set rollout.precision: bfloat16"
+        out = self.limits.attempt("rollout", draw, self._sample_fewer, lower)
         length = int(out.lengths.max())
         return Rollouts(
             prompt_ids=prompt_ids,
@@ -174,12 +183,19 @@ class RolloutEngine:
             num_rollouts=num_rollouts,
         )
 
+    def _sample_fewer(self) -> str | None:
+        if self._rows_at_once == 1:
+            return None
+        self.limits.rows_per_wave = self._rows_at_once // 2
+        return f"{self.limits.rows_per_wave} rollouts at once"
+
     def _run_native(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
         """One `generate` call whose loop is ours, in as many waves as the memory budget asks for."""
 
         def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
             num_rollouts = row_ids.numel() // input_ids.shape[0]
             for prompts, waves in self._waves(*input_ids.shape, num_rollouts):
+                self._rows_at_once = max(rows.stop - rows.start for rows in waves)
                 self._set_attention(self._prefill_attention)
                 cache, last_hidden = prefill(self._body, input_ids[prompts], prompt_mask[prompts])
                 self._set_attention(ATTENTION_NAME)
@@ -208,12 +224,16 @@ class RolloutEngine:
 
     def _run_transformers(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
         """The stock loop over every row with its own prompt; a logits processor draws and hides all other tokens."""
-        num_rollouts = row_ids.numel() // prompt_ids.shape[0]
-        self._generate(
-            prompt_ids.repeat_interleave(num_rollouts, 0),
-            prompt_mask.repeat_interleave(num_rollouts, 0),
-            logits_processor=LogitsProcessorList([_Drawing(self, prompt_ids.shape[1], row_ids, out)]),
-        )
+        R = row_ids.numel()
+        prompt_index = torch.arange(R, device=row_ids.device) // (R // prompt_ids.shape[0])
+        for start, stop in _even_parts(R, min(R, self.limits.rows_per_wave or R)):
+            rows, self._rows_at_once = slice(start, stop), stop - start
+            part = Completions(*(tensor[rows] for tensor in out))
+            self._generate(
+                prompt_ids[prompt_index[rows]],
+                prompt_mask[prompt_index[rows]],
+                logits_processor=LogitsProcessorList([_Drawing(self, prompt_ids.shape[1], row_ids[rows], part)]),
+            )
 
     def _generate(self, prompt_ids: Tensor, prompt_mask: Tensor, **options) -> None:
         self._model.generate(
@@ -246,12 +266,13 @@ class RolloutEngine:
         a_row = self.sampling.max_new_tokens * self._token_bytes + 12 * config.vocab_size + width * itemsize
         if num_rollouts == 1:  # the prompt's keys are copied into the row's buffer
             a_row += prompt_length * self._token_bytes
-        block = min(prompts, budget // (a_prompt + num_rollouts * a_row))
+        limit = self.limits.rows_per_wave or prompts * num_rollouts
+        block = min(prompts, budget // (a_prompt + num_rollouts * a_row), limit // num_rollouts)
         if block:
             for start, stop in _even_parts(prompts, block):
                 yield slice(start, stop), [slice(start * num_rollouts, stop * num_rollouts)]
             return
-        at_once = max(1, (budget - a_prompt) // a_row)
+        at_once = max(1, min(limit, (budget - a_prompt) // a_row))
         for prompt in range(prompts):
             first = prompt * num_rollouts
             parts = _even_parts(num_rollouts, at_once)
@@ -324,14 +345,3 @@ def _even_parts(total: int, largest: int) -> list[tuple[int, int]]:
     """Cuts range(total) into the fewest parts of at most `largest`, as even as they come."""
     count = -(-total // largest)
     return [(total * part // count, total * (part + 1) // count) for part in range(count)]
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that new tensors on `device` may still take."""
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reusable
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/meminfo has no line MemAvailable; set rollout.memory_gib")

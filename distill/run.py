@@ -20,8 +20,11 @@ from distill.config import Config, to_yaml
 from distill.decode import SamplingOptions
 from distill.display import Display
 from distill.evaluate import check_against_itself, decode_samples, evaluate
+from distill.health import GradientWatch, StoppedError, suspects
 from distill.loading import choose_device, choose_dtype, load_pair, load_prompt_sets
 from distill.loss import LossOptions
+from distill.memory import MemoryLimitError, MemoryLimits
+from distill.metrics import read_json_lines
 from distill.models import eos_ids
 from distill.output import OutputFolder
 from distill.prompts import epoch_order, left_pad
@@ -62,10 +65,19 @@ class Run:
         """Trains, evaluates and writes everything; returns the exit status."""
         display = Display(self.trainer.total_steps, self.trainer.position.step, self.console)
         self.trainer.on_phase = display.phase
+        self.limits.report = lambda message: self._notice("memory", self.trainer.position.step + 1, message, display)
         try:
             self._open_folder()
             with display:
-                if stop := self._train(display):
+                try:
+                    stop = self._train(display)
+                except MemoryLimitError as error:
+                    # Nothing of the step at hand has been applied.
+                    self.trainer.optimizer.zero_grad(set_to_none=True)
+                    self._save(display)
+                    step = self.trainer.position.step
+                    raise MemoryLimitError(f"{error}. Saved after step {step}") from None
+                if stop:
                     return 128 + stop
                 display.phase("writing the model")
                 self.output.replace("final", self._write_model)
@@ -89,6 +101,7 @@ class Run:
             return self._stopped(stop, display)
         for result in trainer.steps():
             self._record(result, display)
+            self._inspect(result, display)
             step, last = trainer.position.step, trainer.position.step == trainer.total_steps
             best_before = self.best_step
             if last or (training.eval_every and step % training.eval_every == 0):
@@ -126,6 +139,7 @@ class Run:
     def _make_trainer(self, rollout_precision: str) -> Trainer:
         config = self.config
         rollout, training = config.rollout, config.training
+        self.limits = MemoryLimits(training.tokens_per_micro_batch)
         self.engine = RolloutEngine(
             self.student,
             sampling=SamplingOptions(
@@ -138,6 +152,7 @@ class Run:
             memory_budget_bytes=None if rollout.memory_gib is None else int(rollout.memory_gib * 2**30),
             seed=training.seed,
             vocab_size=self.vocab_size,
+            limits=self.limits,
         )
 
         def prompt_batches(epoch: int) -> list[list[int]]:
@@ -155,6 +170,7 @@ class Run:
             training,
             LossOptions(**config.loss.model_dump(), mask_truncated=rollout.mask_truncated),
             vocab_size=self.vocab_size,
+            limits=self.limits,
         )
 
     def _find_checkpoint(self) -> Checkpoint | None:
@@ -212,6 +228,7 @@ class Run:
                 checkpoint.set_aside_newer(self.output.checkpoints, self.start.step)
         self.output.open_logs(self.start)
         self.output.write_text("config.yaml", to_yaml(self.config))
+        self.gradients = GradientWatch(line["grad_norm"] for line in read_json_lines(self.folder / "metrics.jsonl"))
 
     def _accept(self, found: Checkpoint) -> None:
         """Refuses a checkpoint of a run that this one would not continue truly, naming each key."""
@@ -243,7 +260,7 @@ class Run:
             max_new_tokens=settings.max_new_tokens or self.config.rollout.max_new_tokens,
             seed=settings.seed,
             vocab_size=self.vocab_size,
-            token_budget=self.config.training.tokens_per_micro_batch,
+            limits=self.limits,
         )
         record = {"step": step, **result.record()}
         self.evaluations.append(record)
@@ -275,6 +292,33 @@ class Run:
             ),
         )
         display.update(result.metrics, texts[0])
+
+    def _inspect(self, result: StepResult, display: Display) -> None:
+        """Reports a skipped step or a jump of the gradient; too many skipped in a row end the run."""
+        metrics, step = result.metrics, result.metrics["step"]
+        prompts = [self.prompts.texts[index] for index in result.prompts]
+        median = self.gradients.spike(metrics["grad_norm"])
+        if median is not None:
+            message = f"gradient norm {metrics['grad_norm']:.3g}, {metrics['grad_norm'] / median:.0f} times the median"
+            self._notice("gradient_spike", step, f"step {step}: {message}; prompts: {suspects(prompts)}", display)
+        if result.sound:
+            return
+        figures = f"loss {metrics['loss']:.3g}, gradient norm {metrics['grad_norm']:.3g}"
+        named = suspects(prompts, result.row_reverse_kl)
+        self._notice("skipped", step, f"step {step} skipped: {figures}; prompts: {named}", display)
+        in_row, allowed = self.trainer.bad_in_row, self.config.training.max_bad_steps
+        if in_row > allowed:
+            self._save(display)
+            raise StoppedError(
+                f"{in_row} steps in a row had no finite loss and gradient (training.max_bad_steps: {allowed}), the "
+                f"last with {figures}; prompts: {named}. The weights of step {step - in_row}, the last good one, are "
+                f"saved in {self.output.checkpoints}. Look at these prompts and at the teacher, or set a lower "
+                f"training.learning_rate or training.precision: float32 in a new training.output_dir"
+            )
+
+    def _notice(self, event: str, step: int, message: str, display: Display) -> None:
+        display.message(message)
+        self.output.log("events", [{"step": step, "event": event, "message": message}])
 
     def _save(self, display: Display) -> None:
         display.phase("checkpoint")

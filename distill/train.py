@@ -1,7 +1,8 @@
 """`python -m distill.train --config FILE [--section.key VALUE ...]`: the command.
 
-Exit status: 0 done; 2 a configuration or an input that cannot be used, with one message; 130 or 143 after SIGINT or
-SIGTERM, with a checkpoint saved. A second SIGINT stops at once.
+Exit status: 0 done; 1 too many steps in a row had no finite loss or gradient; 2 a configuration, an input or a machine
+(disk, memory) that cannot be used, with one message; 130 or 143 after SIGINT or SIGTERM. After 1, 130 and 143 a
+checkpoint is saved. A second SIGINT stops at once.
 """
 
 import os
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print("loading (the first run also fetches and converts the models)", highlight=False)
     # Only now what takes seconds to import: help and a wrong key are answered at once.
     from distill.checkpoint import CheckpointError
+    from distill.health import StoppedError
+    from distill.memory import MemoryLimitError, is_out_of_memory
     from distill.models import ModelError
     from distill.output import OutputError
     from distill.prompts import PromptError
@@ -47,9 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return Run(config, console, lambda: signals.received).execute()
+    except StoppedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     # NotImplementedError: a model that the native rollout engine refuses, with the way out.
     except (ConfigError, PromptError, ModelError, CheckpointError, OutputError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = error if isinstance(error, MemoryLimitError) else f"memory ran out: {error}. Take a smaller model"
+        print(f"error: {what}", file=sys.stderr)
         return 2
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.diagnostics import step_metrics
-from distill.forward import micro_batches
-from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score
+from distill.loss import Group, GroupGradient, LossOptions, ModelParts, accumulate_gradients, score
+from distill.memory import MemoryLimits
 from distill.metrics import PhaseClock, peak_memory_bytes
 from distill.rollout import RolloutEngine, Rollouts
 
@@ -40,6 +40,8 @@ class StepResult:
     prompts: list[int]
     rollouts: Rollouts
     row_reverse_kl: list[float]
+    sound: bool
+    """Whether loss and gradient were finite; if not, weights and optimizer are as they were before."""
 
 
 class Trainer:
@@ -61,12 +63,13 @@ class Trainer:
         loss_options: LossOptions,
         *,
         vocab_size: int,
+        limits: MemoryLimits | None = None,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.student, self.student_parts, self.teacher_parts = student, student_parts, teacher_parts
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
         self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
-        self.on_phase = on_phase
+        self.limits, self.on_phase = limits or MemoryLimits(options.tokens_per_micro_batch), on_phase
         self.device = student_parts.head.weight.device
         self.clock = PhaseClock(self.device)
         self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
@@ -74,6 +77,7 @@ class Trainer:
             self.parameters.values(), lr=options.learning_rate, betas=options.adam_betas, fused=True
         )
         self.position = Position()
+        self.skipped_steps, self.bad_in_row = 0, 0
         self._rollouts: Rollouts | None = None
         self._rollout_seconds = 0.0
         # Batches have the same sizes in every epoch, so the first one's tell how many steps there are.
@@ -99,9 +103,11 @@ class Trainer:
             self.position = self._after(at, batches)
             if self.position.batch != at.batch or self.position.epoch != at.epoch:
                 self._rollouts = None
-            yield StepResult(
-                {"step": at.step + 1, "epoch": at.epoch, **metrics}, list(prompts[chosen]), rollouts, row_reverse_kl
-            )
+            sound = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+            self.bad_in_row = 0 if sound else self.bad_in_row + 1
+            self.skipped_steps += not sound
+            line = {"step": at.step + 1, "epoch": at.epoch, **metrics, "skipped_steps": self.skipped_steps}
+            yield StepResult(line, list(prompts[chosen]), rollouts, row_reverse_kl, sound)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
@@ -130,6 +136,9 @@ class Trainer:
             "position": vars(self.position),
             "total_steps": self.total_steps,
             "rollout_seconds": self._rollout_seconds,
+            "skipped_steps": self.skipped_steps,
+            "bad_in_row": self.bad_in_row,
+            "limits": self.limits.state(),
         }
         return tensors, state
 
@@ -144,6 +153,9 @@ class Trainer:
             self.optimizer.state[parameter][moment] = value.to(parameter.device)
         self.position = Position(**state["position"])
         self._rollout_seconds = state["rollout_seconds"]
+        self.skipped_steps, self.bad_in_row = state.get("skipped_steps", 0), state.get("bad_in_row", 0)
+        if "limits" in state:
+            self.limits.restore(state["limits"])
         if "rollouts" in tensors:
             saved = {name: value.to(self.device) for name, value in tensors["rollouts"].items()}
             self._rollouts = _lengths_on_host(Rollouts(num_rollouts=self.options.num_rollouts_per_prompt, **saved))
@@ -175,27 +187,21 @@ class Trainer:
     def _step(self, rollouts: Rollouts, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
         """Scores a group, updates the student, and returns the metrics and each row's mean token reverse KL."""
         group = Group.of(rollouts)
-        parts = micro_batches(
-            group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, self.options.tokens_per_micro_batch
-        )
+        lengths = group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index
         self.on_phase("score")
         with self.clock.phase("score"):
-            teacher_hidden = score(self.teacher_parts, group, parts)
+            teacher_hidden = self.limits.in_micro_batches(
+                "score", lengths, lambda parts: score(self.teacher_parts, group, parts)
+            )
         self.on_phase("update")
         learning_rate = self.learning_rate(self.position.step)
         with self.clock.phase("update"):
-            self.optimizer.zero_grad(set_to_none=True)
-            result = accumulate_gradients(
-                self.student_parts,
-                self.teacher_parts,
-                teacher_hidden,
-                group,
-                parts,
-                self.loss_options,
-                vocab_size=self.vocab_size,
-                checkpointing=self.options.activation_checkpointing,
+            result = self.limits.in_micro_batches(
+                "update", lengths, lambda parts: self._gradients(teacher_hidden, group, parts)
             )
             grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
+            # Where this is 1, Adam's fused step leaves everything as it was, without the host having to look.
+            self.optimizer.found_inf = 1 - (result.loss.isfinite() & grad_norm.isfinite()).float()
             for settings in self.optimizer.param_groups:
                 settings["lr"] = learning_rate
             self.optimizer.step()
@@ -213,6 +219,20 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         return metrics, row_reverse_kl
+
+    def _gradients(self, teacher_hidden: Tensor, group: Group, parts: list[Tensor]) -> GroupGradient:
+        # Before every attempt: what a failed one added must not count twice.
+        self.optimizer.zero_grad(set_to_none=True)
+        return accumulate_gradients(
+            self.student_parts,
+            self.teacher_parts,
+            teacher_hidden,
+            group,
+            parts,
+            self.loss_options,
+            vocab_size=self.vocab_size,
+            checkpointing=self.options.activation_checkpointing,
+        )
 
 
 def _lengths_on_host(rollouts: Rollouts) -> Rollouts:

@@ -105,6 +105,24 @@ def ship_code(folder) -> None:
 
 
 @pytest.fixture
+def poisoned(tmp_path):
+    """Makes a teacher whose embedding of some characters is not a number: what reads them has no finite loss."""
+    from transformers import AutoModelForCausalLM
+
+    def make(characters: str):
+        folder, tokenizer = tmp_path / "poisoned", tiny_tokenizer()
+        model = tiny_model("qwen3", vocab_size=264, seed=2, tie_word_embeddings=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokenizer(characters)["input_ids"]] = float("nan")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        assert AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.isnan().any()
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
 def write_config(tmp_path, tiny_pair):
     """Writes a small run's configuration, with changes as {"section.key": value}; returns its path."""
     import yaml

@@ -17,8 +17,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill.loss
-import distill.trainer
+import distill.memory
 from distill.config import ConfigError, known_keys, load_config
+from distill.health import StoppedError
 from distill.metrics import read_json_lines
 from distill.models import ModelError
 from distill.run import Run
@@ -273,6 +274,7 @@ EFFECTS = {
     "training.warmup_steps": ({}, 3, "numbers"),
     "training.adam_betas": ({}, [0.5, 0.9], "numbers"),
     "training.max_grad_norm": ({}, 1e-8, "numbers"),
+    "training.max_bad_steps": ({"teacher.model": "poisoned", "prompts.eval": None}, 0, "accepted"),
     "training.num_epochs": ({}, 2, "numbers"),
     "training.max_steps": ({}, 2, "numbers"),
     "training.tokens_per_micro_batch": ({}, 30, "calls"),
@@ -306,8 +308,8 @@ def test_the_walk_below_leaves_out_no_key():
 
 
 @pytest.fixture
-def others(tmp_path, tiny_pair):
-    """What `other`, `remote` and `elsewhere` stand for in the walk, by key."""
+def others(tmp_path, tiny_pair, poisoned):
+    """What `other`, `remote`, `poisoned` and `elsewhere` stand for in the walk, by key."""
     folder = tmp_path / "other"
     tiny_model("llama", vocab_size=270, seed=9).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -319,6 +321,8 @@ def others(tmp_path, tiny_pair):
     def stand_in(key: str, value):
         if value == "other":
             return str(tmp_path / "other.txt") if key.startswith("prompts") else str(folder)
+        if value == "poisoned":
+            return poisoned("k")
         return (
             {"remote": str(remote), "elsewhere": str(tmp_path / "elsewhere")}.get(value, value)
             if isinstance(value, str)
@@ -332,9 +336,9 @@ def others(tmp_path, tiny_pair):
 def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatch):
     context, value, look = EFFECTS[key]
     calls = []
-    real_split, real_hidden = distill.trainer.micro_batches, distill.loss.completion_hidden
+    real_split, real_hidden = distill.memory.micro_batches, distill.loss.completion_hidden
     monkeypatch.setattr(
-        distill.trainer, "micro_batches", lambda *args: calls.append(batches := real_split(*args)) or batches
+        distill.memory, "micro_batches", lambda *args: calls.append(batches := real_split(*args)) or batches
     )
     monkeypatch.setattr(
         distill.loss,
@@ -346,7 +350,7 @@ def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatc
         calls.clear()
         try:
             run = execute(write_config({k: others(k, v) for k, v in changes.items()}))
-        except (ConfigError, ModelError) as error:
+        except (ConfigError, ModelError, StoppedError) as error:
             return type(error)
         if look == "numbers":
             return metrics_of(run.folder)
@@ -361,8 +365,10 @@ def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatc
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
     with_key = observe({**context, key: value})
     assert without != with_key
-    if look == "accepted":
+    if key.endswith("trust_remote_code"):
         assert (without, with_key) == (ModelError, "ran")
+    if key == "training.max_bad_steps":
+        assert (without, with_key) == ("ran", StoppedError)
 
 
 # ---- The real model -----------------------------------------------------------------------------------------------

@@ -1,0 +1,35 @@
+"""What is said when a step's numbers are out of order: steps that were skipped, gradients that jump."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+WINDOW = 50  # steps whose gradient norms a new one is compared with
+ENOUGH = 10  # steps without which there is no comparison
+SPIKE = 10.0  # times their median: noise of single prompts stays below
+
+
+class StoppedError(RuntimeError):
+    """A run that cannot go on by itself, with a checkpoint saved."""
+
+
+class GradientWatch:
+    """Compares each gradient norm with the median of the last ones, which no single one can move far."""
+
+    def __init__(self, norms: Iterable[float | None] = ()) -> None:
+        self._norms: deque[float] = deque((n for n in norms if n is not None and math.isfinite(n)), maxlen=WINDOW)
+
+    def spike(self, norm: float) -> float | None:
+        """The median that `norm` exceeds by far, or None; `norm` then counts among the last ones."""
+        median = statistics.median(self._norms) if len(self._norms) >= ENOUGH else math.inf
+        if math.isfinite(norm):
+            self._norms.append(norm)
+        return median if SPIKE * median < norm < math.inf else None
+
+
+def suspects(prompts: Sequence[str], row_figures: Sequence[float] = ()) -> str:
+    """The prompts whose rows have a figure that is not finite, or all of them where every row's is."""
+    rows = len(row_figures) // len(prompts)
+    bad = [p for i, p in enumerate(prompts) if not all(map(math.isfinite, row_figures[i * rows : (i + 1) * rows]))]
+    return ", ".join(repr(prompt[:80]) for prompt in bad or prompts)

@@ -1,0 +1,107 @@
+"""Numbers that go wrong: steps that are skipped, runs that stop because of them, gradients that jump."""
+
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from test_train import assert_same_run, execute, metrics_of
+
+from distill import checkpoint
+from distill.config import load_config
+from distill.health import ENOUGH, GradientWatch, suspects
+from distill.metrics import read_json_lines
+from distill.run import Run
+from distill.train import main
+
+SAVING = {"training.save_every": 1, "training.keep_last": 99, "prompts.eval": None, "prompts.shuffle": False}
+
+
+def tensors_of(folder, step: int) -> dict[str, torch.Tensor]:
+    groups = checkpoint.load(folder / "checkpoints" / f"step-{step:06d}").tensors
+    return {f"{group}/{name}": groups[group][name] for group in ("student", "optimizer") for name in groups[group]}
+
+
+def assert_same_state(folder, one: int, other: int) -> None:
+    ours, theirs = tensors_of(folder, one), tensors_of(folder, other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_step_without_a_finite_loss_is_skipped_counted_and_named(write_config, tmp_path, capsys, poisoned):
+    path = write_config({**SAVING, "teacher.model": poisoned("k"), "training.num_epochs": 2})
+    assert main(["--config", str(path)]) == 0
+    lines = metrics_of(tmp_path / "run")
+    bad = [line["step"] for line in lines if line["loss"] is None]
+    assert {5, 10} <= set(bad) < set(range(1, 11))  # `Say pink.` stands fifth in each epoch
+    for line in lines:
+        assert line["skipped_steps"] == sum(step <= line["step"] for step in bad)
+        assert (line["grad_norm"] is None) == (line["step"] in bad)
+    assert_same_state(tmp_path / "run", 4, 5)
+    changed = tensors_of(tmp_path / "run", 3)
+    assert any(not torch.equal(value, tensors_of(tmp_path / "run", 4)[name]) for name, value in changed.items())
+    assert all(value.isfinite().all() for value in tensors_of(tmp_path / "run", 10).values())
+    text = capsys.readouterr().out.replace("\n", " ")
+    assert "step 5 skipped: loss nan, gradient norm nan; prompts: 'Say pink.'" in text
+    events = [e for e in read_json_lines(tmp_path / "run" / "events.jsonl") if e["step"] == 5]
+    assert [event["event"] for event in events] == ["skipped"]
+    assert "'Say pink.'" in events[0]["message"]
+
+
+def test_too_many_in_a_row_stop_the_run_with_the_last_good_weights(write_config, tmp_path, capsys, poisoned):
+    path = write_config({**SAVING, "teacher.model": poisoned("gbk")})
+    assert main(["--config", str(path), "--training.max_bad_steps", "1"]) == 1  # after red: green, blue
+    message = capsys.readouterr().err
+    assert "2 steps in a row had no finite loss and gradient (training.max_bad_steps: 1)" in message
+    assert "prompts: 'Say blue.'. The weights of step 1, the last good one" in message
+    assert "Traceback" not in message
+    assert_same_state(tmp_path / "run", 1, 3)
+    # Stopping again at each further one is what the same command does; a larger limit lets the run end.
+    assert main(["--config", str(path), "--training.max_bad_steps", "1"]) == 1
+    assert main(["--config", str(path), "--training.max_bad_steps", "9"]) == 0
+    execute(
+        write_config(
+            {**SAVING, "teacher.model": str(tmp_path / "poisoned"), "training.output_dir": str(tmp_path / "whole")}
+        )
+    )
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped(write_config, tmp_path, value):
+    run = Run(load_config(write_config(SAVING)), Console(quiet=True), lambda: None)
+    embedding = run.student.get_input_embeddings().weight
+    embedding.register_hook(lambda grad: torch.full_like(grad, value) if run.trainer.position.step == 2 else grad)
+    assert run.execute() == 0
+    (bad,) = [line for line in metrics_of(tmp_path / "run") if line["grad_norm"] is None]
+    assert bad["step"] == 3
+    assert math.isfinite(bad["loss"])
+    assert_same_state(tmp_path / "run", 2, 3)
+
+
+def test_a_gradient_that_jumps_is_reported(write_config, tmp_path):
+    path = write_config({"prompts.eval": None, "training.num_epochs": 5, "prompts.shuffle": False})
+    run = Run(load_config(path), Console(quiet=True), lambda: None)
+    for parameter in run.student.parameters():
+        parameter.register_hook(lambda grad: grad * (1000 if run.trainer.position.step == 16 else 1))
+    assert run.execute() == 0
+    (event,) = read_json_lines(tmp_path / "run" / "events.jsonl")
+    assert (event["step"], event["event"]) == (17, "gradient_spike")
+    assert "times the median; prompts: 'Say green.'" in event["message"]
+
+
+def test_the_median_of_the_last_norms_is_what_a_jump_is_measured_by():
+    watch = GradientWatch([None, math.nan] + [1.0] * (ENOUGH - 1))
+    assert watch.spike(50.0) is None  # too few to compare with
+    assert watch.spike(50.0) == 1.0  # the first one did not move the median
+    assert watch.spike(10.0) is None
+    assert watch.spike(math.inf) is None  # that is a skipped step
+    assert watch.spike(math.nan) is None
+    for _ in range(60):
+        watch.spike(50.0)
+    assert watch.spike(90.0) is None  # what has become usual is no jump
+
+
+def test_suspects_are_the_prompts_with_bad_rows():
+    assert suspects(["a", "b"], [1.0, 2.0, math.nan, 1.0]) == "'b'"
+    assert suspects(["a", "b"], [1.0, 2.0, 3.0, 1.0]) == "'a', 'b'"
