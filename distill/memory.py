@@ -22,6 +22,8 @@ MESSAGES = (
     "cannot allocate memory",
     "not enough memory",
     "could not create a memory",
+    "could not create a primitive",
+    "could not execute a primitive",
     "out of memory",
     "ALLOC_FAILED",
 )

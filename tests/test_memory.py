@@ -1,0 +1,275 @@
+"""Memory that runs out: really (RLIMIT_AS), and at chosen calls; what is retried, kept, and said at the end."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_model
+from rich.console import Console
+from test_train import ROOT, environment, execute, metrics_of
+
+import distill.loss
+from distill import checkpoint
+from distill.config import load_config
+from distill.decode import SamplingOptions
+from distill.memory import MemoryLimitError, MemoryLimits, is_out_of_memory
+from distill.metrics import read_json_lines
+from distill.packing import micro_batches
+from distill.rollout import RolloutEngine, Rollouts
+from distill.run import Run
+from distill.train import main
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: 12 bytes"),
+    MemoryError(),
+]
+FOUR_ROWS = {"training.num_rollouts_per_prompt": 4, "prompts.eval": None}
+
+
+class Shortage:
+    """Stands for a function and runs out of memory at chosen calls."""
+
+    def __init__(self, real, error: Exception, short) -> None:
+        self.real, self.error, self.short, self.calls = real, error, short, 0
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        if self.short(self.calls, *args):
+            raise self.error
+        return self.real(*args, **options)
+
+
+def test_what_says_that_memory_ran_out_is_known():
+    assert all(map(is_out_of_memory, ERRORS))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_update_that_runs_out_is_retried_with_the_same_gradient(write_config, monkeypatch, error):
+    """The second micro-batch fails, after the first has left its gradient: bit for bit as if always cut smaller."""
+    changes = {**FOUR_ROWS, "training.tokens_per_micro_batch": 45}
+    run = Run(load_config(write_config(changes)), Console(quiet=True), lambda: None)
+    trainer, real = run.trainer, distill.loss.linear_distill_loss
+    prompts, mask = trainer.encode([0, 1])
+    rollouts = run.engine.generate(prompts, mask, num_rollouts=4, prompt_keys=torch.arange(2))
+    group = distill.loss.Group.of(rollouts)
+    lengths = group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index
+    parts = micro_batches(*lengths, 45)
+    assert len(parts) > 1
+    hidden = distill.loss.score(trainer.teacher_parts, group, parts)
+
+    def gradients(work) -> dict[str, torch.Tensor]:
+        work()
+        return {name: parameter.grad.clone() for name, parameter in trainer.parameters.items()}
+
+    monkeypatch.setattr(distill.loss, "linear_distill_loss", Shortage(real, error, lambda call, *_: call == 2))
+    retried = gradients(
+        lambda: run.limits.in_micro_batches("update", lengths, lambda cut: trainer._gradients(hidden, group, cut))
+    )
+    monkeypatch.setattr(distill.loss, "linear_distill_loss", real)
+    smaller = micro_batches(*lengths, run.limits.tokens_per_micro_batch)
+    assert len(smaller) > len(parts)
+    always_small = gradients(lambda: trainer._gradients(hidden, group, smaller))
+    whole = gradients(lambda: trainer._gradients(hidden, group, micro_batches(*lengths, 10**6)))
+    for name, gradient in retried.items():
+        assert torch.equal(gradient, always_small[name])
+        torch.testing.assert_close(gradient, whole[name])
+    run.output.release()
+
+
+def test_the_smaller_size_is_reported_and_stays_with_the_run(write_config, tmp_path, monkeypatch):
+    real = distill.loss.linear_distill_loss
+    changes = {**FOUR_ROWS, "training.tokens_per_micro_batch": 45}
+    execute(write_config(changes | {"training.output_dir": str(tmp_path / "whole")}))
+    monkeypatch.setattr(distill.loss, "linear_distill_loss", Shortage(real, ERRORS[1], lambda call, *_: call == 2))
+    size = execute(write_config(changes)).limits.tokens_per_micro_batch
+    monkeypatch.setattr(distill.loss, "linear_distill_loss", real)
+    for one, other in zip(metrics_of(tmp_path / "run"), metrics_of(tmp_path / "whole"), strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    (event,) = read_json_lines(tmp_path / "run" / "events.jsonl")
+    assert (event["event"], event["step"]) == ("memory", 1)
+    assert f"again with training.tokens_per_micro_batch {size}" in event["message"]
+    state = checkpoint.load_newest(tmp_path / "run" / "checkpoints").state
+    assert state["trainer"]["limits"] == {"tokens_per_micro_batch": size, "rows_per_wave": None}
+    again = Run(load_config(write_config(changes)), Console(quiet=True), lambda: None)
+    assert again.limits.tokens_per_micro_batch == size < 45
+    again.output.release()
+
+
+def test_scoring_and_evaluation_that_run_out_are_retried(write_config, tmp_path, monkeypatch):
+    real = distill.loss.completion_hidden
+    # An evaluation asks for the student's and the teacher's states, then step 1 scores: calls 1, 2 and 3.
+    for call, phase in ((2, "evaluation"), (3, "score")):
+        monkeypatch.setattr(distill.loss, "completion_hidden", real)
+        folder = tmp_path / phase
+        run = Run(
+            load_config(write_config({"training.output_dir": str(folder), "training.max_steps": 1})),
+            Console(quiet=True),
+            lambda: None,
+        )
+        # Only now: loading checks the teacher.
+        monkeypatch.setattr(distill.loss, "completion_hidden", Shortage(real, ERRORS[1], lambda n, *_, c=call: n == c))
+        assert run.execute() == 0
+        (event,) = read_json_lines(folder / "events.jsonl")
+        assert f"memory ran out in the {phase} phase" in event["message"]
+        assert len(metrics_of(folder)) == 1
+
+
+def test_at_the_smallest_size_the_message_says_what_to_lower(write_config, tmp_path, monkeypatch, capsys):
+    path = write_config({**FOUR_ROWS, "training.save_every": 100})
+    execute(write_config({**FOUR_ROWS, "training.output_dir": str(tmp_path / "whole")}, "whole.yaml"))
+    real = distill.loss.linear_distill_loss
+    monkeypatch.setattr(distill.loss, "linear_distill_loss", Shortage(real, ERRORS[1], lambda call, *_: call > 2))
+    assert main(["--config", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert "memory ran out in the update phase at its smallest size" in message
+    for key in ("rollout.max_new_tokens", "prompts.max_tokens", "training.activation_checkpointing"):
+        assert key in message
+    assert "Saved after step 2" in message
+    assert "Traceback" not in message
+    monkeypatch.setattr(distill.loss, "linear_distill_loss", real)
+    assert main(["--config", str(path)]) == 0
+    assert metrics_of(tmp_path / "run")[:2] == metrics_of(tmp_path / "whole")[:2]
+    assert len(metrics_of(tmp_path / "run")) == 5
+
+
+def engine(name: str, **options) -> RolloutEngine:
+    return RolloutEngine(
+        tiny_model("llama", vocab_size=272),
+        sampling=SamplingOptions(max_new_tokens=8),
+        eos_token_ids=[2],
+        pad_token_id=0,
+        precision="float32",
+        engine=name,
+        seed=0,
+        **options,
+    )
+
+
+def sampled(of: RolloutEngine) -> Rollouts:
+    prompts = torch.arange(3, 15).view(3, 4)
+    keys = torch.arange(3)
+    return of.generate(prompts, torch.ones_like(prompts, dtype=torch.bool), num_rollouts=4, prompt_keys=keys)
+
+
+@pytest.mark.parametrize("name", ["native", "transformers"])
+@pytest.mark.parametrize("fits", [8, 4, 2, 1])
+def test_rollouts_that_run_out_are_sampled_fewer_at_once(name, fits):
+    messages = []
+    short = engine(name, limits=MemoryLimits(1, report=messages.append))
+    target = "_decode" if name == "native" else "_generate"
+    rows = (lambda wave: len(wave.row_ids)) if name == "native" else (lambda prompts, *_: len(prompts))
+    setattr(short, target, Shortage(getattr(short, target), ERRORS[1], lambda _, first, *rest: rows(first) > fits))
+    found, whole = sampled(short), sampled(engine(name))
+    assert short.limits.rows_per_wave < 12
+    assert messages[-1].endswith(f"again with {short.limits.rows_per_wave} rollouts at once")
+    assert torch.equal(found.completion_ids, whole.completion_ids)
+    torch.testing.assert_close(found.logprob, whole.logprob)
+    calls = getattr(short, target).calls
+    sampled(short)  # the size is kept: nothing fails again
+    assert len(messages) == messages.index(messages[-1]) + 1
+    assert getattr(short, target).calls - calls <= -(-12 // short.limits.rows_per_wave) + 3
+
+
+def test_rollouts_at_the_smallest_size_say_what_to_lower():
+    short = engine("native")
+    short._decode = Shortage(None, MemoryError(), lambda *_: True)
+    with pytest.raises(MemoryLimitError, match=r"rollout phase at its smallest size.*rollout\.max_new_tokens"):
+        sampled(short)
+
+
+def test_an_evaluations_engine_shares_the_size():
+    first = engine("native")
+    other = first.variant(seed=1, max_new_tokens=4)
+    other._decode = Shortage(other._decode, ERRORS[1], lambda _, wave: len(wave.row_ids) > 4)
+    sampled(other)
+    assert first.limits.rows_per_wave == 6  # that is one prompt's four at once
+
+
+LEAVE_FREE = """
+import resource, sys
+
+def leave_free(mebibytes):
+    used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+    limit = used * 1024 + mebibytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+"""
+
+REAL_UPDATE = (
+    LEAVE_FREE
+    + """
+from rich.console import Console
+from distill.config import load_config
+from distill.run import Run
+
+run = Run(load_config(sys.argv[1]), Console(), lambda: None)
+gradients = run.trainer._gradients
+def limited(*args):
+    leave_free(int(sys.argv[2]))
+    return gradients(*args)
+run.trainer._gradients = limited
+train = run._train
+def until_trained(display):
+    try:
+        return train(display)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+run._train = until_trained
+sys.exit(run.execute())
+"""
+)
+
+REAL_ROLLOUTS = (
+    LEAVE_FREE
+    + """
+sys.path.insert(0, "tests")
+import torch
+from test_memory import engine
+from distill.memory import MemoryLimits
+rows = 40_000
+def sampled(of):
+    prompts = torch.arange(3, 7)[None]
+    everything = torch.ones_like(prompts, dtype=torch.bool)
+    return of.generate(prompts, everything, num_rollouts=rows, prompt_keys=torch.zeros(1, dtype=torch.long))
+short, whole = engine("native", limits=MemoryLimits(1, report=print)), engine("native")
+leave_free(int(sys.argv[1]))
+found = sampled(short)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert short.limits.rows_per_wave < rows
+same = (found.completion_ids == sampled(whole).completion_ids).all(1).float().mean()
+assert same > 0.999, same  # a sum in another order may tip a draw that lies on the edge
+"""
+)
+
+
+def in_a_process(script: str, *arguments) -> str:
+    one_thread = environment() | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_memory_that_really_runs_out_in_an_update(write_config, tmp_path):
+    """The operating system refuses the process more address space; the run halves its micro-batch and goes on."""
+    changes = {
+        "training.num_rollouts_per_prompt": 200,
+        "rollout.max_new_tokens": 120,
+        "rollout.prompts_per_batch": 1,
+        "training.tokens_per_micro_batch": 10**6,
+        "training.max_steps": 1,
+        "prompts.eval": None,
+    }
+    in_a_process(REAL_UPDATE, write_config(changes), 100)
+    events = read_json_lines(tmp_path / "run" / "events.jsonl")
+    assert any("memory ran out in the update phase" in event["message"] for event in events)
+    execute(write_config(changes | {"training.output_dir": str(tmp_path / "whole")}))
+    (one,), (other,) = metrics_of(tmp_path / "run"), metrics_of(tmp_path / "whole")
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_memory_that_really_runs_out_in_rollouts():
+    assert "memory ran out in the rollout phase" in in_a_process(REAL_ROLLOUTS, 200)
