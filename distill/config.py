@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 
 class ConfigError(ValueError):
@@ -31,12 +31,25 @@ Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=Fals
 Positive = Annotated[Integer, Field(ge=1)]
 
 
+def _no_nul(value: Any) -> Any:
+    if "\0" in str(value):
+        raise ValueError("expected text without NUL characters")
+    return value
+
+
+FilePath = Annotated[Path, AfterValidator(_no_nul)]
+Reference = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
+
+# Far above any configuration; what is larger or deeper is something else, or was made to exhaust memory.
+MAX_BYTES, MAX_DEPTH = 2**20, 20
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
 
 class StudentConfig(Section):
-    model: str = Field(min_length=1)
+    model: Reference
     """The model to train: a hub id, a local directory, a local .gguf file, or pypi:PACKAGE==VERSION."""
     drop_layers: tuple[Annotated[Integer, Field(ge=0)], ...] = ()
     """Layers to remove from it before training, counted from 0."""
@@ -45,21 +58,23 @@ class StudentConfig(Section):
 
 
 class TeacherConfig(Section):
-    model: str = Field(min_length=1)
+    model: Reference
     """The frozen model to learn from, named like the student's; both need one vocabulary."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository ships."""
 
 
 class PromptsConfig(Section):
-    train: Path
+    train: FilePath
     """Training prompts: .txt (one a line) or .jsonl (a `prompt` or `messages` each)."""
-    eval: Path | None = None
+    eval: FilePath | None = None
     """Held-out prompts for the evaluation before, during and after; without them there is none."""
     chat_template: Literal["auto", "never"] = "auto"
     """`auto` wraps a prompt in the student tokenizer's chat template where it has one, `never` takes it as it is."""
     max_tokens: Positive = 1024
     """Prompts of more tokens than this are left out, counted and reported."""
+    control_tokens: Literal["text", "special"] = "text"
+    """What a prompt's spelled-out control tokens (`<|im_end|>`) are: text like any other, or the tokens themselves."""
     shuffle: bool = True
     """Draw the prompts of each epoch in an order made from the seed, instead of the file's."""
 
@@ -117,11 +132,11 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward and backward passes; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights and
     optimizer are always float32."""
-    attention: str = "auto"
+    attention: str = Field("auto", pattern=r"^[a-z0-9_]+$")
     """Attention implementation: `auto` (the best FlashAttention installed, else sdpa), or a name transformers knows."""
     seed: Integer = Field(0, ge=0, lt=2**31)
     """Seed of the prompt order and of the sampling."""
-    output_dir: Path = Path("outputs/run")
+    output_dir: FilePath = Path("outputs/run")
     """Folder for metrics, checkpoints, report and the final model."""
     save_every: Positive = 100
     """Steps between checkpoints; one is always written when a signal stops the run."""
@@ -129,7 +144,7 @@ class TrainingConfig(Section):
     """Checkpoints kept; older ones are removed."""
     eval_every: Positive | None = None
     """Steps between held-out evaluations; absent: before and after only."""
-    resume: str = "auto"
+    resume: Reference = "auto"
     """`auto` continues from the newest checkpoint in output_dir, `never` starts over, else a checkpoint's folder."""
 
 
@@ -250,7 +265,13 @@ def parse_command_line(argv: Sequence[str]) -> Config:
     for word in unknown:
         key = word.removeprefix("--").split("=")[0]
         raise ConfigError(f"command line: unknown key {key!r}{_nearest(key)}")
-    return load_config(options.config, source(parsed_args=options)())
+    try:
+        overrides = source(parsed_args=options)()
+    except SettingsError as error:
+        # Its message may name the section only; the lists are the only values that it reads itself.
+        lists = ", ".join(known for known in known_keys() if f"--{known}" in " ".join(argv))
+        raise ConfigError(f"command line: {error}; a list is written '[1, 2]' (given: {lists})") from None
+    return load_config(options.config, overrides)
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
@@ -280,11 +301,29 @@ def known_keys() -> Iterator[str]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses a key written twice, of which YAML would silently keep the last."""
+    """safe_load that refuses a key written twice, of which YAML would silently keep the last, and YAML's ways to
+    write a small file that becomes a huge value: aliases, and nesting without end."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (*name) are not used in configurations", self.peek_event().start_mark
+            )
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a name", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
@@ -295,15 +334,24 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: more than {MAX_BYTES // 2**20} MiB, so it is no configuration")
+        content = yaml.load(content.decode(), Loader=_StrictLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    # A number of thousands of digits is a ValueError, a !!timestamp that is none an AttributeError.
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:400]}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected sections with keys, found {type(content).__name__}")
+    if strange := [key for key in content if not isinstance(key, str)]:
+        raise ConfigError(f"{path}: expected names of sections, found {strange[0]!r}")
     return content
 
 
@@ -323,7 +371,9 @@ def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any]) -> s
     if not location:
         return f"{path}: {expected}"
     position = f", entry {location[2]}" if len(location) > 2 else ""
-    return f"{where}: {key}{position}: found {problem['input']!r}, expected {expected}"
+    found = repr(problem["input"])
+    found = found if len(found) <= 100 else f"{found[:100]}..."
+    return f"{where}: {key}{position}: found {found}, expected {expected}"
 
 
 def _nearest(key: str) -> str:

@@ -65,7 +65,13 @@ def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) ->
                     f"{key}: found {completion}, expected less than the models' context of {pair.context} tokens"
                 )
             longest = min(longest, pair.context - completion)
-        prompts = load_prompts(path, pair.tokenizer, chat_template=settings.chat_template, max_tokens=longest)
+        prompts = load_prompts(
+            path,
+            pair.tokenizer,
+            chat_template=settings.chat_template,
+            control_tokens=settings.control_tokens,
+            max_tokens=longest,
+        )
         if prompts.empty or prompts.too_long:
             tell(
                 f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "

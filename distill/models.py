@@ -6,10 +6,11 @@ cannot express is refused by `check_pair`.
 """
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -20,6 +21,9 @@ from transformers.utils import import_utils
 from distill.sources import ModelError, Source, cache_dir, resolve, sha256_of
 
 __all__ = ["Head", "ModelError", "check_pair", "choose_attention", "load_model", "load_tokenizer", "split_head"]
+
+# For a repository without safetensors, transformers would otherwise ask a service of the hub to convert it.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 ATTENTION_PACKAGES = {
     "flash_attention_2": ("flash-attn", 8, import_utils.is_flash_attn_2_available),
@@ -66,8 +70,14 @@ def split_head(model: PreTrainedModel, vocab_size: int | None = None) -> tuple[n
 def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model reference, padding on the left."""
     location = _folder(resolve(reference), trust_remote_code)
-    with _readable_errors(reference):
+    with _readable_errors(reference, location):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if strange := [name for name in named if not name.replace("_", "").replace("-", "").isalnum()]:
+        # Each becomes a file of that name when the trained model is saved.
+        raise ModelError(
+            f"model {reference!r}: its tokenizer names a chat template {strange[0]!r}, which is no file name"
+        )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         # Padding is masked by length everywhere, so any id will do.
@@ -90,16 +100,29 @@ def load_model(
     """
     device = torch.device(device)
     location = _folder(resolve(reference), trust_remote_code)
-    with _readable_errors(reference):
-        model = AutoModelForCausalLM.from_pretrained(
+    with _readable_errors(reference, location):
+        model, info = AutoModelForCausalLM.from_pretrained(
             location,
             dtype=dtype,
             attn_implementation=choose_attention(attention, device),
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # other weights are pickles, which can run code
+            output_loading_info=True,
         )
+        _check_complete(reference, info)
     if drop_layers:
         _drop_layers(model, sorted(set(drop_layers)))
     return model.to(device).eval()
+
+
+def _check_complete(reference: str, info: dict[str, Any]) -> None:
+    """Refuses a model of which a part was not in its files: transformers would fill it with random numbers."""
+    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if absent:
+        raise ModelError(
+            f"model {reference!r}: {len(absent)} of its tensors are missing or have another shape, {absent[0]} among "
+            f"them: its weights and its config.json do not belong together"
+        )
 
 
 def choose_attention(requested: str, device: torch.device) -> str:
@@ -181,6 +204,8 @@ def _check_split(name: str, model: PreTrainedModel, vocab_size: int) -> None:
     # Two ways through the same arithmetic: what remains is the rounding of one matrix product.
     allowed = 64 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=1)
     error = (expected - found).abs().max()
+    if not expected.isfinite().all():
+        raise ModelError(f"{name}: its logits are not finite: its weights are damaged")
     if not error <= allowed:
         raise ModelError(
             f"{name}: body and head of model type {model.config.model_type!r} do not give the model's own logits "
@@ -231,11 +256,15 @@ def _folder(source: Source, trust_remote_code: bool) -> str:
         return source.location
     target = cache_dir() / "converted" / sha256_of(source.gguf)[:32]
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with _readable_errors(source.location):
+            target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as temporary, _readable_errors(source.location):
             options = {"gguf_file": source.gguf.name, "trust_remote_code": trust_remote_code}
             folder = str(source.gguf.parent)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, **options
+            )
+            _check_complete(source.location, info)
             # transformers refuses to save what it takes for a quantised model; these weights are plain float32.
             model.hf_quantizer = None
             del model.config.quantization_config
@@ -249,7 +278,7 @@ def _folder(source: Source, trust_remote_code: bool) -> str:
 
 
 @contextlib.contextmanager
-def _readable_errors(reference: str):
+def _readable_errors(reference: str, location: str | None = None):
     """transformers' many ways to fail, as one message that names the model. Its own progress bars are hidden."""
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -261,4 +290,8 @@ def _readable_errors(reference: str):
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "its repository ships Python code; trust_remote_code: true runs it"
-        raise ModelError(f"model {reference!r} could not be loaded: {reason[:400]}") from error
+        if "no file named model.safetensors" in reason or "cannot be loaded with `safetensors`" in reason:
+            reason = "it has no .safetensors weights, and no others are read: convert it with save_pretrained"
+        if location is not None and location != reference:
+            reason += f" (its files: {location}; without that folder it is made anew)"
+        raise ModelError(f"model {reference!r} could not be loaded: {reason[:600]}") from error

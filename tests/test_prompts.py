@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from distill.prompts import PromptError, epoch_order, left_pad, load_prompts
 
@@ -83,6 +85,71 @@ def test_refused_files_are_named_with_the_reason(load, content, name, expected):
         load(content, name)
     assert expected in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_control_tokens_are_tokens_where_that_is_asked_for(load):
+    text = "<|start|>user Hi<|end|>"
+    ids = load(text, chat_template="never", control_tokens="special").token_ids[0]
+    assert [i for i in ids if i < 4] == [1, 2]
+    assert [i for i in load(text, chat_template="never").token_ids[0] if i < 4] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "expected"),
+    [
+        (b"text\0more", "p.txt", "byte 4 is NUL, so this is no text file"),
+        (b"\x7fELF\x02\x01\x01" + b"\0" * 64, "p.txt", "NUL"),
+        (b"fine\ncaf\xe9\n", "p.txt", "not UTF-8 text (byte 8): save it as UTF-8"),
+        ("Grüße".encode("utf-16"), "p.txt", "not UTF-8 text (byte 0)"),
+        ("[" * 100_000, "p.jsonl", "line 1: not valid JSON"),
+        ('{"prompt": ' + "9" * 5000 + "}", "p.jsonl", "line 1: "),
+        ('{"prompt": "half a pair: \\ud800"}', "p.jsonl", "line 1: this prompt cannot be tokenised"),
+        ('{"messages": [{"role": ["user"], "content": "x"}]}', "p.jsonl", "with a role of"),
+        ('{"messages": "x"}', "p.jsonl", "expected"),
+        ("mark \U000f0d15 <|end|>", "p.txt", "private-use characters"),
+    ],
+)
+def test_binary_and_broken_files_are_refused_at_their_place(load, content, name, expected):
+    with pytest.raises(PromptError) as caught:
+        load(content, name)
+    assert expected in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_a_template_that_refuses_a_conversation_is_quoted(load):
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('users begin') }}{% endif %}x"
+    line = json.dumps({"messages": [{"role": "assistant", "content": "a"}]})
+    with pytest.raises(PromptError, match=r"line 1: this prompt cannot be tokenised: users begin"):
+        load(line, "p.jsonl", tokenizer=tiny_tokenizer(chat_template=strict))
+    with pytest.raises(PromptError, match="line 1: this prompt cannot be tokenised"):
+        load(line, "p.jsonl", tokenizer=tiny_tokenizer(chat_template="{{ messages[0]"))
+
+
+def test_a_line_longer_than_any_prompt_is_left_out_without_being_tokenised(load):
+    megabytes = "é" * 2**22 + "\n"
+    prompts = load("short\n" + megabytes * 2 + '{"prompt": "last"}', max_tokens=100)
+    assert (len(prompts), prompts.too_long) == (2, 2)
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "huge.txt"
+    with path.open("wb") as file:
+        file.truncate(3 * 2**30)  # takes no room on the disk
+    with pytest.raises(PromptError, match=r"huge\.txt: 3\.0 GiB, and at most 1 are read"):
+        load_prompts(path, tiny_tokenizer())
+
+
+@given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode), st.sampled_from([".txt", ".jsonl"]))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_prompts_or_refused(tmp_path, content, suffix):
+    path, refusal = tmp_path / f"fuzz{suffix}", ""
+    path.write_bytes(content)
+    try:
+        prompts = load_prompts(path, tiny_tokenizer())
+        assert all(prompts.token_ids)
+    except PromptError as error:
+        refusal = str(error)
+    assert not refusal or refusal.startswith(str(path))
 
 
 def test_conversation_without_a_template_is_refused(load):

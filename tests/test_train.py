@@ -256,6 +256,7 @@ EFFECTS = {
     "prompts.eval": ({}, "other", lambda run: run.evaluations[0]["reverse_kl"]),
     "prompts.chat_template": ({}, "never", "numbers"),
     "prompts.max_tokens": ({"prompts.eval": None}, 28, lambda run: run.prompts.too_long),
+    "prompts.control_tokens": ({"prompts.train": "controls"}, "special", "numbers"),
     "prompts.shuffle": ({}, False, "numbers"),
     "rollout.max_new_tokens": ({}, 3, "numbers"),
     "rollout.temperature": ({}, 0.5, "numbers"),
@@ -321,6 +322,9 @@ def others(tmp_path, tiny_pair, poisoned):
     def stand_in(key: str, value):
         if value == "other":
             return str(tmp_path / "other.txt") if key.startswith("prompts") else str(folder)
+        if value == "controls":
+            (tmp_path / "controls.txt").write_text("Say <|end|>.\nSay <|start|>.\n")
+            return str(tmp_path / "controls.txt")
         if value == "poisoned":
             return poisoned("k")
         return (

@@ -1,0 +1,40 @@
+"""SIGKILL at any moment: what is on disk afterwards continues to the same weights, bit for bit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_train import ROOT, assert_same_run, environment
+
+from distill.metrics import read_json_lines
+
+KILLS = 44
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_a_run_killed_forty_times_ends_with_the_same_weights(write_config, tmp_path, seed):
+    """Two prompts a batch, so that rollouts are in hand at half of the checkpoints; a save after every step."""
+    changes = {
+        "training.num_epochs": 16,
+        "training.save_every": 1,
+        "training.eval_every": 5,
+        "training.output_dir": str(tmp_path / "whole"),
+    }
+    one_thread = environment() | {"OMP_NUM_THREADS": "1"}
+    whole = write_config(changes, "whole.yaml")
+    killed = write_config(changes | {"training.output_dir": str(tmp_path / "killed")}, "killed.yaml")
+    command = [sys.executable, "tests/killing.py", str(whole), "0", "0"]
+    subprocess.run(command, cwd=ROOT, env=one_thread, check=True, capture_output=True)
+    command = [sys.executable, "tests/killing.py", str(killed), str(KILLS), str(seed)]
+    result = subprocess.run(command, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    kills = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"kind"')]
+    assert len(kills) == KILLS
+    assert sum(bool(kill["left"]) for kill in kills) >= 10, "too few kills in the midst of a save"
+    assert len({kill["step"] for kill in kills}) >= 15, "the kills are not spread over the run"
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    one, other = (read_json_lines(tmp_path / name / "evaluations.jsonl") for name in ("whole", "killed"))
+    assert one == other
+    assert not [path for path in (tmp_path / "killed").rglob("*") if "partial" in path.name or path.suffix == ".tmp"]
+    assert not (tmp_path / "killed" / ".lock").exists()
