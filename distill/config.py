@@ -14,9 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used: one readable message with every problem found."""
+from distill.yaml_file import ConfigError, read_yaml
 
 
 def _no_boolean(value: Any) -> Any:
@@ -39,9 +37,6 @@ def _no_nul(value: Any) -> Any:
 
 FilePath = Annotated[Path, AfterValidator(_no_nul)]
 Reference = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-
-# Far above any configuration; what is larger or deeper is something else, or was made to exhaust memory.
-MAX_BYTES, MAX_DEPTH = 2**20, 20
 
 
 class Section(BaseModel):
@@ -276,7 +271,7 @@ def parse_command_line(argv: Sequence[str]) -> Config:
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
     """Reads a YAML file and lays the nested `overrides` over it. Raises `ConfigError`."""
-    written = _read_yaml(Path(path))
+    written = read_yaml(Path(path))
     overrides = overrides or {}
     merged = {
         name: {**written[name], **overrides.get(name, {})} if isinstance(written.get(name), dict) else value
@@ -298,61 +293,6 @@ def known_keys() -> Iterator[str]:
     for section, field in Config.model_fields.items():
         for key in field.annotation.model_fields:
             yield f"{section}.{key}"
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses a key written twice, of which YAML would silently keep the last, and YAML's ways to
-    write a small file that becomes a huge value: aliases, and nesting without end."""
-
-    depth = 0
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None, None, "aliases (*name) are not used in configurations", self.peek_event().start_mark
-            )
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a name", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise ConfigError(f"{path}: more than {MAX_BYTES // 2**20} MiB, so it is no configuration")
-        content = yaml.load(content.decode(), Loader=_StrictLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    # A number of thousands of digits is a ValueError, a !!timestamp that is none an AttributeError.
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:400]}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected sections with keys, found {type(content).__name__}")
-    if strange := [key for key in content if not isinstance(key, str)]:
-        raise ConfigError(f"{path}: expected names of sections, found {strange[0]!r}")
-    return content
 
 
 def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any]) -> str:

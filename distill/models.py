@@ -107,6 +107,7 @@ def load_model(
             attn_implementation=choose_attention(attention, device),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,  # other weights are pickles, which can run code
+            ignore_mismatched_sizes=True,  # for `_check_complete`, which names them
             output_loading_info=True,
         )
         _check_complete(reference, info)
@@ -117,7 +118,7 @@ def load_model(
 
 def _check_complete(reference: str, info: dict[str, Any]) -> None:
     """Refuses a model of which a part was not in its files: transformers would fill it with random numbers."""
-    absent = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    absent = sorted(info["missing_keys"]) + sorted(key[0] for key in info["mismatched_keys"])
     if absent:
         raise ModelError(
             f"model {reference!r}: {len(absent)} of its tensors are missing or have another shape, {absent[0]} among "
