@@ -1,5 +1,6 @@
 """The documentation: what is generated is up to date, and what it points to is there."""
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -26,3 +27,19 @@ def test_links_lead_somewhere(page):
 def test_commands_name_files_that_exist(page):
     named = re.findall(r"(?:configs|data|benchmarks|docs)/[\w/.-]+\.(?:yaml|txt|jsonl|py|sh|md)", page.read_text())
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_tests_that_the_page_on_reliability_names_exist():
+    def names_of(module: str) -> set[str]:
+        tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
+        return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+    named, module = [], ""
+    for name in re.findall(r"`(test_\w+\.py::\w+|\.\.\._\w+)`", (ROOT / "docs" / "reliability.md").read_text()):
+        if "::" in name:
+            module, test = name.split(".py::")
+            assert test in names_of(module), name
+        else:  # `..._ending` is a test of the file that was named last
+            assert [test for test in names_of(module) if test.endswith(name.removeprefix("..."))], (module, name)
+        named.append(name)
+    assert len(named) > 60

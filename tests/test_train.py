@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -123,69 +121,6 @@ def test_the_same_seed_gives_the_same_numbers(write_config, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 3])  # within a batch of two prompts, and between two batches
-def test_a_run_that_was_stopped_continues_to_the_same_numbers(write_config, tmp_path, stop_at):
-    whole = write_config({"training.output_dir": str(tmp_path / "whole"), "training.eval_every": 2}, "whole.yaml")
-    execute(whole)
-    path = write_config({"training.save_every": 1, "training.eval_every": 2})
-    steps = []
-    run = Run(load_config(path), Console(quiet=True), lambda: steps.append(1) or stop_after(steps, stop_at))
-    assert run.execute() == 143
-    execute(path)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-    one, other = (read_json_lines(tmp_path / name / "evaluations.jsonl") for name in ("whole", "run"))
-    assert one == other
-
-
-def stop_after(steps: list[int], count: int):
-    return signal.SIGTERM if len(steps) == count else None
-
-
-def test_what_would_not_continue_truly_is_named(write_config, tmp_path, capsys):
-    path = write_config({"training.max_steps": 2})
-    execute(path)
-    assert main(["--config", str(path), "--training.seed", "5", "--loss.reduction", "token"]) == 2
-    message = capsys.readouterr().err
-    assert "training.seed: was 0, now 5" in message
-    assert "loss.reduction: was 'sequence', now 'token'" in message
-    assert "training.resume" in message
-    before = metrics_of(tmp_path / "run")
-    assert main(["--config", str(path), "--training.max_steps", "4"]) == 0  # harmless, and continues
-    assert metrics_of(tmp_path / "run")[:2] == before
-    assert len(metrics_of(tmp_path / "run")) == 4
-    (tmp_path / "prompts.txt").write_text("Something else.\n")
-    assert main(["--config", str(path), "--training.max_steps", "4"]) == 2
-    assert "prompts.train" in capsys.readouterr().err
-
-
-def test_starting_over_keeps_the_earlier_run(write_config, tmp_path):
-    path = write_config({"training.max_steps": 1})
-    execute(path)
-    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
-    execute(write_config({"training.max_steps": 2, "training.resume": "never"}))
-    assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == kept
-    assert len(metrics_of(tmp_path / "run")) == 2
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_continues(write_config, tmp_path, number, status):
-    path = write_config({"training.num_epochs": 1000, "prompts.eval": None})
-    command = [sys.executable, "-m", "distill.train", "--config", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.stdout.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == status, output
-    done = len(read_json_lines(metrics))
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
-    assert "Traceback" not in output
-
-
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
 
@@ -229,17 +164,6 @@ def test_tokenizers_without_chat_template_or_pad_token(write_config, tiny_pair, 
     changes = {"student.model": str(tmp_path / "student"), "teacher.model": str(tmp_path / "teacher")}
     execute(write_config(changes))
     assert all(line["reverse_kl_exact"] > 0 for line in metrics_of(tmp_path / "run"))
-
-
-def test_a_signal_is_remembered_and_the_second_interrupt_stops_at_once(write_config, tmp_path):
-    code = (
-        "import os, signal, time; from distill.train import SignalWatch; watch = SignalWatch();"
-        "os.kill(os.getpid(), signal.SIGINT); print(watch.received.name, flush=True);"
-        "os.kill(os.getpid(), signal.SIGINT); time.sleep(10)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert result.stdout.strip() == "SIGINT"
-    assert result.returncode == -signal.SIGINT
 
 
 # ---- Every configuration key has an effect -------------------------------------------------------------------------

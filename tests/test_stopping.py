@@ -1,0 +1,155 @@
+"""Stopping and continuing: to the same numbers, after signals, and what is refused because it would not be the same."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+from test_train import ROOT, assert_same_run, environment, execute, metrics_of
+
+from distill.checkpoint import HARMLESS, LENGTH, changed_keys
+from distill.config import Config, known_keys, load_config
+from distill.metrics import read_json_lines
+from distill.run import Run
+from distill.train import main
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])  # within a batch of two prompts, and between two batches
+def test_a_run_that_was_stopped_continues_to_the_same_numbers(write_config, tmp_path, stop_at):
+    whole = write_config({"training.output_dir": str(tmp_path / "whole"), "training.eval_every": 2}, "whole.yaml")
+    execute(whole)
+    path = write_config({"training.save_every": 1, "training.eval_every": 2})
+    steps = []
+    run = Run(load_config(path), Console(quiet=True), lambda: steps.append(1) or stop_after(steps, stop_at))
+    assert run.execute() == 143
+    execute(path)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    one, other = (read_json_lines(tmp_path / name / "evaluations.jsonl") for name in ("whole", "run"))
+    assert one == other
+
+
+def stop_after(steps: list[int], count: int):
+    return signal.SIGTERM if len(steps) == count else None
+
+
+def test_what_would_not_continue_truly_is_named(write_config, tmp_path, capsys):
+    path = write_config({"training.max_steps": 2})
+    execute(path)
+    assert main(["--config", str(path), "--training.seed", "5", "--loss.reduction", "token"]) == 2
+    message = capsys.readouterr().err
+    assert "training.seed: was 0, now 5" in message
+    assert "loss.reduction: was 'sequence', now 'token'" in message
+    assert "training.resume" in message
+    before = metrics_of(tmp_path / "run")
+    assert main(["--config", str(path), "--training.max_steps", "4"]) == 0  # harmless, and continues
+    assert metrics_of(tmp_path / "run")[:2] == before
+    assert len(metrics_of(tmp_path / "run")) == 4
+    (tmp_path / "prompts.txt").write_text("Something else.\n")
+    assert main(["--config", str(path), "--training.max_steps", "4"]) == 2
+    assert "prompts.train" in capsys.readouterr().err
+
+
+def test_starting_over_keeps_the_earlier_run(write_config, tmp_path):
+    path = write_config({"training.max_steps": 1})
+    execute(path)
+    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+    execute(write_config({"training.max_steps": 2, "training.resume": "never"}))
+    assert (tmp_path / "run.1" / "metrics.jsonl").read_text() == kept
+    assert len(metrics_of(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_continues(write_config, tmp_path, number, status):
+    path = write_config({"training.num_epochs": 1000, "prompts.eval": None})
+    command = [sys.executable, "-m", "distill.train", "--config", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == status, output
+    done = len(read_json_lines(metrics))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert "Traceback" not in output
+
+
+def test_a_signal_while_the_models_are_loaded_is_no_step(write_config, tmp_path):
+    whole = write_config({"training.output_dir": str(tmp_path / "whole")}, "whole.yaml")
+    execute(whole)
+    path = write_config()
+    run = Run(load_config(path), Console(quiet=True), lambda: signal.SIGTERM)
+    assert run.execute() == 143
+    assert read_json_lines(tmp_path / "run" / "metrics.jsonl") == []
+    execute(path)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    lines = [read_json_lines(tmp_path / name / "evaluations.jsonl") for name in ("whole", "run")]
+    assert lines[0] == lines[1]
+
+
+def test_a_signal_at_the_last_step_lets_the_run_end(write_config, tmp_path):
+    path = write_config({"training.max_steps": 1})
+    run = Run(load_config(path), Console(quiet=True), lambda: signal.SIGTERM if run.trainer.position.step else None)
+    assert run.execute() == 0
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_second_interrupt_stops_at_once_and_what_was_saved_continues(write_config, tmp_path):
+    """The evaluation at the end of the step would take long: the second SIGINT does not wait for it."""
+    changes = {"training.save_every": 1, "training.eval_every": 2, "evaluation.num_rollouts_per_prompt": 20_000}
+    path = write_config({**changes, "training.num_epochs": 100})
+    command = [sys.executable, "-m", "distill.train", "--config", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=20)[0].decode()
+    assert process.returncode == -signal.SIGINT, output
+    assert "Ctrl-C stops at once" in output
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000001"]
+
+
+@pytest.mark.parametrize("key", sorted(set(known_keys()) - HARMLESS - LENGTH))
+def test_each_key_that_matters_is_named_alone(write_config, key):
+    config = load_config(write_config()).model_dump(mode="json")
+    section, name = key.split(".")
+    saved = json.loads(json.dumps(config))
+    saved[section][name] = "something else"
+    assert changed_keys(saved, config) == [f"{key}: was 'something else', now {config[section][name]!r}"]
+    # A checkpoint from before the key existed did what the default does.
+    del saved[section][name]
+    default = Config.model_fields[section].annotation.model_fields[name].default
+    config[section][name] = default
+    assert changed_keys(saved, config) == []
+
+
+@pytest.mark.parametrize("key", sorted(HARMLESS | LENGTH))
+def test_each_harmless_key_passes(write_config, key):
+    config = load_config(write_config()).model_dump(mode="json")
+    section, name = key.split(".")
+    saved = json.loads(json.dumps(config))
+    saved[section][name] = "something else"
+    assert changed_keys(saved, config) == []
+
+
+def test_a_signal_is_remembered_and_the_second_interrupt_stops_at_once(write_config, tmp_path):
+    code = (
+        "import os, signal, time; from distill.train import SignalWatch; watch = SignalWatch();"
+        "os.kill(os.getpid(), signal.SIGINT); print(watch.received.name, flush=True);"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(10)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.stdout.strip() == "SIGINT"
+    assert result.returncode == -signal.SIGINT
