@@ -17,6 +17,7 @@ from benchmarks.variance.study import HERE, Study, load_study
 from distill.config import Config, ConfigError, load_config
 from distill.metrics import read_json_lines
 from distill.models import ModelError
+from distill.output import OutputError
 from distill.prompts import PromptError
 
 PLOTS = {
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
                 _run_part(part, study, arguments, progress)
                 if arguments.page:
                     tables.fill_page(arguments.page, part, arguments.output, PLOTS.get(part, {}))
-    except (ConfigError, ModelError, PromptError, training.RunFailedError) as error:
+    except (ConfigError, ModelError, OutputError, PromptError, training.RunFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -95,7 +96,7 @@ def _from_pools(
 ) -> tuple[list[tables.Record], str]:
     """Records and tables of the two parts at a fixed policy."""
     grid, output = getattr(study, part), arguments.output
-    config = _config_of(arguments.config, grid.overrides, arguments.policy)
+    config = _config_of(arguments.config, grid.overrides, arguments.policy, output / "pools" / "run")
     estimators = study.loss_options(config, grid.estimators)
     if not arguments.tables:
         pool.make_pools(part, config, estimators, grid.prompts, grid.pool, output, progress)
@@ -116,10 +117,10 @@ def _finished(part: str, found: list) -> list:
     return found
 
 
-def _config_of(recipe: Path, overrides: dict, policy: str | None) -> Config:
+def _config_of(recipe: Path, overrides: dict, policy: str | None, folder: Path) -> Config:
     """The recipe as a pool needs it: with the policy to sample from, and nothing of a run's."""
     changes = {section: dict(keys) for section, keys in overrides.items()}
-    changes["training"] = changes.get("training", {}) | {"resume": "never"}
+    changes["training"] = changes.get("training", {}) | {"resume": "never", "output_dir": str(folder)}
     if policy is not None:
         changes["student"] = changes.get("student", {}) | {"model": policy, "drop_layers": []}
     return load_config(recipe, changes)

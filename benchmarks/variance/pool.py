@@ -116,6 +116,7 @@ class PoolMaker:
 
     def __init__(self, config: Config, estimators: dict[str, LossOptions]) -> None:
         self.run = Run(config, Console(quiet=True), lambda: None)
+        self.run.output.release()  # nothing is trained: the models and prompts are all that is needed of a run
         self.vectors = vectors_of(estimators)
         self.parameters = [p for p in self.run.student.parameters() if p.requires_grad]
         self.sketch = Sketch(self.parameters)
