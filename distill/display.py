@@ -1,6 +1,7 @@
 """What the user sees while a run goes on: a live panel in a terminal, plain lines anywhere else."""
 
 import math
+from collections import deque
 from typing import Any
 
 from rich.console import Console, Group
@@ -21,8 +22,8 @@ class Display:
         self.console = console or Console()
         self.total, self.step = total_steps, first_step
         self._phase, self._metrics, self._sample = "starting", {}, ""
-        self._history: list[float] = []
-        self._seconds: list[float] = []
+        self._history: deque[float] = deque(maxlen=16)  # what a trend is made of
+        self._seconds, self._shown = 0.0, 0
         self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Display":
@@ -47,19 +48,20 @@ class Display:
         # The exact figure: the sampled one is too noisy for a trend to be seen.
         if math.isfinite(metrics["reverse_kl_exact"]):
             self._history.append(metrics["reverse_kl_exact"])
-        self._seconds.append(sum(value for key, value in metrics.items() if key.startswith("seconds_")))
+        self._seconds += sum(value for key, value in metrics.items() if key.startswith("seconds_"))
+        self._shown += 1
         if not self.console.is_terminal:
             self.message(f"step {self.step:>{len(str(self.total))}}/{self.total}  {self._figures()}")
 
     def _figures(self) -> str:
         kl, norm, speed = (self._metrics[key] for key in ("reverse_kl_exact", "grad_norm", "tokens_per_second"))
         return (
-            f"reverse KL {kl:.3f} (trend {trend(self._history):+.3f})  gradient {norm:.2f}  "
+            f"reverse KL {kl:.3f} (trend {trend(list(self._history)):+.3f})  gradient {norm:.2f}  "
             f"{speed:.0f} tokens/s  {self._time_left()} left"
         )
 
     def _time_left(self) -> str:
-        seconds = sum(self._seconds) / len(self._seconds) * (self.total - self.step)
+        seconds = self._seconds / self._shown * (self.total - self.step)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     def _render(self) -> Panel:

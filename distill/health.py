@@ -28,8 +28,9 @@ class GradientWatch:
         return median if SPIKE * median < norm < math.inf else None
 
 
-def suspects(prompts: Sequence[str], row_figures: Sequence[float] = ()) -> str:
-    """The prompts whose rows have a figure that is not finite, or all of them where every row's is."""
+def suspects(prompts: Sequence[str], row_figures: Sequence[float | None] = ()) -> str:
+    """The prompts whose rows have a figure that is not finite (or None), or all of them where every row's is."""
     rows = len(row_figures) // len(prompts)
-    bad = [p for i, p in enumerate(prompts) if not all(map(math.isfinite, row_figures[i * rows : (i + 1) * rows]))]
+    sound = [figure is not None and math.isfinite(figure) for figure in row_figures]
+    bad = [prompt for i, prompt in enumerate(prompts) if not all(sound[i * rows : (i + 1) * rows])]
     return ", ".join(repr(prompt[:80]) for prompt in bad or prompts)

@@ -104,4 +104,5 @@ def test_the_median_of_the_last_norms_is_what_a_jump_is_measured_by():
 
 def test_suspects_are_the_prompts_with_bad_rows():
     assert suspects(["a", "b"], [1.0, 2.0, math.nan, 1.0]) == "'b'"
+    assert suspects(["a", "b"], [1.0, None, 3.0, 1.0]) == "'a'"
     assert suspects(["a", "b"], [1.0, 2.0, 3.0, 1.0]) == "'a', 'b'"
