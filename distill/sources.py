@@ -58,7 +58,7 @@ def resolve(reference: str) -> Source:
 def _resolve(reference: str) -> Source:
     if reference.startswith("pypi:"):
         return Source(reference, gguf=_gguf_of_package(reference))
-    path = Path(reference).expanduser()
+    path = Path(os.path.expanduser(reference))  # Path.expanduser raises for an unknown user
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {reference!r}: there is no such .gguf file")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ship_code
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_report import make_run
 from test_train import ROOT, environment
@@ -136,6 +136,7 @@ def test_a_template_cannot_be_written_outside_the_model_folder(tmp_path, tiny_pa
 
 
 @given(st.text(max_size=30) | st.from_regex(r"pypi:[./\w-]{0,12}==[./\w!+-]{0,8}", fullmatch=True))
+@example("~0")  # a home directory of nobody
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_reference_is_a_source_or_refused_and_writes_nothing_outside(tmp_path, reference):
     with pytest.MonkeyPatch.context() as patch:
