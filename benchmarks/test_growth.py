@@ -76,18 +76,16 @@ def head_of(K: int, V: int) -> Callable[[], object]:
 
 
 def measure(values: Sequence[int], call_of: Callable[[int], Callable[[], object]], rounds: int = 3) -> Curve:
-    """Times all sizes in turn, round by round, after a round that warms up; memory in the last one."""
+    """Times all sizes in turn, round by round, after a round that warms up; then their memory, untimed."""
     calls = {value: call_of(value) for value in values}
-    samples, peaks = {value: [] for value in values}, {}
+    samples = {value: [] for value in values}
     for index in range(rounds + 1):
         for value, call in calls.items():
             start = time.perf_counter()
-            if index == rounds:
-                peaks[value] = peak_memory(call)
-            else:
-                call()
+            call()
             if index:
                 samples[value].append(time.perf_counter() - start)
+    peaks = {value: peak_memory(call) for value, call in calls.items()}
     return [(value, Timing(tuple(samples[value])), peaks[value]) for value in values]
 
 
