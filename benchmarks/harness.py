@@ -183,38 +183,43 @@ def ratios(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     return {(row.group, row.name): row.seconds / first[row.group] for row in rows}
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """The rows as text, a block a group."""
-    header = ("", "ms", "spread", "ratio", "tokens/s", "GB", "GFLOP", "of limit", "peak MiB")
+def columns(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
+    """By group, and in it by column: the rows' figures as text, empty where absent; columns with none are left out."""
     compared = ratios(rows)
-    lines = []
+    shown = {}
     for group in dict.fromkeys(row.group for row in rows):
         members = [row for row in rows if row.group == group]
-        table = [header] + [
-            (
-                row.name,
-                f"{row.seconds * 1e3:.2f}",
-                _show(row.spread, "{:.0%}"),
-                f"{compared[group, row.name]:.2f}",
-                _show(row.tokens, "{:.0f}", row.seconds),
-                _show(row.bytes, "{:.3f}", 1e9),
-                _show(row.flops, "{:.1f}", 1e9),
-                _show(row.fraction, "{:.0%}"),
-                _show(row.peak_bytes, "{:.0f}", 2**20),
-            )
-            for row in members
-        ]
-        shown = [column for column in range(len(header)) if any(line[column] != "-" for line in table[1:])]
-        widths = {column: max(len(line[column]) for line in table) for column in shown}
+        cells = {
+            "": [row.name for row in members],
+            "ms": [f"{row.seconds * 1e3:.2f}" for row in members],
+            "spread": [_show(row.spread, "{:.0%}") for row in members],
+            "ratio": [f"{compared[group, row.name]:.2f}" for row in members],
+            "tokens/s": [_show(row.tokens, "{:.0f}", row.seconds) for row in members],
+            "GB": [_show(row.bytes, "{:.3f}", 1e9) for row in members],
+            "GFLOP": [_show(row.flops, "{:.1f}", 1e9) for row in members],
+            "of limit": [_show(row.fraction, "{:.0%}") for row in members],
+            "peak MiB": [_show(row.peak_bytes, "{:.0f}", 2**20) for row in members],
+        }
+        shown[group] = {name: values for name, values in cells.items() if any(values)}
+    return shown
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as text, a block a group."""
+    lines = []
+    for group, cells in columns(rows).items():
         lines.append(group)
-        for line in table:
-            cells = [line[column].rjust(widths[column]) for column in shown[1:]]
-            lines.append("  " + "  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
+        padded = []
+        for name, values in cells.items():
+            texts = [name, *(value or "-" for value in values)]
+            width = max(map(len, texts))
+            padded.append([text.rjust(width) if name else text.ljust(width) for text in texts])
+        lines += ["  " + "  ".join(line).rstrip() for line in zip(*padded, strict=True)]
     return "\n".join(lines)
 
 
 def _show(value: float | None, pattern: str, unit: float = 1) -> str:
-    return "-" if value is None else pattern.format(value / unit)
+    return "" if value is None else pattern.format(value / unit)
 
 
 def write_json(path: Path | str, rows: Sequence[Row], device: torch.device | str = "cpu", **more: Any) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness import Row, ratios
+from benchmarks.harness import Row, columns
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -31,30 +31,12 @@ def tables(results: Path = ROOT / "benchmarks" / "results") -> Iterator[str]:
 
 
 def _groups(rows: list[Row]) -> Iterator[str]:
-    compared = ratios(rows)
-    for group in dict.fromkeys(row.group for row in rows):
-        members = [row for row in rows if row.group == group]
-        columns = {
-            "": lambda row: row.name,
-            "seconds": lambda row: f"{row.seconds:.3g}",
-            "spread": lambda row: _show(row.spread, "{:.0%}"),
-            "ratio": lambda row, group=group: f"{compared[group, row.name]:.2f}",
-            "tokens/s": lambda row: _show(row.tokens, "{:.0f}", row.seconds),
-            "GFLOP": lambda row: _show(row.flops, "{:.1f}", 1e9),
-            "of the limit": lambda row: _show(row.fraction, "{:.0%}"),
-            "peak MiB": lambda row: _show(row.peak_bytes, "{:.0f}", 2**20),
-        }
-        cells = {name: [column(row) for row in members] for name, column in columns.items()}
-        shown = [name for name, values in cells.items() if any(values)]
+    for group, cells in columns(rows).items():
         yield f"**{group}**\n"
-        yield "| " + " | ".join(shown) + " |\n|" + "---|" * len(shown)
-        for line in range(len(members)):
-            yield "| " + " | ".join(cells[name][line] for name in shown) + " |"
+        yield "| " + " | ".join(cells) + " |\n|" + "---|" * len(cells)
+        for line in zip(*cells.values(), strict=True):
+            yield "| " + " | ".join(line) + " |"
         yield ""
-
-
-def _show(value: float | None, pattern: str, unit: float = 1) -> str:
-    return "" if value is None else pattern.format(value / unit)
 
 
 def main() -> None:

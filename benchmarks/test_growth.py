@@ -28,7 +28,7 @@ STEP = {
     "P": ((32, 128, 512, 2048), {"T": 32, "N": 4}),
     "T": ((32, 128, 512), {"P": 128, "N": 4}),
 }
-HEAD = {"K": ((256, 1024, 4096, 16_384), {"V": 8192}), "V": ((8192, 32_768, 151_936), {"K": 256})}
+HEAD = {"K": ((256, 1024, 4096, 16_384), {"V": 8192, "H": 256}), "V": ((8192, 32_768, 151_936), {"K": 256, "H": 256})}
 ASKED = {"N": (0.8, 0.6)}  # time and memory of a step
 
 Curve = list[tuple[int, Timing, int]]
@@ -46,10 +46,7 @@ def curves(request: pytest.FixtureRequest) -> Iterator[dict[str, Curve]]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a measurement of the CPU path")
 @pytest.mark.parametrize("letter", STEP)
 def test_step(letter: str, record, curves) -> None:
-    values, fixed = STEP[letter]
-    curve = measure(values, lambda value: step_of(**fixed | {letter: value}))
-    group = f"growth of a step with {letter}, {', '.join(f'{k} = {v}' for k, v in fixed.items())}"
-    of_time, of_memory = note(group, letter, curve, record, curves)
+    of_time, of_memory = grow("a step", letter, STEP, step_of, record, curves)
     most_time, most_memory = ASKED.get(letter, (math.inf, math.inf))
     assert of_time < most_time
     assert of_memory < most_memory
@@ -58,10 +55,7 @@ def test_step(letter: str, record, curves) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a measurement of the CPU path")
 @pytest.mark.parametrize("letter", HEAD)
 def test_head(letter: str, record, curves) -> None:
-    values, fixed = HEAD[letter]
-    curve = measure(values, lambda value: head_of(**fixed | {letter: value}))
-    group = f"growth of the fused head with {letter}, {', '.join(f'{k} = {v}' for k, v in fixed.items())}, H = 256"
-    note(group, letter, curve, record, curves)
+    grow("the fused head", letter, HEAD, head_of, record, curves)
 
 
 def step_of(P: int, T: int, N: int) -> Callable[[], object]:
@@ -71,8 +65,8 @@ def step_of(P: int, T: int, N: int) -> Callable[[], object]:
     return partial(next, our_steps(student, teacher, token_ids, T, N, torch.float32, generation="float32"))
 
 
-def head_of(K: int, V: int) -> Callable[[], object]:
-    return linear_ours(make_head(K, V, 256, 256, CPU, torch.float32), "reverse_kl")
+def head_of(K: int, V: int, H: int) -> Callable[[], object]:
+    return linear_ours(make_head(K, V, H, H, CPU, torch.float32), "reverse_kl")
 
 
 def measure(values: Sequence[int], call_of: Callable[[int], Callable[[], object]], rounds: int = 3) -> Curve:
@@ -95,17 +89,19 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
 
 
-def note(group: str, letter: str, curve: Curve, record, curves: dict[str, Curve]) -> tuple[float, float]:
-    """Records a curve and its exponents of time and memory; returns them."""
-    exponents = (
-        exponent([(value, timing.median) for value, timing, _ in curve]),
-        exponent([(value, max(1, peak)) for value, _, peak in curve]),
-    )
-    curves[f"{group}: time ~ {letter}^{exponents[0]:.2f}, memory ~ {letter}^{exponents[1]:.2f}"] = curve
+def grow(what: str, letter: str, sizes: dict, call_of: Callable, record, curves: dict[str, Curve]) -> tuple:
+    """Measures and records how `what` grows with a letter; returns its exponents of time and memory."""
+    values, fixed = sizes[letter]
+    curve = measure(values, lambda value: call_of(**fixed | {letter: value}))
+    group = f"growth of {what} with {letter}, {', '.join(f'{k} = {v}' for k, v in fixed.items())}"
+    of_time = exponent([(value, timing.median) for value, timing, _ in curve])
+    of_memory = exponent([(value, max(1, peak)) for value, _, peak in curve])
+    label = f"{group}: time ~ {letter}^{of_time:.2f}, memory ~ {letter}^{of_memory:.2f}"
+    curves[label] = curve
     for value, timing, peak in curve:
         record(Row(group, f"{letter} = {value}", timing.median, timing.spread, peak_bytes=peak))
-    print(f"{group}: time ~ {letter}^{exponents[0]:.2f}, memory ~ {letter}^{exponents[1]:.2f}")
-    return exponents
+    print(label)
+    return of_time, of_memory
 
 
 def plot(curves: dict[str, Curve], path: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -61,17 +62,23 @@ def test_starting_over_keeps_the_earlier_run(write_config, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_continues(write_config, tmp_path, number, status):
-    path = write_config({"training.num_epochs": 1000, "prompts.eval": None})
-    command = [sys.executable, "-m", "distill.train", "--config", str(path)]
+def after_two_steps(config: Path, folder: Path, *, seconds: float) -> tuple[subprocess.Popen, Path]:
+    """The command at work, with two lines in its metrics, and their file."""
+    command = [sys.executable, "-m", "distill.train", "--config", str(config)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None, process.stdout.read().decode()
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
+    return process, metrics
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_continues(write_config, tmp_path, number, status):
+    path = write_config({"training.num_epochs": 1000, "prompts.eval": None})
+    process, metrics = after_two_steps(path, tmp_path / "run", seconds=120)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == status, output
@@ -104,14 +111,7 @@ def test_a_second_interrupt_stops_at_once_and_what_was_saved_continues(write_con
     """The evaluation at the end of the step would take long: the second SIGINT does not wait for it."""
     changes = {"training.save_every": 1, "training.eval_every": 2, "evaluation.num_rollouts_per_prompt": 20_000}
     path = write_config({**changes, "training.num_epochs": 100})
-    command = [sys.executable, "-m", "distill.train", "--config", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.stdout.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process, _ = after_two_steps(path, tmp_path / "run", seconds=240)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
