@@ -138,15 +138,15 @@ def test_a_step_waits_for_its_metrics_only(trainer, loss):
 
 @pytest.mark.parametrize("objective", ["reverse_kl", "sampled_reverse_kl"])
 def test_no_logits_of_all_tokens_exist_in_a_step(trainer, objective, monkeypatch):
-    """Rollout, scoring and update of K tokens stay far below the [K, V] float32 logits of one model, 160 MiB here."""
+    """Rollout, scoring and update of K tokens stay far below the [K, V] float32 logits of one model, 480 MiB here."""
     monkeypatch.setitem(WORKSPACE_BYTES, "cpu", 8 * 2**20)
-    few, many = (trainer(V=20_480, N=N, T=16, budget=2**20, objective=objective) for N in (2, 64))
+    few, many = (trainer(V=20_480, N=N, T=48, budget=2**20, objective=objective) for N in (2, 64))
     next(few.steps())  # libraries make their own buffers
     steps = many.steps()
     results = []
     peak = peak_memory(lambda: results.append(next(steps)))
-    assert results[0].metrics["completion_tokens"] * 20_480 * 4 == 160 * 2**20
-    assert peak < 80 * 2**20
+    assert results[0].metrics["completion_tokens"] * 20_480 * 4 == 480 * 2**20
+    assert peak < 160 * 2**20
 
 
 @pytest.mark.cuda
