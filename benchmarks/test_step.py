@@ -75,7 +75,7 @@ def our_steps(
     trainer = Trainer(
         student,
         ModelParts(*split_head(student), dtype),
-        ModelParts(*split_head(teacher), dtype),
+        [ModelParts(*split_head(teacher), dtype)],
         engine,
         lambda epoch: [[0]],
         lambda indices: (prompt, torch.ones_like(prompt, dtype=torch.bool)),

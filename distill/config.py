@@ -57,6 +57,16 @@ class TeacherConfig(Section):
     """The frozen model to learn from, named like the student's; both need one vocabulary."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository ships."""
+    others: dict[str, Reference] = Field(default_factory=dict)
+    """Further teachers by name: a prompt whose record has `"teacher": NAME` is scored by that one."""
+    system_prompt: str | None = Field(None, min_length=1)
+    """System message of the prompts that the teacher sees, and the student does not."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the teacher's own chat template for the prompts that it sees, as {enable_thinking: false}."""
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Its weights: `auto` is `training.precision`; `int8` halves the memory of bfloat16 and needs torchao."""
+    offload: bool = False
+    """Keep it in host memory while it does not score; on a CPU that is where it is anyway."""
 
 
 class PromptsConfig(Section):

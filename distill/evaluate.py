@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.loss import Group, ModelParts, statistics
+from distill.loss import Group, ModelParts, TeacherView, statistics
 from distill.memory import MemoryLimits
 from distill.models import ModelError
 from distill.rollout import RolloutEngine, Rollouts
@@ -34,7 +34,7 @@ class Evaluation:
 def evaluate(
     engine: RolloutEngine,
     student: ModelParts,
-    teacher: ModelParts,
+    teachers: Sequence[ModelParts],
     prompts: tuple[Tensor, Tensor],
     *,
     num_rollouts: int,
@@ -42,6 +42,7 @@ def evaluate(
     seed: int,
     vocab_size: int,
     limits: MemoryLimits,
+    teacher_view: TeacherView | None = None,
 ) -> Evaluation:
     """Samples from the student on the left-padded `prompts` (ids and mask [B, P]) and scores every token exactly.
 
@@ -52,10 +53,11 @@ def evaluate(
     rollouts = engine.variant(seed=seed, max_new_tokens=max_new_tokens).generate(
         prompt_ids, prompt_mask, num_rollouts=num_rollouts, prompt_keys=torch.arange(len(prompt_ids))
     )
-    group = Group.of(rollouts)
-    lengths = group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index
+    group = Group.of(rollouts, teacher_view)
     stats = limits.in_micro_batches(
-        "evaluation", lengths, lambda parts: statistics(student, teacher, group, parts, vocab_size=vocab_size)
+        "evaluation",
+        group.for_teachers.lengths,
+        lambda parts: statistics(student, teachers, group, parts, vocab_size=vocab_size),
     )
     prompt_of_token = group.prompt_index.repeat_interleave(group.completion_lengths)
     mean = stats.reverse_kl.double().mean()
@@ -84,7 +86,8 @@ def check_against_itself(model: ModelParts, token_ids: Sequence[int], vocab_size
         torch.zeros(1, dtype=torch.int64),
         torch.zeros(1, int(length)),
     )
-    stats = statistics(model, model, group, [torch.zeros(1, dtype=torch.int64)], vocab_size=vocab_size)
+    rows = [torch.zeros(1, dtype=torch.int64)]
+    stats = statistics(model, [model], group, rows, vocab_size=vocab_size)
     worst = torch.stack([stats.reverse_kl.abs().max(), stats.reward.abs().max()]).max().item()
     if not worst <= 1e-4:
         raise ModelError(

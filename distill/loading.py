@@ -11,53 +11,62 @@ from distill.config import Config, ConfigError
 from distill.loss import ModelParts
 from distill.models import check_pair, load_model, load_tokenizer, split_head
 from distill.prompts import PromptSet, load_prompts
+from distill.teachers import Teacher, TeacherPrompts, load_teachers, teacher_prompts
 
 
 class Pair(NamedTuple):
-    """Student and teacher, found to agree."""
+    """Student and teachers, found to agree."""
 
     student: PreTrainedModel
     student_parts: ModelParts
-    teacher_parts: ModelParts
+    teachers: list[Teacher]
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     context: int | None
-    """Tokens of prompt and completion that both models can take; None where neither says."""
+    """Tokens of prompt and completion that all models can take; None where neither says."""
 
 
 def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
-    """Loads both models and checks them against each other. Raises `ModelError`."""
-    student_options, teacher_options = config.student, config.teacher
-    placed = {"device": device, "attention": config.training.attention}
-    tokenizer = load_tokenizer(student_options.model, trust_remote_code=student_options.trust_remote_code)
-    teacher_tokenizer = load_tokenizer(teacher_options.model, trust_remote_code=teacher_options.trust_remote_code)
+    """Loads the models and checks them against each other. Raises `ModelError`."""
+    options, attention = config.student, config.training.attention
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     # The student's weights stay float32 whatever it is computed in: small updates would round away.
     student = load_model(
-        student_options.model,
-        drop_layers=student_options.drop_layers,
-        trust_remote_code=student_options.trust_remote_code,
-        **placed,
+        options.model,
+        drop_layers=options.drop_layers,
+        trust_remote_code=options.trust_remote_code,
+        device=device,
+        attention=attention,
     )
-    teacher = load_model(
-        teacher_options.model, dtype=dtype, trust_remote_code=teacher_options.trust_remote_code, **placed
-    ).requires_grad_(False)
-    vocab_size = check_pair(student, teacher, tokenizer, teacher_tokenizer)
-    contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in (student, teacher)]
+    teachers = load_teachers(config.teacher, device, dtype, attention)
+    vocab_sizes = []
+    for teacher in teachers:
+        with teacher.parts.present():
+            vocab_sizes.append(check_pair(student, teacher.model, tokenizer, teacher.tokenizer))
+    models = [student, *(teacher.model for teacher in teachers)]
+    contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models]
     return Pair(
         student,
         ModelParts(*split_head(student), dtype),
-        ModelParts(*split_head(teacher), dtype),
+        teachers,
         tokenizer,
-        vocab_size,
+        min(vocab_sizes),
         min(filter(None, contexts), default=None),
     )
 
 
-def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) -> tuple[PromptSet, PromptSet | None]:
+class Prompts(NamedTuple):
+    """One prompt set, as the student sees it and as the teachers do where that differs."""
+
+    student: PromptSet
+    teacher: TeacherPrompts | None
+
+
+def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) -> tuple[Prompts, Prompts | None]:
     """Training and held-out prompts; `tell` hears of what was left out. Raises `ConfigError` or `PromptError`."""
     settings = config.prompts
 
-    def load(path: Path, key: str, completion: int) -> PromptSet:
+    def load(path: Path, key: str, completion: int) -> Prompts:
         longest = settings.max_tokens
         if pair.context is not None:
             if completion >= pair.context:
@@ -77,7 +86,15 @@ def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) ->
                 f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "
                 f"{prompts.too_long} of more than {longest} tokens"
             )
-        return prompts
+        seen = teacher_prompts(
+            prompts,
+            pair.teachers,
+            config.teacher,
+            longest=None if pair.context is None else pair.context - completion,
+            pad_token_id=pair.tokenizer.pad_token_id,
+            special=settings.control_tokens == "special",
+        )
+        return Prompts(prompts, seen)
 
     train = load(settings.train, "rollout.max_new_tokens", config.rollout.max_new_tokens)
     if settings.eval is None:

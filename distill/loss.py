@@ -5,7 +5,8 @@ is scored here too: its hidden states are kept, its logits exist only inside the
 """
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,6 +52,8 @@ class ModelParts(NamedTuple):
     body: nn.Module
     head: NamedTuple
     dtype: torch.dtype
+    present: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    """Surrounds a phase in which the body computes: it may live elsewhere the rest of the time."""
 
     def hidden(self, *rollouts, **options) -> Tensor:
         """`completion_hidden` of this model in its precision, whatever the precision of its weights."""
@@ -65,6 +68,14 @@ class ModelParts(NamedTuple):
         return {f"{name}_bias": head.bias, f"{name}_softcap": head.softcap, f"{name}_scale": head.scale}
 
 
+class TeacherView(NamedTuple):
+    """Which teacher scores each of B prompts, and what it sees in the prompt's place."""
+
+    prompt_ids: Tensor  # [B, P'] int64, left-padded
+    prompt_mask: Tensor  # [B, P'] bool, on the host
+    teacher: Tensor  # [B] int64, on the host
+
+
 class Group(NamedTuple):
     """Rollouts that share one optimizer step. Lengths and index stay on the host, so that nothing waits for them."""
 
@@ -76,9 +87,10 @@ class Group(NamedTuple):
     logprob: Tensor  # [R, T] float32: the student's at sampling
     sampling_logprob: Tensor | None = None  # [R, T] float32: of the distribution sampled from
     finished: Tensor | None = None  # [R] bool, on the host: not cut by length
+    teacher_view: TeacherView | None = None  # None: the first teacher sees what the student sees
 
     @classmethod
-    def of(cls, rollouts: "Rollouts") -> "Group":
+    def of(cls, rollouts: "Rollouts", teacher_view: TeacherView | None = None) -> "Group":
         """The group that some rollouts form."""
         mask, lengths = rollouts.prompt_mask.cpu(), rollouts.completion_lengths.cpu()
         index = torch.arange(len(lengths)) // rollouts.num_rollouts
@@ -91,7 +103,33 @@ class Group(NamedTuple):
             rollouts.logprob,
             rollouts.sampling_logprob,
             rollouts.finished.cpu(),
+            teacher_view,
         )
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the prompts, of the completions, and which prompt each row has: what micro-batches are cut by."""
+        return self.prompt_mask.sum(1), self.completion_lengths, self.prompt_index
+
+    @property
+    def for_teachers(self) -> "Group":
+        """The same completions after the prompts that the teachers see."""
+        if self.teacher_view is None:
+            return self
+        device, (prompt_ids, prompt_mask, _) = self.prompt_ids.device, self.teacher_view
+        return self._replace(prompt_ids=prompt_ids.to(device, non_blocking=True), prompt_mask=prompt_mask)
+
+    def teacher_of(self, rows: Tensor) -> int:
+        """The teacher of some rows that have one teacher."""
+        return 0 if self.teacher_view is None else int(self.teacher_view.teacher[self.prompt_index[rows[0]]])
+
+    def by_teacher(self, micro_batches: Sequence[Tensor]) -> list[Tensor]:
+        """Micro-batches cut where teachers differ, those of the first teacher first."""
+        if self.teacher_view is None:
+            return list(micro_batches)
+        of_row = self.teacher_view.teacher[self.prompt_index]
+        parts = (rows[of_row[rows] == teacher] for teacher in of_row.unique() for rows in micro_batches)
+        return [rows for rows in parts if len(rows)]
 
     @property
     def starts(self) -> Tensor:
@@ -149,16 +187,21 @@ def token_weights(completion_lengths: Tensor, reduction: str, counted: Tensor | 
 
 
 @torch.no_grad()
-def score(teacher: ModelParts, group: Group, micro_batches: Sequence[Tensor]) -> Tensor:
-    """The teacher's hidden states [K, Ht] at every completion token of a group, row 0's tokens first."""
-    hidden = torch.cat([teacher.hidden(*group.inputs(rows)) for rows in micro_batches])
-    return hidden[_inverse(group, micro_batches).to(hidden.device)]
+def score(teachers: Sequence[ModelParts], group: Group, micro_batches: Sequence[Tensor]) -> list[Tensor]:
+    """Each row's hidden states [T_r, Ht] of its teacher, at every token of its completion."""
+    seen, found = group.for_teachers, {}
+    for index, parts in itertools.groupby(group.by_teacher(micro_batches), group.teacher_of):
+        with teachers[index].present():
+            for rows in parts:
+                hidden = teachers[index].hidden(*seen.inputs(rows))
+                found |= zip(rows.tolist(), hidden.split(group.completion_lengths[rows].tolist()), strict=True)
+    return [found[row] for row in range(len(found))]
 
 
 def accumulate_gradients(
     student: ModelParts,
-    teacher: ModelParts,
-    teacher_hidden: Tensor,
+    teachers: Sequence[ModelParts],
+    teacher_hidden: Sequence[Tensor],
     group: Group,
     micro_batches: Sequence[Tensor],
     options: LossOptions,
@@ -166,23 +209,26 @@ def accumulate_gradients(
     vocab_size: int | None = None,
     checkpointing: bool = False,
 ) -> GroupGradient:
-    """Adds the gradient of a group's loss to the student's `.grad`, one micro-batch at a time."""
+    """Adds the gradient of a group's loss to the student's `.grad`, one micro-batch at a time.
+
+    `teacher_hidden` is what `score` gave for the group.
+    """
     weights = token_weights(
         group.completion_lengths, options.reduction, group.finished if options.mask_truncated else None
     )
-    heads = HeadPair(student, teacher, options.temperature, vocab_size)
+    pairs = [HeadPair(student, teacher, options.temperature, vocab_size) for teacher in teachers]
+    micro_batches = group.by_teacher(micro_batches)
     ratio_to, advantage, hidden = options.ratio_to(group), None, None
     if needs_scores(options):
-        scores, hidden = _score_first(heads, teacher_hidden, group, micro_batches, checkpointing)
+        scores, hidden = _score_first(pairs, teacher_hidden, group, micro_batches, checkpointing)
         advantage = advantages(scores, group.completion_lengths, group.prompt_index, options)
     losses, parts, shifts, agreements = [], [], [], []
     for rows in micro_batches:
         tokens = group.tokens_of(rows)
         if hidden is None:
             hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
-        device = hidden.device
-        there = tokens.to(device)
-        theirs = teacher_hidden[there]
+        device, heads = hidden.device, pairs[group.teacher_of(rows)]
+        theirs = torch.cat([teacher_hidden[row] for row in rows])
         loss, stats = linear_distill_loss(
             *heads.inputs(hidden, theirs),
             group.valid(group.completion_ids, rows),
@@ -190,7 +236,7 @@ def accumulate_gradients(
             objective=options.objective,
             sampling_logprob=None if ratio_to is None else group.valid(ratio_to, rows),
             importance_clip=None if ratio_to is None else options.importance_clip,
-            advantage=None if advantage is None else advantage[there],
+            advantage=None if advantage is None else advantage[tokens.to(device)],
             beta=options.beta,
             **heads.options(),
         )
@@ -217,19 +263,21 @@ def accumulate_gradients(
 @torch.no_grad()
 def statistics(
     student: ModelParts,
-    teacher: ModelParts,
+    teachers: Sequence[ModelParts],
     group: Group,
     micro_batches: Sequence[Tensor],
     *,
     vocab_size: int | None = None,
 ) -> TokenStats:
     """The statistics of a group's K tokens without gradients, row 0's first."""
-    heads, parts = HeadPair(student, teacher, 1.0, vocab_size), []
-    for rows in micro_batches:
-        inputs = group.inputs(rows)
-        hidden = student.hidden(*inputs), teacher.hidden(*inputs)
-        ids = group.valid(group.completion_ids, rows)
-        parts.append(linear_reverse_kl(*heads.inputs(*hidden), ids, **heads.options()))
+    seen, parts, micro_batches = group.for_teachers, [], group.by_teacher(micro_batches)
+    for index, of_teacher in itertools.groupby(micro_batches, group.teacher_of):
+        heads = HeadPair(student, teachers[index], 1.0, vocab_size)
+        with heads.teacher.present():
+            for rows in of_teacher:
+                hidden = student.hidden(*group.inputs(rows)), heads.teacher.hidden(*seen.inputs(rows))
+                ids = group.valid(group.completion_ids, rows)
+                parts.append(linear_reverse_kl(*heads.inputs(*hidden), ids, **heads.options()))
     return _merged(parts, group, micro_batches)
 
 
@@ -261,7 +309,11 @@ class HeadPair(NamedTuple):
 
 
 def _score_first(
-    heads: HeadPair, teacher_hidden: Tensor, group: Group, micro_batches: Sequence[Tensor], checkpointing: bool
+    pairs: Sequence[HeadPair],
+    teacher_hidden: Sequence[Tensor],
+    group: Group,
+    micro_batches: Sequence[Tensor],
+    checkpointing: bool,
 ) -> tuple[TokenStats, Tensor | None]:
     """The statistics of a whole group before its gradient, for advantages that look beyond a token.
 
@@ -270,9 +322,10 @@ def _score_first(
     """
     whole, parts = len(micro_batches) == 1, []
     for rows in micro_batches:
+        heads = pairs[group.teacher_of(rows)]
         with torch.set_grad_enabled(whole):
             hidden = heads.student.hidden(*group.inputs(rows), checkpointing=checkpointing and whole)
-        inputs = heads.inputs(hidden.detach(), teacher_hidden[group.tokens_of(rows).to(hidden.device)])
+        inputs = heads.inputs(hidden.detach(), torch.cat([teacher_hidden[row] for row in rows]))
         parts.append(linear_reverse_kl(*inputs, group.valid(group.completion_ids, rows), **heads.options()))
     return _merged(parts, group, micro_batches), hidden if whole else None
 

@@ -181,7 +181,12 @@ def _messages(line: str, where: str) -> list[Message]:
 
 
 def tokenise(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, templated: bool, *, special: bool = False
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    templated: bool,
+    *,
+    special: bool = False,
+    **template_arguments: Any,
 ) -> list[int]:
     """Token ids of a prompt; control tokens come from the template and, unless `special`, from nowhere else."""
     hidden: list[str] = []
@@ -192,7 +197,9 @@ def tokenise(
     else:
         safe = [{**message, "content": _hide(message["content"], tokenizer, hidden)} for message in messages]
     if templated:
-        text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            safe, tokenize=False, add_generation_prompt=True, **template_arguments
+        )
     else:
         text = safe[-1]["content"]
     # The template writes its own beginning-of-sequence token where the model wants one.

@@ -128,13 +128,16 @@ class Run:
     def _load(self) -> None:
         pair = load_pair(self.config, self.device, self.dtype)
         self.student, self.tokenizer, self.vocab_size = pair.student, pair.tokenizer, pair.vocab_size
-        self.student_parts, self.teacher_parts = pair.student_parts, pair.teacher_parts
+        self.student_parts, self.teachers = pair.student_parts, [teacher.parts for teacher in pair.teachers]
 
         def tell(line: str) -> None:
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-        self.prompts, self.eval_prompts = load_prompt_sets(self.config, pair, tell)
-        check_against_itself(self.teacher_parts, self.prompts.token_ids[0], self.vocab_size)
+        train, held_out = load_prompt_sets(self.config, pair, tell)
+        self.prompts, self.teacher_prompts = train
+        self.eval_prompts, self.teacher_eval_prompts = held_out or (None, None)
+        for teacher in self.teachers:
+            check_against_itself(teacher, self.prompts.token_ids[0], self.vocab_size)
 
     def _make_trainer(self, rollout_precision: str) -> Trainer:
         config = self.config
@@ -163,13 +166,14 @@ class Run:
         return Trainer(
             self.student,
             self.student_parts,
-            self.teacher_parts,
+            self.teachers,
             self.engine,
             prompt_batches,
             lambda indices: left_pad([self.prompts.token_ids[i] for i in indices], self.tokenizer.pad_token_id),
             training,
             LossOptions(**config.loss.model_dump(), mask_truncated=rollout.mask_truncated),
             vocab_size=self.vocab_size,
+            teacher_view=lambda indices: self.teacher_prompts and self.teacher_prompts.view(indices),
             limits=self.limits,
         )
 
@@ -254,13 +258,14 @@ class Run:
         result = evaluate(
             self.engine,
             self.student_parts,
-            self.teacher_parts,
+            self.teachers,
             left_pad(self.eval_prompts.token_ids, self.tokenizer.pad_token_id),
             num_rollouts=settings.num_rollouts_per_prompt,
             max_new_tokens=settings.max_new_tokens or self.config.rollout.max_new_tokens,
             seed=settings.seed,
             vocab_size=self.vocab_size,
             limits=self.limits,
+            teacher_view=self.teacher_eval_prompts and self.teacher_eval_prompts.view(range(len(self.eval_prompts))),
         )
         record = {"step": step, **result.record()}
         self.evaluations.append(record)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.diagnostics import step_metrics
-from distill.loss import Group, GroupGradient, LossOptions, ModelParts, accumulate_gradients, score
+from distill.loss import Group, GroupGradient, LossOptions, ModelParts, TeacherView, accumulate_gradients, score
 from distill.memory import MemoryLimits
 from distill.metrics import PhaseClock, peak_memory_bytes
 from distill.rollout import RolloutEngine, Rollouts
@@ -48,14 +48,14 @@ class Trainer:
     """Owns the optimizer, the position in the prompts, and the rollouts in hand.
 
     `prompt_batches(epoch)` gives the epoch's batches of prompt indices; `encode(indices)` their left-padded ids and
-    mask. `on_phase` hears the name of each phase as it begins.
+    mask, `teacher_view(indices)` what scores them. `on_phase` hears the name of each phase as it begins.
     """
 
     def __init__(
         self,
         student: nn.Module,
         student_parts: ModelParts,
-        teacher_parts: ModelParts,
+        teachers: Sequence[ModelParts],
         engine: RolloutEngine,
         prompt_batches: Callable[[int], Sequence[Sequence[int]]],
         encode: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
@@ -63,10 +63,12 @@ class Trainer:
         loss_options: LossOptions,
         *,
         vocab_size: int,
+        teacher_view: Callable[[Sequence[int]], TeacherView | None] = lambda indices: None,
         limits: MemoryLimits | None = None,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self.student, self.student_parts, self.teacher_parts = student, student_parts, teacher_parts
+        self.student, self.student_parts, self.teachers = student, student_parts, teachers
+        self.teacher_view = teacher_view
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
         self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
         self.limits, self.on_phase = limits or MemoryLimits(options.tokens_per_micro_batch), on_phase
@@ -99,7 +101,8 @@ class Trainer:
             per_step = self.options.prompts_per_step
             chosen = slice(at.group * per_step, min((at.group + 1) * per_step, len(prompts)))
             rollouts = self._rollouts.select(chosen)
-            metrics, row_reverse_kl = self._step(rollouts, groups_in_batch=math.ceil(len(prompts) / per_step))
+            group = Group.of(rollouts, self.teacher_view(prompts[chosen]))
+            metrics, row_reverse_kl = self._step(group, groups_in_batch=math.ceil(len(prompts) / per_step))
             self.position = self._after(at, batches)
             if self.position.batch != at.batch or self.position.epoch != at.epoch:
                 self._rollouts = None
@@ -184,20 +187,18 @@ class Trainer:
         self._rollouts = _lengths_on_host(rollouts)
         self._rollout_seconds = self.clock.read()["rollout"]
 
-    def _step(self, rollouts: Rollouts, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
+    def _step(self, group: Group, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
         """Scores a group, updates the student, and returns the metrics and each row's mean token reverse KL."""
-        group = Group.of(rollouts)
-        lengths = group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index
         self.on_phase("score")
         with self.clock.phase("score"):
             teacher_hidden = self.limits.in_micro_batches(
-                "score", lengths, lambda parts: score(self.teacher_parts, group, parts)
+                "score", group.for_teachers.lengths, lambda parts: score(self.teachers, group, parts)
             )
         self.on_phase("update")
         learning_rate = self.learning_rate(self.position.step)
         with self.clock.phase("update"):
             result = self.limits.in_micro_batches(
-                "update", lengths, lambda parts: self._gradients(teacher_hidden, group, parts)
+                "update", group.lengths, lambda parts: self._gradients(teacher_hidden, group, parts)
             )
             grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
             # Where this is 1, Adam's fused step leaves everything as it was, without the host having to look.
@@ -220,12 +221,12 @@ class Trainer:
         }
         return metrics, row_reverse_kl
 
-    def _gradients(self, teacher_hidden: Tensor, group: Group, parts: list[Tensor]) -> GroupGradient:
+    def _gradients(self, teacher_hidden: Sequence[Tensor], group: Group, parts: list[Tensor]) -> GroupGradient:
         # Before every attempt: what a failed one added must not count twice.
         self.optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(
             self.student_parts,
-            self.teacher_parts,
+            self.teachers,
             teacher_hidden,
             group,
             parts,

@@ -24,7 +24,7 @@ def result_of(options=None, token_budget=10**6, lengths=LENGTHS, finished=None):
     batches = micro_batches(group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, token_budget)
     own, other = parts_of(student), parts_of(teacher)
     options = options or LossOptions("reverse_kl")
-    result = accumulate_gradients(own, other, score(other, group, batches), group, batches, options)
+    result = accumulate_gradients(own, [other], score([other], group, batches), group, batches, options)
     return result, group, options, student, teacher
 
 

@@ -46,7 +46,7 @@ def gradients(student, teacher, rollouts, options, token_budget=10**6, dtype=tor
     group = Group.of(rollouts)
     batches = micro_batches(group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, token_budget)
     own, other = parts_of(student, dtype), parts_of(teacher, dtype)
-    loss, stats, *_ = accumulate_gradients(own, other, score(other, group, batches), group, batches, options)
+    loss, stats, *_ = accumulate_gradients(own, [other], score([other], group, batches), group, batches, options)
     return loss, stats, {name: p.grad.clone() for name, p in student.named_parameters()}, len(batches)
 
 
@@ -213,7 +213,7 @@ def test_statistics_agree_with_those_of_the_training_pass():
     _, trained, _, _ = gradients(student, teacher, rollouts, LossOptions("reverse_kl"))
     group = Group.of(rollouts)
     batches = micro_batches(group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, 12)
-    scored = statistics(parts_of(student), parts_of(teacher), group, batches)
+    scored = statistics(parts_of(student), [parts_of(teacher)], group, batches)
     for found, expected in zip(scored, trained, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -223,7 +223,7 @@ def test_a_head_wider_than_the_vocabulary_is_scored_on_the_shared_tokens_only():
     rollouts = make_rollouts([3, 2], num_rollouts=2, vocab_size=97)
     group = Group.of(rollouts)
     batches = micro_batches(group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, 100)
-    stats = statistics(parts_of(student), parts_of(teacher), group, batches, vocab_size=97)
+    stats = statistics(parts_of(student), [parts_of(teacher)], group, batches, vocab_size=97)
     ids = torch.cat([rollouts.prompt_ids[0], rollouts.completion_ids[0, :3]])
     own, other = (model(ids[None]).logits[0, 3:6, :97].log_softmax(-1) for model in (student, teacher))
     torch.testing.assert_close(stats.reverse_kl[:3], (own.exp() * (own - other)).sum(-1), rtol=1e-4, atol=1e-5)
@@ -247,7 +247,7 @@ def everything(rows, length):
     group = Group.of(rollouts)
     parts = micro_batches(group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, 10**6)
     assert len(parts) == 1
-    statistics(parts_of(student), parts_of(teacher), group, parts)
+    statistics(parts_of(student), [parts_of(teacher)], group, parts)
 
 everything(2, 64)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -59,7 +59,7 @@ def test_an_update_that_runs_out_is_retried_with_the_same_gradient(write_config,
     lengths = group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index
     parts = micro_batches(*lengths, 45)
     assert len(parts) > 1
-    hidden = distill.loss.score(trainer.teacher_parts, group, parts)
+    hidden = distill.loss.score(trainer.teachers, group, parts)
 
     def gradients(work) -> dict[str, torch.Tensor]:
         work()

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.harness import peak_memory
 from distill.config import TrainingConfig
 from distill.decode import SamplingOptions
-from distill.loss import LossOptions, ModelParts
+from distill.loss import Group, LossOptions, ModelParts
 from distill.models import split_head
 from distill.rollout import RolloutEngine
 from distill.trainer import Trainer
@@ -87,7 +87,7 @@ def trainer():
         return Trainer(
             student,
             ModelParts(*split_head(student), torch.float32),
-            ModelParts(*split_head(teacher), torch.float32),
+            [ModelParts(*split_head(teacher), torch.float32)],
             engine,
             lambda epoch: [[0, 1]],
             lambda indices: (prompts, prompts != 0),
@@ -128,10 +128,10 @@ def test_a_step_waits_for_its_metrics_only(trainer, loss):
     made._sample(0, [[0, 1]], 0)
     rollouts = made._rollouts
     on_device = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprob, rollouts.sampling_logprob)
-    watch = Watch(*on_device, *made.student.parameters(), *made.teacher_parts.body.parameters())
+    watch = Watch(*on_device, *made.student.parameters(), *made.teachers[0].body.parameters())
     copies, waits = watch.modes()
     with copies, waits:
-        metrics, _ = made._step(rollouts, groups_in_batch=1)
+        metrics, _ = made._step(Group.of(rollouts), groups_in_batch=1)
     assert metrics["reverse_kl_exact"] > 0
     assert watch.waits == ["tolist"]
 

@@ -66,7 +66,7 @@ def test_a_groups_gradient_from_the_pool_is_the_trainers(name):
     rows: dict[str, list] = {vector: [] for vector in vectors}
     rewards = []
     for row in range(3):
-        stats, found = rollout_gradients(parts_of(student), parts_of(teacher), group, row, vectors, parameters, None)
+        stats, found = rollout_gradients(parts_of(student), [parts_of(teacher)], group, row, vectors, parameters, None)
         rewards.append(stats.reward.mean())
         for vector, of_row, _ in found:
             rows[vector].append(torch.cat([g.flatten() for g in of_row]))

@@ -128,12 +128,12 @@ class PoolMaker:
         rollouts = run.engine.generate(
             ids.to(run.device), mask.to(run.device), num_rollouts=count, prompt_keys=torch.tensor([prompt])
         )
-        group = Group.of(rollouts)
+        group = Group.of(rollouts, run.teacher_prompts and run.teacher_prompts.view([prompt]))
         sketches, shifts, norms = ({name: [] for name in self.vectors} for _ in range(3))
         reward, reverse_kl = [], []
         for row in range(count):
             stats, gradients = rollout_gradients(
-                run.student_parts, run.teacher_parts, group, row, self.vectors, self.parameters, run.vocab_size
+                run.student_parts, run.teachers, group, row, self.vectors, self.parameters, run.vocab_size
             )
             for name, of_vector, shift in gradients:
                 shifts[name].append(shift.cpu())
@@ -152,7 +152,7 @@ class PoolMaker:
 
 def rollout_gradients(
     student: ModelParts,
-    teacher: ModelParts,
+    teachers: Sequence[ModelParts],
     group: Group,
     row: int,
     vectors: dict[str, LossOptions | None],
@@ -166,9 +166,9 @@ def rollout_gradients(
     """
     rows = torch.tensor([row])
     inputs, ids, lengths = group.inputs(rows), group.valid(group.completion_ids, rows), group.completion_lengths[rows]
-    hidden = student.hidden(*inputs)
-    with torch.no_grad():
-        teacher_hidden = teacher.hidden(*inputs)
+    hidden, teacher = student.hidden(*inputs), teachers[group.teacher_of(rows)]
+    with torch.no_grad(), teacher.present():
+        teacher_hidden = teacher.hidden(*group.for_teachers.inputs(rows))
     heads = HeadPair(student, teacher, 1.0, vocab_size)
     stats = linear_reverse_kl(*heads.inputs(hidden.detach(), teacher_hidden), ids, **heads.options())
 
