@@ -16,6 +16,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+Message = dict[str, str]
+Conversation = tuple[list[Message], str | None]  # and the name of its teacher
+
 
 class PromptError(ValueError):
     """A prompt file that cannot be used, with the line and what to do."""
@@ -28,6 +31,10 @@ class PromptSet:
     token_ids: list[list[int]]
     texts: list[str]
     """What the user says last in each."""
+    messages: list[list[Message]]
+    """The conversations as the tokenizer was given them."""
+    teachers: list[str | None]
+    """What each record's `teacher` names; None where it has none."""
     empty: int = 0
     """Blank lines, or records without text."""
     too_long: int = 0
@@ -38,11 +45,11 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """Tells one set of tokenised prompts from another."""
-        return hashlib.sha256(json.dumps(self.token_ids).encode()).hexdigest()
+        """Tells one set of tokenised prompts, each with its teacher, from another."""
+        told = [self.token_ids, self.teachers] if any(self.teachers) else self.token_ids
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-Message = dict[str, str]
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LINE_BYTES, MAX_FILE_BYTES = 2**22, 2**30
 MARKS = "\U000f0d15", "\U000f0d16"  # private-use characters: no template gives them a meaning
@@ -62,11 +69,12 @@ def load_prompts(
     Raises `PromptError` for a file that is missing, not UTF-8, malformed, or without a usable prompt.
     """
     templated = chat_template == "auto" and tokenizer.chat_template is not None
-    kept, texts, empty, too_long = [], [], 0, 0
-    for where, messages in _read(path):
-        if messages is None:
+    token_ids, conversations, teachers, empty, too_long = [], [], [], 0, 0
+    for where, conversation in _read(path):
+        if conversation is None:
             too_long += 1
             continue
+        messages, teacher = conversation
         if not messages or not messages[-1]["content"].strip():
             empty += 1
             continue
@@ -80,15 +88,17 @@ def load_prompts(
         if len(ids) > max_tokens:
             too_long += 1
         elif ids:
-            kept.append(ids)
-            texts.append(messages[-1]["content"])
+            token_ids.append(ids)
+            conversations.append(messages)
+            teachers.append(teacher)
         else:
             empty += 1
-    if not kept:
+    if not token_ids:
         raise PromptError(
             f"{path}: no usable prompt ({empty} empty, {too_long} of more than {max_tokens} tokens; prompts.max_tokens)"
         )
-    return PromptSet(kept, texts, empty, too_long)
+    texts = [messages[-1]["content"] for messages in conversations]
+    return PromptSet(token_ids, texts, conversations, teachers, empty, too_long)
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
@@ -110,8 +120,8 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
     return token_ids, mask
 
 
-def _read(path: Path) -> Iterator[tuple[str, list[Message] | None]]:
-    """Each record's place and messages; an empty list for a blank one, None for one longer than any prompt."""
+def _read(path: Path) -> Iterator[tuple[str, Conversation | None]]:
+    """Each record's place and content; no messages for a blank one, None for one longer than any prompt."""
     if path.suffix not in (".txt", ".jsonl"):
         raise PromptError(f"{path}: a prompt file is .txt (one prompt a line) or .jsonl (one JSON object a line)")
     try:
@@ -126,11 +136,11 @@ def _read(path: Path) -> Iterator[tuple[str, list[Message] | None]]:
                 if line is None:
                     yield where, None
                 elif not line.strip():
-                    yield where, []
+                    yield where, ([], None)
                 elif path.suffix == ".txt":
-                    yield where, [{"role": "user", "content": line.strip()}]
+                    yield where, ([{"role": "user", "content": line.strip()}], None)
                 else:
-                    yield where, _messages(line, where)
+                    yield where, _conversation(line, where)
     except FileNotFoundError:
         raise PromptError(f"{path}: there is no such file") from None
     except OSError as error:
@@ -161,14 +171,17 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[str | None]:
         yield ""
 
 
-def _messages(line: str, where: str) -> list[Message]:
+def _conversation(line: str, where: str) -> Conversation:
     try:
         record: Any = json.loads(line)
     # ValueError also for a number of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{where}: not valid JSON: {error}") from None
+    teacher = record.get("teacher") if isinstance(record, dict) else None
+    if teacher is not None and not (isinstance(teacher, str) and teacher):
+        raise PromptError(f"{where}: expected a teacher's name as text; found {teacher!r:.80}")
     if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return [{"role": "user", "content": record["prompt"]}]
+        return [{"role": "user", "content": record["prompt"]}], teacher
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages
@@ -177,7 +190,7 @@ def _messages(line: str, where: str) -> list[Message]:
             f'{where}: expected {{"prompt": "text"}} or {{"messages": [{{"role": ..., "content": ...}}]}} '
             f"with a role of {', '.join(ROLES)}; found {line[:80]!r}"
         )
-    return messages
+    return messages, teacher
 
 
 def tokenise(

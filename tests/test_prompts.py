@@ -51,6 +51,20 @@ def test_json_lines_with_prompts_and_conversations(load):
     assert tiny_tokenizer().decode(prompts.token_ids[1]).startswith("<|start|>system\nSYSTEM<|end|>\n<|start|>user\n")
 
 
+def test_conversations_and_their_teachers_are_kept_beside_the_ids_of_the_prompts_that_are_used(load):
+    talk = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")]
+    lines = [{"prompt": " "}, {"prompt": "One", "teacher": "code"}, {"messages": talk}, {"prompt": "x" * 99}]
+    prompts = load("\n".join(map(json.dumps, lines)), "prompts.jsonl", max_tokens=90)
+    assert prompts.messages == [[{"role": "user", "content": "One"}], talk]
+    assert prompts.teachers == ["code", None]
+    assert (len(prompts), prompts.empty, prompts.too_long) == (2, 1, 1)
+    plain = load("One\nTwo\n")
+    assert plain.teachers == [None, None]
+    named = load('{"prompt": "One"}\n{"prompt": "Two", "teacher": "code"}', "prompts.jsonl")
+    assert named.token_ids == plain.token_ids
+    assert named.digest != plain.digest
+
+
 @pytest.mark.parametrize("template", ["auto", "never"])
 def test_control_tokens_written_as_text_stay_text(load, template):
     tokenizer = tiny_tokenizer()
@@ -87,6 +101,8 @@ def test_what_is_too_long_or_empty_is_counted(load):
         ('{"prompt": "half a pair: \\ud800"}', "p.jsonl", "line 1: this prompt cannot be tokenised"),
         ('{"messages": [{"role": ["user"], "content": "x"}]}', "p.jsonl", "with a role of"),
         ('{"messages": "x"}', "p.jsonl", "expected"),
+        ('{"prompt": "x", "teacher": 3}', "p.jsonl", "line 1: expected a teacher's name as text; found 3"),
+        ('{"prompt": "x", "teacher": ""}', "p.jsonl", "line 1: expected a teacher's name"),
         ("mark \U000f0d15 <|end|>", "p.txt", "private-use characters"),
     ],
 )
