@@ -44,4 +44,6 @@ class OneDnnLinears(TorchFunctionMode):
 
 
 def _applies(inputs: Tensor, weight: Tensor) -> bool:
-    return available(inputs, weight) and inputs.dim() > 1 and not torch.is_autocast_enabled("cpu")
+    # A quantised weight is a tensor of another class that says it is float32.
+    ordinary = type(weight) in (Tensor, nn.Parameter)
+    return ordinary and available(inputs, weight) and inputs.dim() > 1 and not torch.is_autocast_enabled("cpu")

@@ -1,16 +1,31 @@
-"""Held-out evaluation: the exact reverse KL on the student's own completions of prompts it never trained on."""
+"""Held-out evaluation: the exact reverse KL on the student's own completions of prompts it never trained on.
 
+`python -m distill.evaluate --student A --teacher B --prompts FILE` compares any two models of one vocabulary.
+"""
+
+import argparse
+import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from distill.loss import Group, ModelParts, TeacherView, statistics
-from distill.memory import MemoryLimits
-from distill.models import ModelError
+from distill.config import Config, ConfigError
+from distill.decode import SamplingOptions
+from distill.loading import Pair, choose_device, choose_dtype, load_pair, load_prompt_sets
+from distill.loss import AGREEMENT_TOKENS, Group, HeadPair, ModelParts, TeacherView, statistics
+from distill.memory import MemoryLimitError, MemoryLimits
+from distill.models import ModelError, eos_ids
+from distill.prompts import PromptError, left_pad
 from distill.rollout import RolloutEngine, Rollouts
+from distill_kernels import linear_reverse_kl
 
 
 @dataclass(frozen=True)
@@ -111,3 +126,127 @@ def decode_samples(tokenizer: Any, rollouts: Rollouts, rows: Sequence[int]) -> l
         )
         for row in rows
     ]
+
+
+class Figure(NamedTuple):
+    """A mean over tokens with its 95 % interval, which is over prompts: the tokens of one are not independent."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Tensor, prompt_of_token: Tensor, prompts: int) -> "Figure":
+        values = values.double().cpu()
+        mean = values.mean()
+        half = 1.96 * _clustered_error(values - mean, prompt_of_token, prompts)
+        return cls(mean.item(), mean.item() - half, mean.item() + half)
+
+    def exp(self) -> "Figure":
+        return Figure(*map(math.exp, self))
+
+
+@torch.no_grad()
+def compare(pair: Pair, group: Group, limits: MemoryLimits) -> dict[str, Figure]:
+    """Both exact divergences, the agreement of the likeliest tokens and both perplexities, over a group's tokens."""
+    heads = HeadPair(pair.student_parts, pair.teachers[0].parts, 1.0, pair.vocab_size)
+    swapped = HeadPair(heads.teacher, heads.student, 1.0, pair.vocab_size)
+
+    def measure(parts: list[Tensor]) -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = {}
+        for rows in parts:
+            inputs, ids = group.inputs(rows), group.valid(group.completion_ids, rows)
+            ours, theirs = heads.student.hidden(*inputs), heads.teacher.hidden(*inputs)
+            stats = linear_reverse_kl(*heads.inputs(ours, theirs), ids, **heads.options())
+            forward = linear_reverse_kl(*swapped.inputs(theirs, ours), ids, **swapped.options())
+            tokens = zip(ours.split(AGREEMENT_TOKENS), theirs.split(AGREEMENT_TOKENS), strict=True)
+            for name, values in {
+                "reverse_kl": stats.reverse_kl,
+                "forward_kl": forward.reverse_kl,
+                "top_token_agreement": torch.cat([heads.agreement(*both) for both in tokens]),
+                "student_perplexity": -stats.student_logprob,
+                "teacher_perplexity": -stats.teacher_logprob,
+                "prompt": group.prompt_index[rows].repeat_interleave(group.completion_lengths[rows]),
+            }.items():
+                found.setdefault(name, []).append(values)
+        return {name: torch.cat(values) for name, values in found.items()}
+
+    found = limits.in_micro_batches("evaluation", group.lengths, measure)
+    prompt = found.pop("prompt")
+    figures = {name: Figure.of(values, prompt, len(group.prompt_ids)) for name, values in found.items()}
+    return {name: figure.exp() if name.endswith("perplexity") else figure for name, figure in figures.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.evaluate",
+        description="Exact reverse and forward KL, agreement of the likeliest token, and perplexity of two models on "
+        "completions that one of them samples.",
+    )
+    parser.add_argument("--student", required=True, metavar="MODEL", help="for example outputs/default/final")
+    parser.add_argument("--teacher", required=True, metavar="MODEL", help="a model of the same vocabulary")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="any file that prompts.eval takes")
+    parser.add_argument("--num-rollouts", type=int, default=4, help="completions of each prompt (4)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest completion (128)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling (1); figures are at 1")
+    parser.add_argument("--sample-from", choices=("student", "teacher"), default="student")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the models' folders ship")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    options, console = parser.parse_args(argv), Console()
+    try:
+        figures = _evaluate_models(options, console)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        print(f"{problem['loc'][-1]}: found {problem['input']!r}: {problem['msg']}", file=sys.stderr)
+        return 2
+    except (ConfigError, ModelError, PromptError, MemoryLimitError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    table = Table("on completions of the " + options.sample_from, "mean", "95 %", box=None)
+    for name, figure in figures.items():
+        table.add_row(name.replace("_", " "), f"{figure.mean:.4f}", f"{figure.low:.4f} to {figure.high:.4f}")
+    console.print(table)
+    if options.json:
+        record = vars(options) | {name: figure._asdict() for name, figure in figures.items()}
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+    return 0
+
+
+def _evaluate_models(options: argparse.Namespace, console: Console) -> dict[str, Figure]:
+    trust = {"trust_remote_code": options.trust_remote_code}
+    config = Config(
+        student={"model": options.student, **trust},
+        teacher={"model": options.teacher, **trust},
+        prompts={"train": options.prompts},
+        rollout={"max_new_tokens": options.max_new_tokens, "temperature": options.temperature},
+        training={"device": options.device, "precision": options.precision, "seed": options.seed},
+        evaluation={"num_rollouts_per_prompt": options.num_rollouts},
+    )
+    device = choose_device(config.training.device)
+    pair = load_pair(config, device, choose_dtype(config.training.precision, device))
+    prompts = load_prompt_sets(config, pair, lambda line: console.print(line, markup=False))[0].student
+    limits = MemoryLimits(config.training.tokens_per_micro_batch)
+    sampler = pair.student if options.sample_from == "student" else pair.teachers[0].model
+    engine = RolloutEngine(
+        sampler,
+        sampling=SamplingOptions(options.max_new_tokens, options.temperature),
+        eos_token_ids=eos_ids(pair.student, pair.tokenizer),
+        pad_token_id=pair.tokenizer.pad_token_id,
+        precision=str(pair.student_parts.dtype).removeprefix("torch."),
+        seed=options.seed,
+        vocab_size=pair.vocab_size,
+        limits=limits,
+    )
+    ids, mask = (tensor.to(device) for tensor in left_pad(prompts.token_ids, pair.tokenizer.pad_token_id))
+    with console.status(f"{len(prompts)} prompts, {options.num_rollouts} completions of each"):
+        rollouts = engine.generate(ids, mask, num_rollouts=options.num_rollouts, prompt_keys=torch.arange(len(prompts)))
+        return compare(pair, Group.of(rollouts), limits)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -210,9 +210,7 @@ def tokenise(
     else:
         safe = [{**message, "content": _hide(message["content"], tokenizer, hidden)} for message in messages]
     if templated:
-        text = tokenizer.apply_chat_template(
-            safe, tokenize=False, add_generation_prompt=True, **template_arguments
-        )
+        text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True, **template_arguments)
     else:
         text = safe[-1]["content"]
     # The template writes its own beginning-of-sequence token where the model wants one.

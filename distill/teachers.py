@@ -30,6 +30,8 @@ class Teacher(NamedTuple):
 
 def load_teachers(config: "TeacherConfig", device: torch.device, dtype: torch.dtype, attention: str) -> list[Teacher]:
     """`teacher.model` and `teacher.others`, without gradients. Raises `ModelError`."""
+    if config.offload and device.type == "cpu":
+        raise ModelError("teacher.offload: on a CPU the teacher is in host memory anyway; leave the key out")
     loaded = []
     trust = {"trust_remote_code": config.trust_remote_code}
     if config.precision in ("float32", "bfloat16"):
@@ -39,9 +41,8 @@ def load_teachers(config: "TeacherConfig", device: torch.device, dtype: torch.dt
         model = load_model(reference, dtype=dtype, device=device, attention=attention, **trust).requires_grad_(False)
         if config.precision == "int8":
             _to_int8(model)
-        away = config.offload and device.type != "cpu"
         body, head = split_head(model)
-        present = _HostMemory(body, device).present if away else contextlib.nullcontext
+        present = HostMemory(body, device).present if config.offload else contextlib.nullcontext
         loaded.append(Teacher(name, model, ModelParts(body, head, dtype, present), tokenizer))
     return loaded
 
@@ -57,15 +58,16 @@ def _to_int8(model: PreTrainedModel) -> None:
     quantize_(model.base_model, Int8WeightOnlyConfig())
 
 
-class _HostMemory:
-    """Keeps a frozen body in pinned host memory, but for the phases in which it computes.
+class HostMemory:
+    """Keeps a frozen body in host memory (pinned), but for the phases in which it computes.
 
     The head stays where it is: the update's fused operation needs it too.
     """
 
     def __init__(self, body: nn.Module, device: torch.device) -> None:
         self._tensors, self._device = [*body.parameters(), *body.buffers()], device
-        self._at_host = [tensor.detach().cpu().pin_memory() for tensor in self._tensors]
+        copies = (tensor.detach().cpu() for tensor in self._tensors)
+        self._at_host = [copy.pin_memory() if device.type == "cuda" else copy for copy in copies]
         self._leave()
 
     @contextlib.contextmanager
@@ -109,7 +111,7 @@ def teacher_prompts(
     `longest` is how many tokens of prompt the teachers can take, `special` as for `tokenise`. Raises `PromptError`.
     """
     changed = config.system_prompt is not None or bool(config.chat_template_kwargs)
-    if not changed and len(teachers) == 1:
+    if not changed and len(teachers) == 1 and not any(prompts.teachers):
         return None
     known = {teacher.name: index for index, teacher in enumerate(teachers)}
     token_ids, chosen = [], []

@@ -34,16 +34,27 @@ ALLOWED = {
     "diagnostics": {"metrics"},
     "trainer": {"rollout", "forward", "loss", "diagnostics", "checkpoint", "memory", "metrics"},
     "checkpoint": {"config"},
-    "loading": {"config", "loss", "models", "prompts"},
+    "teachers": {"loss", "models", "prompts"},
+    "loading": {"config", "loss", "models", "prompts", "teachers"},
     "output": {"checkpoint", "metrics"},
     "summary": {"display", "metrics"},
-    "evaluate": {"config", "models", "forward", "rollout", "loss", "memory"},
+    "evaluate": {"config", "decode", "loading", "models", "forward", "prompts", "rollout", "loss", "memory"},
     "display": {"metrics"},
     "report": {"config", "metrics"},
     "chat": {"models", "prompts"},
 }
-USE_KERNELS = {"decode", "rollout", "advantage", "loss", "cpu_linear"}
-USE_TRANSFORMERS = {"prompts", "models", "loading", "rollout", "decode", "kv_cache", "generation_copy", "forward"}
+USE_KERNELS = {"decode", "rollout", "advantage", "loss", "cpu_linear", "evaluate"}
+USE_TRANSFORMERS = {
+    "prompts",
+    "teachers",
+    "models",
+    "loading",
+    "rollout",
+    "decode",
+    "kv_cache",
+    "generation_copy",
+    "forward",
+}
 
 
 def imports_of(path: Path) -> set[str]:

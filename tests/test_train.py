@@ -20,6 +20,7 @@ from distill.config import ConfigError, known_keys, load_config
 from distill.health import StoppedError
 from distill.metrics import read_json_lines
 from distill.models import ModelError
+from distill.prompts import PromptError
 from distill.run import Run
 from distill.train import main
 
@@ -176,6 +177,11 @@ EFFECTS = {
     "student.trust_remote_code": ({"student.model": "remote"}, True, "accepted"),
     "teacher.model": ({}, "other", "numbers"),
     "teacher.trust_remote_code": ({"teacher.model": "remote"}, True, "accepted"),
+    "teacher.others": ({"prompts.train": "named"}, "two", "accepted"),
+    "teacher.system_prompt": ({}, "Be brief.", "numbers"),
+    "teacher.chat_template_kwargs": ({}, {"opening": "Well"}, "numbers"),
+    "teacher.precision": ({}, "bfloat16", "numbers"),
+    "teacher.offload": ({}, True, "refused"),
     "prompts.train": ({}, "other", "numbers"),
     "prompts.eval": ({}, "other", lambda run: run.evaluations[0]["reverse_kl"]),
     "prompts.chat_template": ({}, "never", "numbers"),
@@ -249,6 +255,11 @@ def others(tmp_path, tiny_pair, poisoned):
         if value == "controls":
             (tmp_path / "controls.txt").write_text("Say <|end|>.\nSay <|start|>.\n")
             return str(tmp_path / "controls.txt")
+        if value == "named":
+            (tmp_path / "named.jsonl").write_text('{"prompt": "Say one.", "teacher": "two"}\n{"prompt": "Say two."}\n')
+            return str(tmp_path / "named.jsonl")
+        if value == "two":
+            return {"two": str(folder)}
         if value == "poisoned":
             return poisoned("k")
         return (
@@ -278,7 +289,7 @@ def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatc
         calls.clear()
         try:
             run = execute(write_config({k: others(k, v) for k, v in changes.items()}))
-        except (ConfigError, ModelError, StoppedError) as error:
+        except (ConfigError, ModelError, PromptError, StoppedError) as error:
             return type(error)
         if look == "numbers":
             return metrics_of(run.folder)

@@ -1,0 +1,124 @@
+"""`python -m distill.evaluate` against plain PyTorch, and what it says of models and files it cannot use."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from distill.config import Config
+from distill.decode import SamplingOptions
+from distill.evaluate import compare, main
+from distill.loading import load_pair
+from distill.loss import Group
+from distill.memory import MemoryLimits
+from distill.prompts import left_pad
+from distill.rollout import RolloutEngine
+
+PROMPTS = ("Say red.", "Count to three, slowly.", "Name a bird.")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@torch.no_grad()
+def plain_figures(folders, group: Group) -> dict[str, list[torch.Tensor]]:
+    """Each figure's values by prompt, from whole logits of one row at a time."""
+    models = [AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.float64) for name in folders]
+    found: dict[str, list[torch.Tensor]] = {}
+    for row, length in enumerate(group.completion_lengths.tolist()):
+        prompt = group.prompt_index[row]
+        completion = group.completion_ids[row, :length]
+        ids = torch.cat([group.prompt_ids[prompt][group.prompt_mask[prompt]], completion])[None]
+        p, q = (model(ids).logits[0, -length - 1 : -1, :260].log_softmax(-1) for model in models)
+        figures = {
+            "reverse_kl": (p.exp() * (p - q)).sum(-1),
+            "forward_kl": (q.exp() * (q - p)).sum(-1),
+            "top_token_agreement": (p.argmax(-1) == q.argmax(-1)).double(),
+            "student_perplexity": -p.gather(1, completion[:, None])[:, 0],
+            "teacher_perplexity": -q.gather(1, completion[:, None])[:, 0],
+        }
+        for name, values in figures.items():
+            found.setdefault(name, [torch.empty(0)] * len(group.prompt_ids))
+            found[name][prompt] = torch.cat([found[name][prompt], values])
+    return found
+
+
+def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts):
+    config = Config(
+        student={"model": str(tiny_pair["student"])},
+        teacher={"model": str(tiny_pair["teacher"])},
+        prompts={"train": prompts},
+    )
+    pair = load_pair(config, torch.device("cpu"), torch.float32)
+    engine = RolloutEngine(
+        pair.student,
+        sampling=SamplingOptions(40),
+        eos_token_ids=[2],
+        pad_token_id=0,
+        precision="float32",
+        seed=0,
+        vocab_size=pair.vocab_size,
+    )
+    ids = left_pad([tiny_tokenizer()(text)["input_ids"] for text in PROMPTS], 0)
+    group = Group.of(engine.generate(*ids, num_rollouts=3, prompt_keys=torch.arange(3)))
+    found = compare(pair, group, MemoryLimits(60))
+    for name, by_prompt in plain_figures(tiny_pair, group).items():
+        sums, counts = torch.stack([v.sum() for v in by_prompt]), torch.tensor([float(len(v)) for v in by_prompt])
+        mean = sums.sum() / counts.sum()
+        error = ((sums - mean * counts).square().sum() * 3 / 2).sqrt() / counts.sum()
+        expected = torch.stack([mean, mean - 1.96 * error, mean + 1.96 * error])
+        if name.endswith("perplexity"):
+            expected = expected.exp()
+        torch.testing.assert_close(torch.tensor(found[name]), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["student", "teacher"])
+def test_the_command(tiny_pair, prompts, tmp_path, capsys, sampler):
+    models = ["--student", str(tiny_pair["student"]), "--teacher", str(tiny_pair["teacher"])]
+    options = ["--num-rollouts", "3", "--max-new-tokens", "12", "--sample-from", sampler]
+    target = tmp_path / "figures.json"
+    assert main([*models, "--prompts", str(prompts), *options, "--json", str(target)]) == 0
+    text = capsys.readouterr().out
+    assert f"on completions of the {sampler}" in text
+    figures = json.loads(target.read_text())
+    assert f"{figures['forward_kl']['mean']:.4f}" in text
+    # Each model finds its own completions the likelier ones.
+    own, other = (f"{name}_perplexity" for name in ("student", "teacher")[:: 1 if sampler == "student" else -1])
+    assert figures[own]["mean"] < figures[other]["mean"]
+
+
+def test_a_model_agrees_with_itself(tiny_pair, prompts, tmp_path):
+    model = str(tiny_pair["student"])
+    target = tmp_path / "figures.json"
+    command = ["--student", model, "--teacher", model, "--prompts", str(prompts), "--json", str(target)]
+    assert main([*command, "--max-new-tokens", "8"]) == 0
+    figures = json.loads(target.read_text())
+    assert abs(figures["reverse_kl"]["mean"]) < 1e-6
+    assert abs(figures["forward_kl"]["mean"]) < 1e-6
+    assert figures["top_token_agreement"]["mean"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"--student": "/nowhere"}, "'/nowhere': no such directory"),
+        ({"--prompts": "/nowhere.txt"}, "/nowhere.txt: there is no such file"),
+        ({"--num-rollouts": "0"}, "num_rollouts_per_prompt: found 0"),
+        ({"--max-new-tokens": "4096"}, "found 4096"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message_and_status_2(tiny_pair, prompts, capsys, changes, expected):
+    options = {
+        "--student": str(tiny_pair["student"]),
+        "--teacher": str(tiny_pair["teacher"]),
+        "--prompts": str(prompts),
+        **changes,
+    }
+    assert main([word for pair in options.items() for word in pair]) == 2
+    assert expected in capsys.readouterr().err

@@ -1,0 +1,234 @@
+"""Teachers that see another prompt than the student, several of them, in 8 bits, and in host memory between phases."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from test_loss import make_rollouts, parts_of
+
+from distill.config import TeacherConfig, load_config
+from distill.forward import micro_batches
+from distill.loss import Group, LossOptions, TeacherView, accumulate_gradients, score, statistics
+from distill.metrics import read_json_lines
+from distill.models import ModelError
+from distill.prompts import PromptError, left_pad, load_prompts, tokenise
+from distill.teachers import HostMemory, Teacher, load_teachers, teacher_prompts
+from distill.train import main
+
+LENGTHS, N = [5, 3, 1, 6, 2, 4], 2
+
+
+def viewed(pad=0) -> Group:
+    """Three prompts with two completions each; two teachers, and another, longer prompt for each."""
+    rollouts = make_rollouts(LENGTHS, num_rollouts=N, vocab_size=97, prompt_lengths=[4, 2, 6])
+    generator = torch.Generator().manual_seed(5)
+    seen = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in (9, 5, 7)]
+    return Group.of(rollouts, TeacherView(*left_pad(seen, pad), torch.tensor([1, 0, 1])))
+
+
+@torch.no_grad()
+def plain_logprob(model, group: Group, row: int) -> torch.Tensor:
+    """A model's log-probabilities of a row's completion after the group's own prompt, whole logits, no padding."""
+    prompt, length = group.prompt_index[row], group.completion_lengths[row]
+    completion = group.completion_ids[row, :length]
+    ids = torch.cat([group.prompt_ids[prompt][group.prompt_mask[prompt]], completion])
+    logits = model(ids[None]).logits[0, -length - 1 : -1]
+    return logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("budget", [10**6, 14])
+def test_each_completion_is_scored_by_its_teacher_after_the_teachers_prompt(budget):
+    """Teachers of two families and widths; their log-probabilities against one plain forward a row."""
+    student = tiny_model("llama", seed=1)
+    teachers = [tiny_model("qwen3", seed=2), tiny_model("llama", seed=3, hidden_size=48)]
+    group, parts = viewed(), [parts_of(model) for model in teachers]
+    batches = micro_batches(*group.for_teachers.lengths, budget)
+    stats = statistics(parts_of(student), parts, group, batches)
+    expected = [plain_logprob(teachers[[1, 1, 0, 0, 1, 1][row]], group.for_teachers, row) for row in range(6)]
+    torch.testing.assert_close(stats.teacher_logprob, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    own = [plain_logprob(student, group, row) for row in range(6)]
+    torch.testing.assert_close(stats.student_logprob, torch.cat(own), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [LossOptions("reverse_kl"), LossOptions(baseline="group", discount=0.5)])
+def test_the_gradient_of_a_group_with_several_teachers_does_not_depend_on_micro_batches(options):
+    student = tiny_model("llama", seed=1)
+    parts = [parts_of(tiny_model("qwen3", seed=2)), parts_of(tiny_model("llama", seed=3, hidden_size=48))]
+    found = []
+    for budget in (10**6, 14):
+        student.zero_grad(set_to_none=True)
+        group = viewed()
+        hidden = score(parts, group, micro_batches(*group.for_teachers.lengths, budget))
+        assert [tuple(states.shape) for states in hidden] == [
+            (length, 48 if row in (0, 1, 4, 5) else 32) for row, length in enumerate(LENGTHS)
+        ]
+        batches = micro_batches(*group.lengths, budget)
+        result = accumulate_gradients(parts_of(student), parts, hidden, group, batches, options)
+        found.append((result.loss, [parameter.grad.clone() for parameter in student.parameters()]))
+    largest = max(gradient.abs().max().item() for gradient in found[0][1])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6 * max(1, largest))
+
+
+@pytest.fixture
+def prompt_set(tmp_path):
+    def make(*records):
+        path = tmp_path / "some.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return load_prompts(path, tiny_tokenizer())
+
+    return make
+
+
+def teachers_named(*names) -> list[Teacher]:
+    return [Teacher(name, None, None, tiny_tokenizer()) for name in names]
+
+
+def seen_by(prompts, teachers, longest=None, **settings):
+    config = TeacherConfig(model="x", **settings)
+    return teacher_prompts(prompts, teachers, config, longest=longest, pad_token_id=0, special=False)
+
+
+def test_a_system_prompt_is_the_teachers_alone_and_replaces_the_prompts_own(prompt_set):
+    conversation = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Say <|end|>."}]
+    prompts = prompt_set({"prompt": "Say red."}, {"messages": conversation})
+    seen = seen_by(prompts, teachers_named(None), system_prompt="Be brief.")
+    decode = tiny_tokenizer().decode
+    assert decode(seen.token_ids[0]) == (
+        "<|start|>system\nBe brief.<|end|>\n<|start|>user\nSay red.<|end|>\n<|start|>assistant\n"
+    )
+    assert "Be long." not in decode(seen.token_ids[1])
+    assert "Be brief." not in decode(prompts.token_ids[0])
+    assert seen.token_ids[1].count(2) == 2  # the control token that the prompt spells out stays text
+    view = seen.view([1, 0])
+    assert view.prompt_ids[1][view.prompt_mask[1]].tolist() == seen.token_ids[0]
+
+
+def test_template_arguments_reach_the_teachers_template_only(prompt_set):
+    prompts = prompt_set({"prompt": "Say red."})
+    seen = seen_by(prompts, teachers_named(None), chat_template_kwargs={"opening": "Well, "})
+    assert seen.token_ids[0] == prompts.token_ids[0] + tokenise(
+        [{"role": "user", "content": "Well, "}], tiny_tokenizer(chat_template=None), False
+    )
+
+
+def test_one_teacher_that_sees_what_the_student_sees_needs_no_view(prompt_set):
+    assert seen_by(prompt_set({"prompt": "Say red."}), teachers_named(None)) is None
+
+
+def test_a_record_names_its_teacher(prompt_set):
+    prompts = prompt_set({"prompt": "1 + 1", "teacher": "maths"}, {"prompt": "Say red."})
+    assert seen_by(prompts, teachers_named(None, "maths")).view([0, 1]).teacher.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("records", "settings", "expected"),
+    [
+        ({"prompt": "1 + 1", "teacher": "math"}, {}, "names the teacher 'math', and teacher.others has none"),
+        ({"prompt": "a"}, {"system_prompt": "word " * 40}, "64 fit its context"),
+        ({"prompt": "a"}, {"chat_template_kwargs": {"tokenize": 1}}, "cannot be tokenised for the teacher"),
+    ],
+)
+def test_what_does_not_fit_a_teacher_is_refused_with_the_prompt(prompt_set, records, settings, expected):
+    with pytest.raises(PromptError, match=expected):
+        seen_by(prompt_set(records), teachers_named(None), longest=64, **settings)
+
+
+def test_a_teacher_without_chat_template_cannot_be_given_a_system_prompt(prompt_set):
+    bare = [Teacher(None, None, None, tiny_tokenizer(chat_template=None))]
+    with pytest.raises(PromptError, match="tokenizer has none"):
+        seen_by(prompt_set({"prompt": "a"}), bare, system_prompt="Be brief.")
+
+
+def test_context_distillation_teaches_the_student_the_system_prompt(write_config, tiny_pair, tmp_path):
+    """The same weights on both sides: all there is to learn is what the teacher's own prompt changes."""
+    changes = {
+        "teacher.model": str(tiny_pair["student"]),
+        "teacher.system_prompt": "Be brief.",
+        "training.num_epochs": 6,
+        "training.num_rollouts_per_prompt": 8,
+        "training.learning_rate": 1e-2,
+    }
+    assert main(["--config", str(write_config(changes))]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_reverse_kl_before"] > 0.1
+    assert summary["eval_reverse_kl_after"] < 0.5 * summary["eval_reverse_kl_before"]
+
+
+def test_a_run_with_two_teachers_continues_to_the_same_numbers(write_config, tiny_pair, tmp_path):
+    prompts = tmp_path / "named.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"Say {i}.", "teacher": ("b", None)[i % 2]}) + "\n" for i in range(4))
+    )
+    changes = {
+        "prompts.train": str(prompts),
+        "teacher.others": {"b": str(tiny_pair["student"])},
+        "training.prompts_per_step": 2,
+        "training.num_epochs": 2,
+        "training.save_every": 1,
+    }
+    config = write_config(changes)
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    assert main(["--config", str(config), "--training.output_dir", str(folders[0])]) == 0
+    for steps in (1, 4):
+        options = ["--training.output_dir", str(folders[1]), "--training.max_steps", str(steps)]
+        assert main(["--config", str(config), *options]) == 0
+    assert load_config(folders[1] / "config.yaml").teacher.others["b"] == str(tiny_pair["student"])
+    whole, parts = ([line["loss"] for line in read_json_lines(folder / "metrics.jsonl")] for folder in folders)
+    assert whole == parts
+
+
+def test_eight_bits_change_a_teacher_little_and_leave_its_head(tiny_pair):
+    pytest.importorskip("torchao")
+    ids = torch.arange(3, 40)[None]
+    cpu = torch.device("cpu")
+    full, small = (
+        load_teachers(TeacherConfig(model=str(tiny_pair["teacher"]), precision=p), cpu, torch.float32, "auto")[0]
+        for p in ("float32", "int8")
+    )
+    assert torch.equal(full.parts.head.weight, small.parts.head.weight)
+    layer = "layers.0.mlp.up_proj.weight"
+    assert type(small.parts.body.get_parameter(layer)) is not type(full.parts.body.get_parameter(layer))
+    expected, found = (teacher.model(ids).logits.log_softmax(-1) for teacher in (full, small))
+    assert 0 < (expected - found).abs().mean() < 0.05
+
+
+def test_a_run_with_an_eight_bit_teacher(write_config, tmp_path):
+    pytest.importorskip("torchao")
+    assert main(["--config", str(write_config({"teacher.precision": "int8"}))]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 5
+
+
+def test_eight_bits_without_torchao_say_what_to_install(tiny_pair, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    config = TeacherConfig(model=str(tiny_pair["teacher"]), precision="int8")
+    with pytest.raises(ModelError, match=r"pip install 'distill-on-policy\[int8\]'"):
+        load_teachers(config, torch.device("cpu"), torch.float32, "auto")
+
+
+def test_a_body_in_host_memory_computes_what_it_did(monkeypatch):
+    """On the CPU the two places are two sets of memory: outside of its phase the body is in the first."""
+    body = tiny_model("qwen3", seed=2).requires_grad_(False).base_model
+    ids = torch.arange(3, 20)[None]
+    expected, at_host = body(ids).last_hidden_state, {p.data_ptr() for p in body.parameters()}
+    host, real = HostMemory(body, torch.device("cpu")), torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: real(tensor, *args, **kwargs).clone())
+    with host.present():
+        monkeypatch.undo()
+        assert not at_host & {p.data_ptr() for p in body.parameters()}
+        assert torch.equal(body(ids).last_hidden_state, expected)
+    assert {p.data_ptr() for p in body.parameters()} == at_host
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_body_in_host_memory_takes_none_of_the_gpus():
+    body = tiny_model("qwen3", seed=2).requires_grad_(False).base_model.cuda()
+    expected = body(torch.arange(3, 20, device="cuda")[None]).last_hidden_state
+    before = torch.cuda.memory_allocated()
+    host = HostMemory(body, torch.device("cuda"))
+    assert torch.cuda.memory_allocated() < before
+    with host.present():
+        assert torch.equal(body(torch.arange(3, 20, device="cuda")[None]).last_hidden_state, expected)
+    assert all(parameter.is_pinned() for parameter in body.parameters())
