@@ -142,13 +142,17 @@ def test_a_teacher_without_chat_template_cannot_be_given_a_system_prompt(prompt_
 
 
 def test_context_distillation_teaches_the_student_the_system_prompt(write_config, tiny_pair, tmp_path):
-    """The same weights on both sides: all there is to learn is what the teacher's own prompt changes."""
+    """The same weights on both sides: all there is to learn is what the teacher's own prompt changes.
+
+    On the training prompts, as random models have nothing in common between one prompt and another.
+    """
     changes = {
         "teacher.model": str(tiny_pair["student"]),
         "teacher.system_prompt": "Be brief.",
-        "training.num_epochs": 6,
+        "prompts.eval": str(tmp_path / "prompts.txt"),
+        "training.num_epochs": 20,
         "training.num_rollouts_per_prompt": 8,
-        "training.learning_rate": 1e-2,
+        "training.learning_rate": 3e-3,
     }
     assert main(["--config", str(write_config(changes))]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
