@@ -26,6 +26,7 @@ NEEDED = {"student.safetensors", "optimizer.safetensors", "state.json"}
 # Keys whose change leaves every number of a continued run as it would have been.
 HARMLESS = {
     "teacher.offload",
+    "prompts.streaming",
     "training.output_dir",
     "training.save_every",
     "training.keep_last",

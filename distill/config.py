@@ -71,9 +71,17 @@ class TeacherConfig(Section):
 
 class PromptsConfig(Section):
     train: FilePath
-    """Training prompts: .txt (one a line) or .jsonl (a `prompt` or `messages` each)."""
+    """Training prompts: a .txt, .jsonl, .csv or .parquet file, a folder, or hub:OWNER/NAME[/CONFIG][:SPLIT]."""
     eval: FilePath | None = None
     """Held-out prompts for the evaluation before, during and after; without them there is none."""
+    column: str | None = Field(None, min_length=1)
+    """Column with the prompt, as text or as a list of messages; absent: `prompt`, else `messages`."""
+    limit: Positive | None = None
+    """Read the first so many training records; absent: all."""
+    eval_limit: Positive | None = None
+    """Read the first so many held-out records; absent: all."""
+    streaming: bool = False
+    """Read a hub dataset over the network as far as the limit goes, instead of downloading the whole split first."""
     chat_template: Literal["auto", "never"] = "auto"
     """`auto` wraps a prompt in the student tokenizer's chat template where it has one, `never` takes it as it is."""
     max_tokens: Positive = 1024
@@ -82,6 +90,12 @@ class PromptsConfig(Section):
     """What a prompt's spelled-out control tokens (`<|im_end|>`) are: text like any other, or the tokens themselves."""
     shuffle: bool = True
     """Draw the prompts of each epoch in an order made from the seed, instead of the file's."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "PromptsConfig":
+        if self.streaming and not any(str(source).startswith("hub:") for source in (self.train, self.eval)):
+            raise ValueError("prompts.streaming is how a hub dataset is read, and neither train nor eval names one")
+        return self
 
 
 class RolloutConfig(Section):

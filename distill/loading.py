@@ -66,7 +66,7 @@ def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) ->
     """Training and held-out prompts; `tell` hears of what was left out. Raises `ConfigError` or `PromptError`."""
     settings = config.prompts
 
-    def load(path: Path, key: str, completion: int) -> Prompts:
+    def load(path: Path, limit: int | None, key: str, completion: int) -> Prompts:
         longest = settings.max_tokens
         if pair.context is not None:
             if completion >= pair.context:
@@ -77,6 +77,9 @@ def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) ->
         prompts = load_prompts(
             path,
             pair.tokenizer,
+            column=settings.column,
+            limit=limit,
+            streaming=settings.streaming,
             chat_template=settings.chat_template,
             control_tokens=settings.control_tokens,
             max_tokens=longest,
@@ -86,6 +89,8 @@ def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) ->
                 f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "
                 f"{prompts.too_long} of more than {longest} tokens"
             )
+        if prompts.answered:
+            tell(f"{path}: {prompts.answered} conversations ended in an answer, which was left out")
         seen = teacher_prompts(
             prompts,
             pair.teachers,
@@ -96,12 +101,12 @@ def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) ->
         )
         return Prompts(prompts, seen)
 
-    train = load(settings.train, "rollout.max_new_tokens", config.rollout.max_new_tokens)
+    train = load(settings.train, settings.limit, "rollout.max_new_tokens", config.rollout.max_new_tokens)
     if settings.eval is None:
         return train, None
-    if config.evaluation.max_new_tokens is not None:
-        return train, load(settings.eval, "evaluation.max_new_tokens", config.evaluation.max_new_tokens)
-    return train, load(settings.eval, "rollout.max_new_tokens", config.rollout.max_new_tokens)
+    section = "rollout" if config.evaluation.max_new_tokens is None else "evaluation"
+    longest = getattr(config, section).max_new_tokens
+    return train, load(settings.eval, settings.eval_limit, f"{section}.max_new_tokens", longest)
 
 
 def choose_device(requested: str) -> torch.device:

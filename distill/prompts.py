@@ -1,27 +1,27 @@
-"""Prompt files, the chat template, and the order in which prompts are drawn.
+"""Prompts from records: the chat template, and the order in which prompts are drawn. `records.py` reads the files.
 
-The order is a function of (seed, epoch) alone, so that a resumed run needs only its position. Text that happens to
-spell a control token (`<|im_end|>`) stays text.
+All prompts are tokenised before the first step and kept, so that their digest can guard a resumed run. The order is a
+function of (seed, epoch) alone, so that such a run needs only its position. Text that happens to spell a control token
+(`<|im_end|>`) stays text.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from distill.records import BLANK, MAX_LINE_BYTES, PromptError, Record, read
+
 Message = dict[str, str]
 Conversation = tuple[list[Message], str | None]  # and the name of its teacher
-
-
-class PromptError(ValueError):
-    """A prompt file that cannot be used, with the line and what to do."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class PromptSet:
     """Blank lines, or records without text."""
     too_long: int = 0
     """Prompts above the token limit."""
+    answered: int = 0
+    """Conversations whose last message was the assistant's, which was left out."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Tells one set of tokenised prompts, each with its teacher, from another."""
         told = [self.token_ids, self.teachers] if any(self.teachers) else self.token_ids
@@ -51,7 +53,7 @@ class PromptSet:
 
 
 ROLES = ("system", "user", "assistant", "tool")
-MAX_LINE_BYTES, MAX_FILE_BYTES = 2**22, 2**30
+COLUMNS = ("prompt", "messages")
 MARKS = "\U000f0d15", "\U000f0d16"  # private-use characters: no template gives them a meaning
 
 
@@ -59,27 +61,42 @@ def load_prompts(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    column: str | None = None,
+    limit: int | None = None,
+    streaming: bool = False,
     chat_template: str = "auto",
     control_tokens: str = "text",
     max_tokens: int = 1024,
 ) -> PromptSet:
-    """Reads and tokenises a prompt file: `.txt`, one prompt a line, or `.jsonl`, a `prompt` or `messages` each.
+    """Reads and tokenises the first `limit` records, or all, of a prompt file, a folder or a hub dataset.
 
+    `column` holds the prompt: text, or a conversation whose last turn the student answers; absent, one of COLUMNS.
     `control_tokens` says what those are that a prompt spells out: `text`, or `special` tokens.
-    Raises `PromptError` for a file that is missing, not UTF-8, malformed, or without a usable prompt.
+    Raises `PromptError` for what is missing, not UTF-8, malformed, or without a usable prompt.
     """
     templated = chat_template == "auto" and tokenizer.chat_template is not None
-    token_ids, conversations, teachers, empty, too_long = [], [], [], 0, 0
-    for where, conversation in _read(path):
-        if conversation is None:
+    column = None if path.suffix == ".txt" else column
+    columns = (column or COLUMNS[0], *COLUMNS, "teacher")
+    token_ids, conversations, teachers, empty, too_long, answered = [], [], [], 0, 0, 0
+    # Token ids are numbers met again and again: each is kept once.
+    known = list(range(len(tokenizer)))
+    for where, record in islice(read(path, columns, whole=limit is None, streaming=streaming), limit):
+        if record is None:
             too_long += 1
             continue
-        messages, teacher = conversation
+        messages, teacher = ([], None) if record is BLANK else _conversation(record, where, column)
+        answers = 0
+        while messages and messages[-1]["role"] == "assistant":
+            messages, answers = messages[:-1], 1
+        answered += answers
         if not messages or not messages[-1]["content"].strip():
             empty += 1
             continue
         if not templated and len(messages) > 1:
             raise PromptError(f"{where}: a conversation needs a chat template, and the tokenizer's is absent or off")
+        if sum(len(message["content"]) for message in messages) > MAX_LINE_BYTES:
+            too_long += 1
+            continue
         try:
             ids = tokenise(messages, tokenizer, templated, special=control_tokens == "special")
         # Half a surrogate pair, which JSON can write and UTF-8 cannot; a template that wants roles to alternate.
@@ -88,7 +105,7 @@ def load_prompts(
         if len(ids) > max_tokens:
             too_long += 1
         elif ids:
-            token_ids.append(ids)
+            token_ids.append([known[i] for i in ids])
             conversations.append(messages)
             teachers.append(teacher)
         else:
@@ -98,7 +115,7 @@ def load_prompts(
             f"{path}: no usable prompt ({empty} empty, {too_long} of more than {max_tokens} tokens; prompts.max_tokens)"
         )
     texts = [messages[-1]["content"] for messages in conversations]
-    return PromptSet(token_ids, texts, conversations, teachers, empty, too_long)
+    return PromptSet(token_ids, texts, conversations, teachers, empty, too_long, answered)
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
@@ -120,77 +137,30 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
     return token_ids, mask
 
 
-def _read(path: Path) -> Iterator[tuple[str, Conversation | None]]:
-    """Each record's place and content; no messages for a blank one, None for one longer than any prompt."""
-    if path.suffix not in (".txt", ".jsonl"):
-        raise PromptError(f"{path}: a prompt file is .txt (one prompt a line) or .jsonl (one JSON object a line)")
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise PromptError(
-                f"{path}: {size / 2**30:.1f} GiB, and at most {MAX_FILE_BYTES / 2**30:.0f} are read: take a part of it"
-            )
-        with path.open("rb") as file:
-            for number, line in enumerate(_lines(file, path), 1):
-                where = f"{path}, line {number}"
-                if line is None:
-                    yield where, None
-                elif not line.strip():
-                    yield where, ([], None)
-                elif path.suffix == ".txt":
-                    yield where, ([{"role": "user", "content": line.strip()}], None)
-                else:
-                    yield where, _conversation(line, where)
-    except FileNotFoundError:
-        raise PromptError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise PromptError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _lines(file: BinaryIO, path: Path) -> Iterator[str | None]:
-    """Lines without their ends, None for one past MAX_LINE_BYTES, so that memory never holds more than one.
-
-    Lines end at line feeds only: other characters at which Python splits may stand inside a prompt.
-    """
-    read = 0
-    while content := file.readline(MAX_LINE_BYTES):
-        too_long = len(content) == MAX_LINE_BYTES and not content.endswith(b"\n")
-        try:
-            # A character may be cut in two at the end of what was read of a line that is too long.
-            line = content[: -4 if too_long else None].decode("utf-8" if read else "utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise PromptError(f"{path}: not UTF-8 text (byte {read + error.start}): save it as UTF-8") from None
-        if b"\0" in content:
-            raise PromptError(f"{path}: byte {read + content.index(0)} is NUL, so this is no text file")
-        read += len(content)
-        while too_long and content and not content.endswith(b"\n"):
-            content = file.readline(MAX_LINE_BYTES)
-            read += len(content)
-        yield None if too_long else line.removesuffix("\n").removesuffix("\r")
-    if not read:
-        yield ""
-
-
-def _conversation(line: str, where: str) -> Conversation:
-    try:
-        record: Any = json.loads(line)
-    # ValueError also for a number of thousands of digits.
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{where}: not valid JSON: {error}") from None
-    teacher = record.get("teacher") if isinstance(record, dict) else None
-    if teacher is not None and not (isinstance(teacher, str) and teacher):
-        raise PromptError(f"{where}: expected a teacher's name as text; found {teacher!r:.80}")
-    if isinstance(record, dict) and isinstance(record.get("prompt"), str):
-        return [{"role": "user", "content": record["prompt"]}], teacher
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages
+def _conversation(record: Record, where: str, column: str | None) -> Conversation:
+    """A record's messages, None in them left out, and its teacher. Raises `PromptError`."""
+    key = column or next((name for name in COLUMNS if record.get(name) is not None), "")
+    value, teacher = record.get(key), record.get("teacher")
+    if isinstance(value, str) and key != "messages":
+        messages = [{"role": "user", "content": value}]
+    elif isinstance(value, list) and all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value
     ):
-        raise PromptError(
-            f'{where}: expected {{"prompt": "text"}} or {{"messages": [{{"role": ..., "content": ...}}]}} '
-            f"with a role of {', '.join(ROLES)}; found {line[:80]!r}"
+        messages = [{name: part for name, part in message.items() if part is not None} for message in value]
+    else:
+        place = (
+            f"the column {column!r}"
+            if column
+            else "a column `prompt` or `messages` (another is named by prompts.column)"
         )
-    return messages, teacher
+        found = f"{key}: {value!r}" if key in record else f"the columns {', '.join(record)}"
+        raise PromptError(
+            f"{where}: expected in {place} text or a list of {{'role': ..., 'content': ...}} "
+            f"with a role of {', '.join(ROLES)}; found {found:.120}"
+        )
+    if teacher is not None and not isinstance(teacher, str):
+        raise PromptError(f"{where}: expected a teacher's name as text; found {teacher!s:.80}")
+    return messages, teacher or None
 
 
 def tokenise(

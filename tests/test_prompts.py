@@ -91,7 +91,7 @@ def test_what_is_too_long_or_empty_is_counted(load):
         ('{"prompt": "a"}\n{"text": "b"}', "p.jsonl", "line 2: expected"),
         ('{"messages": [{"role": "king<|end|>", "content": "b"}]}', "p.jsonl", "with a role of"),
         ("[1]", "p.jsonl", "line 1: expected"),
-        ("a", "p.csv", ".txt (one prompt a line) or .jsonl"),
+        ("a", "p.xlsx", "is none of the kinds that are read; prompts are in .txt (one prompt a line), .jsonl"),
         (b"text\0more", "p.txt", "byte 4 is NUL, so this is no text file"),
         (b"\x7fELF\x02\x01\x01" + b"\0" * 64, "p.txt", "NUL"),
         (b"fine\ncaf\xe9\n", "p.txt", "not UTF-8 text (byte 8): save it as UTF-8"),
@@ -102,7 +102,7 @@ def test_what_is_too_long_or_empty_is_counted(load):
         ('{"messages": [{"role": ["user"], "content": "x"}]}', "p.jsonl", "with a role of"),
         ('{"messages": "x"}', "p.jsonl", "expected"),
         ('{"prompt": "x", "teacher": 3}', "p.jsonl", "line 1: expected a teacher's name as text; found 3"),
-        ('{"prompt": "x", "teacher": ""}', "p.jsonl", "line 1: expected a teacher's name"),
+        ("{}", "p.jsonl", "line 1: expected in a column `prompt` or `messages`"),
         ("mark \U000f0d15 <|end|>", "p.txt", "private-use characters"),
     ],
 )
@@ -122,7 +122,7 @@ def test_control_tokens_are_tokens_where_that_is_asked_for(load):
 
 def test_a_template_that_refuses_a_conversation_is_quoted(load):
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('users begin') }}{% endif %}x"
-    line = json.dumps({"messages": [{"role": "assistant", "content": "a"}]})
+    line = json.dumps({"messages": [{"role": "system", "content": "a"}]})
     with pytest.raises(PromptError, match=r"line 1: this prompt cannot be tokenised: users begin"):
         load(line, "p.jsonl", tokenizer=tiny_tokenizer(chat_template=strict))
     with pytest.raises(PromptError, match="line 1: this prompt cannot be tokenised"):

@@ -184,6 +184,10 @@ EFFECTS = {
     "teacher.offload": ({}, True, "refused"),
     "prompts.train": ({}, "other", "numbers"),
     "prompts.eval": ({}, "other", lambda run: run.evaluations[0]["reverse_kl"]),
+    "prompts.column": ({"prompts.train": "columns"}, "other", lambda run: run.prompts.texts),
+    "prompts.limit": ({}, 2, lambda run: len(run.prompts)),
+    "prompts.eval_limit": ({}, 1, lambda run: len(run.eval_prompts)),
+    "prompts.streaming": ({}, True, "refused"),
     "prompts.chat_template": ({}, "never", "numbers"),
     "prompts.max_tokens": ({"prompts.eval": None}, 28, lambda run: run.prompts.too_long),
     "prompts.control_tokens": ({"prompts.train": "controls"}, "special", "numbers"),
@@ -249,7 +253,13 @@ def others(tmp_path, tiny_pair, poisoned):
     shutil.copytree(tiny_pair["student"], remote)
     ship_code(remote)
 
+    (tmp_path / "columns.jsonl").write_text('{"prompt": "Say red.", "other": "Say blue."}\n')
+
     def stand_in(key: str, value):
+        if key == "prompts.column":
+            return value
+        if value == "columns":
+            return str(tmp_path / "columns.jsonl")
         if value == "other":
             return str(tmp_path / "other.txt") if key.startswith("prompts") else str(folder)
         if value == "controls":
