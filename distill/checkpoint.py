@@ -33,6 +33,7 @@ HARMLESS = {
     "training.resume",
     "training.eval_every",
     "training.max_bad_steps",
+    "training.report_to",
 }
 # Harmless unless the learning rate depends on where the run ends.
 LENGTH = {"training.max_steps", "training.num_epochs"}

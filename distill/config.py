@@ -165,6 +165,8 @@ class TrainingConfig(Section):
     """Steps between held-out evaluations; absent: before and after only."""
     resume: Reference = "auto"
     """`auto` continues from the newest checkpoint in output_dir, `never` starts over, else a checkpoint's folder."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Experiment trackers that are told every step and evaluation."""
 
 
 class LossConfig(Section):

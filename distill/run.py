@@ -31,6 +31,7 @@ from distill.prompts import epoch_order, left_pad
 from distill.report import write_report
 from distill.rollout import RolloutEngine
 from distill.summary import NUM_SAMPLES, show_summary, summarise
+from distill.trackers import Trackers, check_installed
 from distill.trainer import StepResult, Trainer
 
 
@@ -44,6 +45,7 @@ class Run:
         self.dtype = choose_dtype(config.training.precision, self.device)
         self.evaluations: list[dict[str, Any]] = []
         self.samples: dict[str, list[str]] = {}
+        check_installed(config.training.report_to)
         # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
         self.output = OutputFolder(config.training.output_dir)
         try:
@@ -68,7 +70,14 @@ class Run:
         self.limits.report = lambda message: self._notice("memory", self.trainer.position.step + 1, message, display)
         try:
             self._open_folder()
-            with display:
+            self.trackers = Trackers(
+                self.config.training.report_to,
+                self.folder,
+                self.config.model_dump(mode="json"),
+                self.start is not None,
+                lambda message: self._notice("tracker", self.trainer.position.step, message, display),
+            )
+            with self.trackers, display:
                 try:
                     stop = self._train(display)
                 except MemoryLimitError as error:
@@ -81,6 +90,7 @@ class Run:
                     return 128 + stop
                 display.phase("writing the model")
                 self.output.replace("final", self._write_model)
+                self.trackers.complete = True
             summary = summarise(self)
             self.output.write_text("summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
             with self.output.writing("report.html"):
@@ -270,6 +280,7 @@ class Run:
         record = {"step": step, **result.record()}
         self.evaluations.append(record)
         self.output.log("evaluations", [record])
+        self.trackers.log_evaluation(record)
         rows = range(0, len(self.eval_prompts) * settings.num_rollouts_per_prompt, settings.num_rollouts_per_prompt)
         self.samples["after" if step else "before"] = decode_samples(
             self.tokenizer, result.rollouts, rows[:NUM_SAMPLES]
@@ -282,6 +293,7 @@ class Run:
         rollouts, step = result.rollouts, result.metrics["step"]
         texts = decode_samples(self.tokenizer, rollouts, range(len(rollouts.finished)))
         self.output.log("metrics", [result.metrics])
+        self.trackers.log(result.metrics)
         self.output.log(
             "rollouts",
             (

@@ -38,6 +38,7 @@ ALLOWED = {
     "teachers": {"loss", "models", "prompts"},
     "loading": {"config", "loss", "models", "prompts", "teachers"},
     "output": {"checkpoint", "metrics"},
+    "trackers": {"config", "metrics"},
     "summary": {"display", "metrics"},
     "evaluate": {"config", "decode", "loading", "models", "forward", "prompts", "rollout", "loss", "memory"},
     "display": {"metrics"},

@@ -223,6 +223,7 @@ EFFECTS = {
     "training.keep_last": ({"training.save_every": 1}, 4, "checkpoints"),
     "training.eval_every": ({}, 2, lambda run: len(run.evaluations)),
     "training.resume": ({}, "never", lambda run: (run.folder.with_name("run.1")).exists()),
+    "training.report_to": ({}, ["tensorboard"], lambda run: (run.folder / "tensorboard").exists()),
     "loss.objective": ({}, "sampled_reverse_kl", "numbers"),
     "loss.reduction": ({"rollout.max_new_tokens": 99, "rollout.temperature": 10.0}, "token", "numbers"),
     "loss.temperature": ({}, 2.0, "numbers"),
