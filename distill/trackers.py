@@ -67,7 +67,12 @@ def _wandb(run: TrackedRun) -> Opened:
         config=run.config,
         settings=wandb.Settings(console="off"),
     )
-    return lambda step, figures: tracked.log(figures, step=step), lambda done: tracked.finish(exit_code=int(not done))
+
+    def write(step: int, figures: dict[str, float]) -> None:
+        if step >= tracked.step:  # what its server holds of a continued run comes before
+            tracked.log(figures, step=step)
+
+    return write, lambda done: tracked.finish(exit_code=int(not done))
 
 
 def _trackio(run: TrackedRun) -> Opened:
@@ -101,6 +106,8 @@ def _mlflow(run: TrackedRun) -> Opened:
     return write, lambda done: client.set_terminated(tracked, "FINISHED" if done else "KILLED")
 
 
+# A kill takes what these have in memory, and they know themselves what they hold: they are told everything again.
+RETOLD = {"tensorboard", "wandb"}
 OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}
 
 
@@ -186,7 +193,7 @@ class _Worker(threading.Thread):
         self._tracked = TrackedRun(folder, known, config)
 
     def run(self) -> None:
-        last = -1 if self.name == "tensorboard" else self._last
+        last = -1 if self.name in RETOLD else self._last
         # What a tracker raises is its own; training goes on without it.
         try:
             self._remember(self._last)
@@ -209,7 +216,9 @@ class _Worker(threading.Thread):
 
     def _remember(self, order: int) -> None:
         self._file.parent.mkdir(exist_ok=True)
-        self._file.write_text(json.dumps([self._tracked.id, order]))
+        partial = self._file.with_suffix(".tmp")
+        partial.write_text(json.dumps([self._tracked.id, order]))
+        os.replace(partial, self._file)
 
     def _line(self, what: str, error: Exception) -> str:
         return " ".join(f"{self.name} {what}: {type(error).__name__}: {error}".split())[:600]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from conftest import tiny_tokenizer
 from test_train import ROOT, environment, execute, main, metrics_of
 
+from distill.config import load_config
 from distill.prompts import PromptError, load_prompts
 
 TALK = [
@@ -266,3 +269,23 @@ def test_a_dataset_that_has_changed_is_not_continued(write_config, tmp_path, cap
     write(path, [{"prompt": text} for text in ("a", "B", "c")])
     assert main(["--config", str(write_config({**options, "training.max_steps": 2}))]) == 2
     assert "are others than before" in capsys.readouterr().err
+
+
+def documented(language: str) -> str:
+    (block,) = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    return block
+
+
+def test_the_documented_records_are_prompts(tmp_path):
+    (tmp_path / "p.jsonl").write_text(documented("json"))
+    prompts = load(tmp_path / "p.jsonl")
+    assert prompts.texts == ["Why is the sky blue?", "Why is the sky blue?", "Sort a list in Rust."]
+    assert prompts.teachers == [None, None, "code"]
+
+
+def test_the_documented_configuration_is_one(write_config):
+    path = write_config({"prompts.eval": None})
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | yaml.safe_load(documented("yaml"))))
+    config = load_config(path).prompts
+    assert str(config.train) == "hub:HuggingFaceH4/ultrachat_200k:train_sft"
+    assert (config.limit, config.eval_limit, config.streaming) == (20000, 64, True)
