@@ -19,7 +19,7 @@ Records = Iterator[tuple[str, Record | None]]
 
 BLANK: Record = {}
 MAX_LINE_BYTES, MAX_FILE_BYTES = 2**22, 2**30
-READERS = {"parquet", "arrow", "json", "csv", "text"}
+READERS = {"parquet", "arrow", "json", "csv", "text", "cache"}  # the last: what was downloaded before
 HUB = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 FORMATS = (
     ".txt (one prompt a line), .jsonl (one JSON object a line), .csv (with a line of column names), .parquet, a folder "
@@ -141,8 +141,7 @@ def _hub(name: str, columns: Sequence[str], streaming: bool) -> Records:
     if parts is None:
         raise PromptError(f"{name}: expected hub:OWNER/NAME or hub:OWNER/NAME/CONFIG, with :SPLIT after it if need be")
     build = {"path": parts["name"], "name": parts["config"]}
-    inside = f"hf://datasets/{parts['name']}@"
-    return _rows(name, build, parts["split"] or "train", columns, inside=inside, stored=not streaming)
+    return _rows(name, build, parts["split"] or "train", columns, stored=not streaming)
 
 
 def _folder(folder: Path, split: str, columns: Sequence[str]) -> Records:
@@ -188,8 +187,10 @@ def _rows(
 def _check(name: str, builder: Any, inside: str) -> None:
     reader = type(builder).__module__.rpartition(".")[2]
     if reader not in READERS:
-        raise PromptError(f"{name}: holds files of the kind {reader}; those read are {', '.join(sorted(READERS))}")
-    for group in builder.config.data_files.values():
+        raise PromptError(
+            f"{name}: holds files of the kind {reader}; those read are {', '.join(sorted(READERS - {'cache'}))}"
+        )
+    for group in (builder.config.data_files or {}).values():  # the library itself looks after those of a hub dataset
         for file in map(str, group):
             if not file.startswith(inside) or ".." in file.split("/"):
                 raise PromptError(f"{name}: its README names a file elsewhere, which is not read: {file}")

@@ -220,6 +220,21 @@ def test_a_hub_name_is_checked_before_anything_is_asked(tmp_path, name):
         load(Path(name))
 
 
+def test_a_hub_dataset_that_was_downloaded_before_is_read_without_the_hub(tmp_path):
+    rows = [{"prompt": "One", "teacher": "code", "other": 1}, {"prompt": "Two", "teacher": None, "other": 2}]
+    write(tmp_path / "set" / "test.parquet", rows)
+    builder = datasets.load_dataset_builder(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    builder.download_and_prepare()
+    (tmp_path / "cache" / "set").rename(tmp_path / "cache" / "owner___set")  # where it is of the hub
+    (config,) = (tmp_path / "cache" / "owner___set").iterdir()
+    config.rename(config.with_name("default"))
+    prompts = load(Path("hub:owner/set:test"))
+    assert (prompts.texts, prompts.teachers) == (["One", "Two"], ["code", None])
+    assert load(Path("hub:owner/set:test"), limit=1).texts == ["One"]
+    with pytest.raises(PromptError, match="hub:owner/set:train: cannot be read"):
+        load(Path("hub:owner/set:train"))
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_dataset_that_cannot_be_reached_is_named(write_config, capsys, streaming):
     path = write_config({"prompts.train": "hub:owner/absent:test", "prompts.streaming": streaming})
