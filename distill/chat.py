@@ -1,13 +1,139 @@
-"""`python -m distill.chat MODEL`: talk to a model that a run wrote, or to any other model reference."""
+"""`python -m distill.chat RUN`: talk to the student before, the student after and the teacher, side by side.
+
+`python -m distill.chat MODEL` talks to one model: `RUN/final`, or any other model reference. Each model continues its
+own conversation. What models write is shown as text, never as markup or as commands to the terminal.
+"""
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
+from distill.config import Config, ConfigError, load_config
 from distill.models import ModelError, load_model, load_tokenizer
-from distill.prompts import tokenise
+from distill.prompts import PromptError, tokenise
+
+COLUMN = 28  # characters that a column needs to be readable; a narrower terminal gets one answer below the other
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.chat",
+        description="Talk to a run's student before, after and teacher, or to one model; an empty line ends it.",
+    )
+    parser.add_argument("model", metavar="RUN|MODEL", help="for example outputs/default, or outputs/default/final")
+    parser.add_argument("--max-new-tokens", type=_at_least(int, 1), default=256)
+    parser.add_argument("--temperature", type=_at_least(float, 0), default=0.7, help="0: always the likeliest token")
+    options = parser.parse_args(argv)
+    try:
+        run = Path(options.model)
+        talk = _three(run, options) if (run / "config.yaml").is_file() else _one(options)
+        while line := _read_line():
+            talk(line)
+    except (ModelError, ConfigError, PromptError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+class Speaker:
+    """A model and the conversation it has had."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        options: argparse.Namespace,
+        templated: bool = True,
+        system: str | None = None,
+        template: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.options, self.template = model, tokenizer, options, template or {}
+        self.templated = templated and tokenizer.chat_template is not None
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def answer(self, line: str, streamer: Any = None) -> str:
+        """The model's answer to `line`, as text."""
+        self.messages.append({"role": "user", "content": line})
+        ids = tokenise(self.messages, self.tokenizer, self.templated, **self.template)
+        prompt = torch.tensor([ids], device=self.model.device)
+        sampled = {"do_sample": True, "temperature": self.options.temperature, "top_p": 0.9, "top_k": 0}
+        token_ids = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=self.options.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            streamer=streamer,
+            **(sampled if self.options.temperature else {"do_sample": False}),
+        )
+        text = self.tokenizer.decode(token_ids[0, len(ids) :], skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": text})
+        return text
+
+
+def _three(run: Path, options: argparse.Namespace) -> Any:
+    """What answers a line with all three models of a run."""
+    if not (run / "final").is_dir():
+        raise ConfigError(
+            f"{run}: a run's folder without final/, which is written at the run's end: finish it first with the "
+            f"command that began it"
+        )
+    config = load_config(run / "config.yaml")
+    speakers = _speakers(run, config, options)
+    console = Console()
+
+    def talk(line: str) -> None:
+        answers = {}
+        for name, speaker in speakers.items():
+            with console.status(f"{name} ..."):
+                answers[name] = Text(_printable(speaker.answer(line)))
+        if console.width < COLUMN * len(answers):
+            for name, answer in answers.items():
+                console.print(Panel(answer, title=name, title_align="left"))
+            return
+        table = Table(*answers, expand=True)
+        for column in table.columns:
+            column.ratio = 1
+        table.add_row(*answers.values())
+        console.print(table)
+
+    return talk
+
+
+def _speakers(run: Path, config: Config, options: argparse.Namespace) -> dict[str, Speaker]:
+    student, teacher = config.student, config.teacher
+    templated = config.prompts.chat_template == "auto"
+
+    def speaker(
+        reference: str, tokenizer: Any, trusted: bool, drop_layers: tuple[int, ...] = (), **seen: Any
+    ) -> Speaker:
+        model = load_model(reference, drop_layers=drop_layers, trust_remote_code=trusted, **_placed())
+        return Speaker(model, tokenizer, options, templated, **seen)
+
+    own = load_tokenizer(str(run / "final"), trust_remote_code=student.trust_remote_code)
+    seen = {"system": teacher.system_prompt, "template": teacher.chat_template_kwargs}
+    # As in the run: the teacher sees what the student sees, unless it has a prompt of its own.
+    theirs = (
+        own if not any(seen.values()) else load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
+    )
+    return {
+        "student before": speaker(student.model, own, student.trust_remote_code, student.drop_layers),
+        "student after": speaker(str(run / "final"), own, student.trust_remote_code),
+        "teacher": speaker(teacher.model, theirs, teacher.trust_remote_code, **seen),
+    }
+
+
+def _one(options: argparse.Namespace) -> Any:
+    """What answers a line with one model, while it is being made."""
+    tokenizer = load_tokenizer(options.model)
+    speaker = Speaker(load_model(options.model, **_placed()), tokenizer, options)
+    return lambda line: speaker.answer(line, _Printer(tokenizer))
 
 
 class _Printer:
@@ -32,44 +158,27 @@ class _Printer:
         print()
 
     def _print(self, end: int) -> None:
-        print(self.text[self.printed : end], end="", flush=True)
+        print(_printable(self.text[self.printed : end]), end="", flush=True)
         self.printed = max(self.printed, end)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m distill.chat", description="Talk to a model; an empty line ends it."
-    )
-    parser.add_argument("model", help="for example outputs/default/final")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    options = parser.parse_args(argv)
-    try:
-        on_gpu = torch.cuda.is_available()
-        placed = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {}
-        tokenizer, model = load_tokenizer(options.model), load_model(options.model, **placed)
-    except ModelError as error:
-        print(error, file=sys.stderr)
-        return 2
-    templated = tokenizer.chat_template is not None
-    messages: list[dict[str, str]] = []
-    while line := _read_line():
-        messages.append({"role": "user", "content": line})
-        prompt = torch.tensor([tokenise(messages, tokenizer, templated)], device=model.device)
-        printer = _Printer(tokenizer)
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=options.max_new_tokens,
-            do_sample=True,
-            temperature=options.temperature,
-            top_p=0.9,
-            top_k=0,
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=printer,
-        )
-        messages.append({"role": "assistant", "content": printer.text})
-    return 0
+def _printable(text: str) -> str:
+    """Without the control characters by which text could command a terminal."""
+    return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else "\ufffd" for c in text)
+
+
+def _placed() -> dict[str, Any]:
+    return {"device": "cuda", "dtype": torch.bfloat16} if torch.cuda.is_available() else {}
+
+
+def _at_least(kind: type, least: float) -> Any:
+    def parse(word: str) -> Any:
+        value = kind(word)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected {least} or more, found {word}")
+        return value
+
+    return parse
 
 
 def _read_line() -> str:

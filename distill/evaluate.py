@@ -39,10 +39,12 @@ class Evaluation:
     teacher_entropy: float
     completion_tokens: int
     rollouts: Rollouts
+    group: Group
+    """The same rollouts, with what the teachers saw."""
 
     def record(self) -> dict[str, Any]:
         """The figures as a JSON object."""
-        return {name: value for name, value in vars(self).items() if name != "rollouts"}
+        return {name: value for name, value in vars(self).items() if name not in ("rollouts", "group")}
 
 
 @torch.no_grad()
@@ -83,6 +85,7 @@ def evaluate(
         teacher_entropy=stats.teacher_entropy.mean().item(),
         completion_tokens=len(prompt_of_token),
         rollouts=rollouts,
+        group=group,
     )
 
 

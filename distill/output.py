@@ -20,7 +20,7 @@ from distill import checkpoint
 from distill.metrics import JsonLines, json_line
 
 LOCK = ".lock"
-LOGS = ("metrics", "rollouts", "evaluations", "events")
+LOGS = ("metrics", "rollouts", "evaluations", "tokens", "events")
 
 
 class OutputError(ValueError):

@@ -1,183 +1,193 @@
 """`report.html`: one self-contained page about a run, made from the files that the run wrote.
 
-Everything that a model or a prompt wrote is escaped.
+`python -m distill.report RUN [RUN ...]` writes it anew; of several runs, one page that compares them. Everything that a
+model or a prompt wrote is escaped, and the page's own policy lets a browser run its scripts alone and fetch nothing.
 """
 
 import argparse
-import html
-import io
+import base64
+import hashlib
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
+from bokeh.resources import Resources
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from distill.charts import Chart, comparison_charts, run_charts
 from distill.metrics import read_json_lines
+from distill.output import OutputFolder, write_whole
 
-NOISE = ("gradient_noise_within", "gradient_noise_between", "gradient_signal")
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-:root { color-scheme: light dark }
-table { border-collapse: collapse; margin: 1rem 0 }
-th, td { border-bottom: 1px solid #8886; padding: .3rem .8rem; text-align: left; vertical-align: top }
-svg { width: 100%; height: auto; background: #fff; border-radius: 6px }
-.number { text-align: right }
-"""
+TEMPLATES = Environment(loader=PackageLoader("distill"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+TEMPLATES.policies["json.dumps_kwargs"] = {"sort_keys": False}  # a Bokeh model is defined where it is first named
+BOKEH = "\n".join(Resources("inline", components=["bokeh"]).js_raw)
+LEVELS = (0.1, 0.5, 1.5, 3.0)  # nats of reward from which a token's colour is a shade stronger
+FIRST = 10  # seconds into a run before which its report is not written yet
+SHARE = 20  # after that it spends at most one part in so many on its report
+FINAL = {
+    "eval_reverse_kl_before": "held-out reverse KL before",
+    "eval_reverse_kl_after": "after",
+    "standard_error": "standard error",
+    "steps": "steps",
+    "completion_tokens": "completion tokens",
+    "wall_seconds": "seconds",
+    "peak_memory_bytes": "peak memory, bytes",
+    "device": "device",
+}
+
+
+class LiveReport:
+    """A running run's report, written again whenever that costs little beside the run."""
+
+    def __init__(self, output: OutputFolder) -> None:
+        self._output, self._due = output, time.monotonic() + FIRST
+
+    def write(self, *, always: bool = False) -> None:
+        began = time.monotonic()
+        if always or began >= self._due:
+            self._output.write_text("report.html", report_page(self._output.path))
+            self._due = began + SHARE * (time.monotonic() - began)
+
+
+def report_page(run: Path) -> str:
+    """The report of a run's folder, from its logs and, once there, its `summary.json`."""
+    metrics, evaluations, summary = _read(run)
+    views = _records(run / "tokens.jsonl")
+    return _page(
+        "report.html.jinja",
+        run_charts(metrics, evaluations),
+        title=run.absolute().name,
+        evaluations=[e for e in (evaluations[:1] + evaluations[1:][-1:]) if e.get("reverse_kl") is not None],
+        step=metrics[-1]["step"] if metrics else 0,
+        summary={key: _shown(value) for key, value in summary.items() if not isinstance(value, list | dict)},
+        samples=_samples(views, summary.get("samples", [])),
+        events=_records(run / "events.jsonl")[-20:],
+        levels=LEVELS,
+    )
 
 
 def write_report(run: Path) -> Path:
-    """Writes `report.html` into a run's folder, from its `metrics.jsonl` and, once there, its `summary.json`."""
-    metrics = read_json_lines(run / "metrics.jsonl")
-    summary_file = run / "summary.json"
-    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.exists() else {}
-    evaluations_file = run / "evaluations.jsonl"
-    evaluations = read_json_lines(evaluations_file) if evaluations_file.exists() else []
-    page = "\n".join(
-        [
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-            f"<title>{html.escape(run.name)}: on-policy distillation</title><style>{STYLE}</style>",
-            f"<h1>On-policy distillation: {html.escape(run.name)}</h1>",
-            _table([(key, value) for key, value in summary.items() if not isinstance(value, list | dict)]),
-            "<h2>Reverse KL</h2>",
-            _chart(metrics, [("reverse_kl_exact", "training rollouts, exact")], "nats per token", evaluations),
-            "<h2>Gradient norm</h2>",
-            _chart(metrics, [("grad_norm", "before clipping")], "norm"),
-            "<h2>Seconds a step</h2>",
-            _chart(metrics, [(f"seconds_{p}", p) for p in ("rollout", "score", "update")], "seconds"),
-            "<h2>Entropy</h2>",
-            _chart(metrics, [("student_entropy", "student"), ("teacher_entropy", "teacher")], "nats per token"),
-            *_diagnostics(metrics),
-            "<h2>Held-out completions</h2>",
-            _samples(summary.get("samples", [])),
-            "</html>",
+    """Writes `report.html` into a run's folder."""
+    write_whole(run / "report.html", report_page(run).encode())
+    return run / "report.html"
+
+
+def comparison_page(runs: list[Path]) -> str:
+    """One page about several runs: their curves over each other, and a table of their final figures."""
+    names = [run.absolute().name for run in runs]
+    labels = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+    read = {label: _read(run) for label, run in zip(labels, runs, strict=True)}
+    rows = {}
+    for label, (_, evaluations, summary) in read.items():
+        final = {**summary, "standard_error": evaluations[-1].get("standard_error") if evaluations else None}
+        rows[label] = [_shown(final.get(key)) for key in FINAL]
+    charts = comparison_charts({label: (metrics, evaluations) for label, (metrics, evaluations, _) in read.items()})
+    return _page("comparison.html.jinja", charts, title=f"{len(runs)} runs", head=list(FINAL.values()), rows=rows)
+
+
+def _read(run: Path) -> tuple[list[dict], list[dict], dict[str, Any]]:
+    summary = run / "summary.json"
+    return (
+        _records(run / "metrics.jsonl"),
+        _records(run / "evaluations.jsonl"),
+        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
+    )
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    return read_json_lines(path) if path.exists() else []
+
+
+def _page(template: str, charts: list[Chart], **content: Any) -> str:
+    def source(name: str) -> Markup:
+        return Markup(TEMPLATES.loader.get_source(TEMPLATES, name)[0])
+
+    scripts = [Markup(BOKEH), source("report.js")]
+    return TEMPLATES.get_template(template).render(
+        content,
+        charts=charts,
+        items=[chart.item(f"chart-{index}") for index, chart in enumerate(charts)],
+        scripts=scripts,
+        hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
+        style=source("report.css"),
+    )
+
+
+def _samples(views: list[dict[str, Any]], texts: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The held-out prompts with the completions of the last and of the first evaluation, token by token.
+
+    A run without `tokens.jsonl` has their text alone.
+    """
+    if not views:
+        return [
+            {"prompt": t["prompt"], "sides": [{"title": f"student {w}", "plain": t[w]} for w in ("after", "before")]}
+            for t in texts
         ]
-    )
-    target = run / "report.html"
-    target.write_text(page, encoding="utf-8")
-    return target
+    last, first = views[-1], views[0]
+    samples = []
+    for index, view in enumerate(last["samples"]):
+        sides = [_side(last["step"], view)]
+        if first is not last:
+            sides.append(_side(first["step"], first["samples"][index]))
+        samples.append({"prompt": view["prompt"], "sides": sides})
+    return samples
 
 
-def _diagnostics(metrics: list[dict[str, Any]]) -> list[str]:
-    """Charts of what a run needs watched; those whose figures the run never had are left out."""
-    window = max(1, len(metrics) // 20)
-    noise = [
-        {"step": record["step"], **{key: _recent(metrics, i, window, key) for key in NOISE}}
-        for i, record in enumerate(metrics)
-    ]
-    for record in noise:
-        signal = record["gradient_signal"]
-        for key in NOISE[:2]:
-            record[key] = record[key] / signal if signal > 0 else math.nan
-    kl = [("reverse_kl_q99", "99 % of tokens are below"), ("reverse_kl_end", "at the end of a completion")]
-    noise_lines = [(NOISE[0], "within prompts"), (NOISE[1], "between prompts")]
-    fractions = [
-        ("top_token_agreement", "same likeliest token"),
-        ("truncated_fraction", "cut by length"),
-        ("reward_clipped_fraction", "reward clipped"),
-    ]
-    charts = [
-        ("Reverse KL of single tokens", _chart(metrics, kl, "nats")),
-        ("Reverse KL by position", _positions(metrics)),
-        (f"Noise of the gradient (mean of {window} steps)", _chart(noise, noise_lines, "variance / signal")),
-        ("Fractions", _chart(metrics, fractions, "fraction")),
-    ]
-    return [f"<h2>{html.escape(title)}</h2>{chart}" for title, chart in charts if chart]
+def _side(step: int, view: dict[str, Any]) -> dict[str, Any]:
+    kl = [value for value in view["reverse_kl"] if value is not None]
+    title = f"student after {step} steps" if step else "student before"
+    pairs = zip(view["student_logprob"], view["teacher_logprob"], strict=True)
+    return {
+        "title": f"{title}: {sum(kl) / len(kl):.2f} nats per token" if kl else title,
+        "tokens": [
+            # A line break is shown, and breaks the line too; what shows nothing at all gets a mark.
+            {"text": text.replace("\n", "⏎\n") or "·", "shade": _shade(*pair)}
+            for text, pair in zip(view["text"], pairs, strict=True)
+        ],
+        "data": {key: value for key, value in view.items() if key != "prompt"},
+    }
 
 
-def _recent(metrics: list[dict[str, Any]], index: int, window: int, key: str) -> float:
-    """Mean of a figure over the last steps that have it."""
-    values = [r[key] for r in metrics[max(0, index + 1 - window) : index + 1] if r.get(key) is not None]
-    return sum(values) / len(values) if values else math.nan
-
-
-def _positions(metrics: list[dict[str, Any]]) -> str:
-    """Reverse KL against the position in the completion, over the first and the last tenth of the steps."""
-    series = [record["reverse_kl_by_position"] for record in metrics if "reverse_kl_by_position" in record]
-    if not series:
-        return ""
-    share = max(1, len(series) // 10)
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots()
-    for label, part in (("first steps", series[:share]), ("last steps", series[-share:])):
-        columns = zip(*(row + [None] * (max(map(len, part)) - len(row)) for row in part), strict=True)
-        means = [sum(known) / len(known) for column in columns if (known := [x for x in column if x is not None])]
-        axes.plot([2**i for i in range(len(means))], means, marker="o", label=label)
-    axes.set(xlabel="token of the completion", ylabel="nats per token", ylim=(0, None))
-    axes.set_xscale("log", base=2)
-    return _svg(figure)
-
-
-def _table(rows: list[tuple[str, Any]]) -> str:
-    cells = (f"<tr><th>{html.escape(k)}</th><td class='number'>{html.escape(_shown(v))}</td></tr>" for k, v in rows)
-    return f"<table>{''.join(cells)}</table>"
-
-
-def _samples(samples: list[dict[str, str]]) -> str:
-    head = "<tr><th>prompt</th><th>student before</th><th>student after</th></tr>"
-    rows = (
-        "<tr>" + "".join(f"<td>{html.escape(sample[key])}</td>" for key in ("prompt", "before", "after")) + "</tr>"
-        for sample in samples
-    )
-    return f"<table>{head}{''.join(rows)}</table>"
+def _shade(student: float | None, teacher: float | None) -> str:
+    """The class of a token's colour and underline: `p` where the teacher finds it likelier, `n` where less likely."""
+    if student is None or teacher is None:
+        return "unknown"
+    reward = teacher - student
+    level = sum(abs(reward) >= limit for limit in LEVELS)
+    return f"{'p' if reward > 0 else 'n'}{level}" if level else "same"
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _chart(
-    metrics: list[dict[str, Any]],
-    lines: list[tuple[str, str]],
-    unit: str,
-    evaluations: list[dict[str, Any]] = (),
-) -> str:
-    """A line chart as inline SVG; lines without a value are left out, and a chart without a line is empty text."""
-    lines = [(key, label) for key, label in lines if any(_known(record.get(key)) for record in metrics)]
-    if not lines:
-        return ""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots()
-    steps = [record["step"] for record in metrics]
-    for key, label in lines:
-        axes.plot(steps, [math.nan if record.get(key) is None else record[key] for record in metrics], label=label)
-    if evaluations:
-        axes.errorbar(
-            [e["step"] for e in evaluations],
-            [e["reverse_kl"] for e in evaluations],
-            [1.96 * (e["standard_error"] or 0) for e in evaluations],
-            fmt="o",
-            color="black",
-            capsize=3,
-            label="held-out, exact, 95 %",
-        )
-    axes.set(xlabel="optimizer step", ylabel=unit, ylim=(0, None))
-    return _svg(figure)
-
-
-def _known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _svg(figure: Figure) -> str:
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    with matplotlib.rc_context({"svg.fonttype": "none"}), io.StringIO() as buffer:
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        return buffer.getvalue().split("?>")[-1].split('dtd">')[-1]
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m distill.report", description="Writes a run's report.html anew.")
-    parser.add_argument("run", type=Path, help="a run's output folder")
-    run = parser.parse_args(argv).run
-    if not (run / "metrics.jsonl").exists():
-        print(f"{run}: no metrics.jsonl there, so it is no run's output folder", file=sys.stderr)
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.report",
+        description="Writes a run's report.html anew; of several runs, one page that compares them.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="the page that compares runs")
+    options = parser.parse_args(argv)
+    for run in options.runs:
+        if not (run / "metrics.jsonl").exists():
+            print(f"{run}: no metrics.jsonl there, so it is no run's output folder", file=sys.stderr)
+            return 2
+    try:
+        if len(options.runs) == 1:
+            print(write_report(options.runs[0]))
+        else:
+            write_whole(options.output, comparison_page(options.runs).encode())
+            print(options.output)
+    except OSError as error:
+        print(f"the page could not be written: {error}", file=sys.stderr)
         return 2
-    print(write_report(run))
     return 0
 
 

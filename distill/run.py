@@ -11,10 +11,10 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from distill import checkpoint
+from distill.card import write_card
 from distill.checkpoint import Checkpoint, CheckpointError
 from distill.config import Config, to_yaml
 from distill.decode import SamplingOptions
@@ -28,9 +28,10 @@ from distill.metrics import read_json_lines
 from distill.models import eos_ids
 from distill.output import OutputFolder
 from distill.prompts import epoch_order, left_pad
-from distill.report import write_report
+from distill.report import LiveReport
 from distill.rollout import RolloutEngine
-from distill.summary import NUM_SAMPLES, show_summary, summarise
+from distill.summary import NUM_SAMPLES, environment, show_summary, summarise
+from distill.token_view import token_view
 from distill.trackers import Trackers, check_installed
 from distill.trainer import StepResult, Trainer
 
@@ -48,6 +49,7 @@ class Run:
         check_installed(config.training.report_to)
         # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
         self.output = OutputFolder(config.training.output_dir)
+        self.report = LiveReport(self.output)
         try:
             self._load()
             self.start = self._find_checkpoint()
@@ -93,9 +95,8 @@ class Run:
                 self.trackers.complete = True
             summary = summarise(self)
             self.output.write_text("summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
-            with self.output.writing("report.html"):
-                report = write_report(self.folder)
-            show_summary(self.console, summary, self.folder, report)
+            self.report.write(always=True)
+            show_summary(self.console, summary, self.folder)
         finally:
             self.output.release()
         return 0
@@ -114,17 +115,20 @@ class Run:
             self._inspect(result, display)
             step, last = trainer.position.step, trainer.position.step == trainer.total_steps
             best_before = self.best_step
-            if last or (training.eval_every and step % training.eval_every == 0):
+            if evaluated := last or (training.eval_every and step % training.eval_every == 0):
                 self._evaluate(display)
             stop = self.received_signal()
             if stop and not last:
                 return self._stopped(stop, display)
-            if last or step % training.save_every == 0 or self.best_step != best_before:
+            if saved := last or step % training.save_every == 0 or self.best_step != best_before:
                 self._save(display)
+            if (evaluated or saved) and not last:
+                self.report.write()
         return None
 
     def _stopped(self, stop: Signals, display: Display) -> Signals:
         self._save(display)
+        self.report.write(always=True)
         step = self.trainer.position.step
         display.message(f"{stop.name}: saved after step {step}; the same command continues from there")
         return stop
@@ -211,7 +215,7 @@ class Run:
         self.evaluations, self.samples = start.state["evaluations"], start.state["samples"]
         self.started -= start.state["wall_seconds"]
         self.cpu_started -= start.state.get("cpu_seconds", 0.0)
-        now = self.environment()
+        now = environment(self)
         for name, before in start.state.get("environment", {}).items():
             if now[name] != before:
                 self.console.print(
@@ -219,15 +223,6 @@ class Run:
                     highlight=False,
                 )
         self.console.print(f"continuing after step {start.step} of {self.trainer.total_steps}", highlight=False)
-
-    def environment(self) -> dict[str, Any]:
-        """What the last digits of a sum depend on beside the configuration."""
-        return {
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-            "precision": str(self.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
 
     def _open_folder(self) -> None:
         """Sets an earlier run's folder aside where this one starts over, and opens the files that grow."""
@@ -281,10 +276,11 @@ class Run:
         self.evaluations.append(record)
         self.output.log("evaluations", [record])
         self.trackers.log_evaluation(record)
-        rows = range(0, len(self.eval_prompts) * settings.num_rollouts_per_prompt, settings.num_rollouts_per_prompt)
-        self.samples["after" if step else "before"] = decode_samples(
-            self.tokenizer, result.rollouts, rows[:NUM_SAMPLES]
-        )
+        rows = range(0, len(result.rollouts.finished), settings.num_rollouts_per_prompt)[:NUM_SAMPLES]
+        self.samples["after" if step else "before"] = decode_samples(self.tokenizer, result.rollouts, rows)
+        models, prompts = (self.student_parts, self.teachers), self.eval_prompts.texts[:NUM_SAMPLES]
+        view = token_view(self.tokenizer, *models, result.group, prompts, self.vocab_size)
+        self.output.log("tokens", [{"step": step, "samples": view}])
         display.message(
             f"held-out reverse KL after step {step}: {result.reverse_kl:.3f} ± {result.standard_error:.3f} nats/token"
         )
@@ -348,7 +344,7 @@ class Run:
             "rollout_precision": self.engine.precision,
             "evaluations": self.evaluations,
             "samples": self.samples,
-            "environment": self.environment(),
+            "environment": environment(self),
             "wall_seconds": time.monotonic() - self.started,
             "cpu_seconds": time.process_time() - self.cpu_started,
         }
@@ -358,3 +354,4 @@ class Run:
     def _write_model(self, folder: Path) -> None:
         self.student.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        write_card(folder, self)

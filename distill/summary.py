@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from distill.display import closing_table
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
     from distill.run import Run
 
 NUM_SAMPLES = 6  # held-out completions kept from before and after, for the table and the report
+
+
+def environment(run: "Run") -> dict[str, Any]:
+    """What the last digits of a sum depend on beside the configuration."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "precision": str(run.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def summarise(run: "Run") -> dict[str, Any]:
@@ -33,14 +44,14 @@ def summarise(run: "Run") -> dict[str, Any]:
         "cpu_seconds": time.process_time() - run.cpu_started,
         **{f"seconds_{p}": sum(m[f"seconds_{p}"] for m in metrics) for p in ("rollout", "score", "update")},
         "peak_memory_bytes": peak_memory_bytes(run.device),
-        **run.environment(),
+        **environment(run),
         "rollout_precision": run.engine.precision,
         "python": platform.python_version(),
         "samples": [{"prompt": prompt, "before": first, "after": last} for prompt, first, last in samples],
     }
 
 
-def show_summary(console: Console, summary: dict[str, Any], folder: Path, report: Path) -> None:
+def show_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
     """The closing table, and where everything is."""
     before, after = summary["eval_reverse_kl_before"], summary["eval_reverse_kl_after"]
     if before is not None:
@@ -49,8 +60,8 @@ def show_summary(console: Console, summary: dict[str, Any], folder: Path, report
         rows += [(s["prompt"], s["before"], s["after"]) for s in summary["samples"][:3]]
         closing_table(console, rows)
     for line in (
-        f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; report: {report}",
+        f"{summary['steps']} steps in {summary['wall_seconds']:.0f} s; report: {folder / 'report.html'}",
         f"model: {folder / 'final'}",
-        f"talk to it: python -m distill.chat {folder / 'final'}",
+        f"talk to it, beside the teacher: python -m distill.chat {folder}",
     ):
         console.print(line, highlight=False, soft_wrap=True)

@@ -1,11 +1,13 @@
 """The documentation: what is generated is up to date, and what it points to is there."""
 
 import ast
+import json
 import re
 import runpy
 from pathlib import Path
 
 import pytest
+from test_train import execute
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,3 +45,17 @@ def test_the_tests_that_the_page_on_reliability_names_exist():
             assert [test for test in names_of(module) if test.endswith(name.removeprefix("..."))], (module, name)
         named.append(name)
     assert len(named) > 60
+
+
+def test_every_figure_that_a_run_writes_is_explained(write_config, tmp_path):
+    execute(write_config({"training.max_steps": 2}))
+    run, page = tmp_path / "run", (ROOT / "docs" / "report.md").read_text()
+    for name in ("metrics.jsonl", "evaluations.jsonl", "tokens.jsonl", "summary.json"):
+        section = page.split(f"### `{name}`")[1].split("\n##")[0]
+        explained = {
+            key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)
+        }
+        text = (run / name).read_text()
+        record = json.loads(text) if name == "summary.json" else json.loads(text.splitlines()[0])
+        written = set(record) | (set(record["samples"][0]) if name == "tokens.jsonl" else set())
+        assert explained == written, name

@@ -34,7 +34,8 @@ def test_a_run_killed_forty_times_ends_with_the_same_weights(write_config, tmp_p
     assert sum(bool(kill["left"]) for kill in kills) >= 10, "too few kills in the midst of a save"
     assert len({kill["step"] for kill in kills}) >= 15, "the kills are not spread over the run"
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    one, other = (read_json_lines(tmp_path / name / "evaluations.jsonl") for name in ("whole", "killed"))
-    assert one == other
+    for log in ("evaluations.jsonl", "tokens.jsonl"):
+        one, other = (read_json_lines(tmp_path / name / log) for name in ("whole", "killed"))
+        assert one == other, log
     assert not [path for path in (tmp_path / "killed").rglob("*") if "partial" in path.name or path.suffix == ".tmp"]
     assert not (tmp_path / "killed" / ".lock").exists()

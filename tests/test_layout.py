@@ -42,10 +42,13 @@ ALLOWED = {
     "summary": {"display", "metrics"},
     "evaluate": {"config", "decode", "loading", "models", "forward", "prompts", "rollout", "loss", "memory"},
     "display": {"metrics"},
-    "report": {"config", "metrics"},
-    "chat": {"models", "prompts"},
+    "token_view": {"loss"},
+    "charts": set(),
+    "report": {"charts", "metrics", "output"},
+    "card": {"config", "metrics", "summary"},
+    "chat": {"config", "models", "prompts"},
 }
-USE_KERNELS = {"decode", "rollout", "advantage", "loss", "cpu_linear", "evaluate"}
+USE_KERNELS = {"decode", "rollout", "advantage", "loss", "cpu_linear", "evaluate", "token_view"}
 USE_TRANSFORMERS = {
     "prompts",
     "teachers",

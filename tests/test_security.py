@@ -14,12 +14,12 @@ import torch
 from conftest import ship_code
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_report import make_run
+from test_report import make_run, token_record
 from test_train import ROOT, environment
 
 from distill import sources
 from distill.models import ModelError, load_model, load_tokenizer
-from distill.report import write_report
+from distill.report import BOKEH, write_report
 
 # Runs the command and prints what it asked of the network, of other programs, and of pickle.
 GUARD = """
@@ -154,6 +154,9 @@ def test_any_reference_is_a_source_or_refused_and_writes_nothing_outside(tmp_pat
     assert inside <= {"packages"}
 
 
+PLAIN_TAGS: dict[str, list[str]] = {}
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +168,7 @@ class Tags(HTMLParser):
 
 
 @given(st.text(max_size=40).map(lambda text: f"<{text}") | st.text(max_size=40))
+@example("</script><script>alert(1)</script><!--")
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_report_has_the_same_tags_whatever_models_and_prompts_wrote(tmp_path, text):
     def tags(content: str) -> list[str]:
@@ -172,8 +176,12 @@ def test_the_report_has_the_same_tags_whatever_models_and_prompts_wrote(tmp_path
         summary = {"steps": 1, "device": content, "samples": [{"prompt": content, "before": content, "after": content}]}
         (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
         (tmp_path / "rollouts.jsonl").write_text(json.dumps({"step": 1, "completion": content}), encoding="utf-8")
+        (tmp_path / "tokens.jsonl").write_text(json.dumps(token_record(1, content)) + "\n", encoding="utf-8")
         parser = Tags()
-        parser.feed(write_report(tmp_path).read_text(encoding="utf-8"))
+        # Without the library's script, which is always the same and takes a parser seconds.
+        parser.feed(write_report(tmp_path).read_text(encoding="utf-8").replace(BOKEH, "", 1))
         return parser.found
 
-    assert tags(text) == tags("plain")
+    if "plain" not in PLAIN_TAGS:
+        PLAIN_TAGS["plain"] = tags("plain")
+    assert tags(text) == PLAIN_TAGS["plain"]
