@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.config import Config
 
@@ -162,6 +162,24 @@ def set_aside_newer(folder: Path, step: int) -> None:
         kept = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(kept, ignore_errors=True)
         path.rename(kept)
+
+
+def accept(found: Checkpoint, config: Config, prompts_digest: str, student: nn.Module) -> None:
+    """Refuses a checkpoint of a run that this one would not continue truly, naming each key."""
+    state = found.state
+    if missing := {"trainer", "config", "prompts", "rollout_precision", "evaluations", "samples"} - set(state):
+        raise CheckpointError(f"{found.path / 'state.json'} lacks {', '.join(sorted(missing))}")
+    changed = changed_keys(state["config"], config.model_dump(mode="json"))
+    if state["prompts"] != prompts_digest:
+        changed.append(f"prompts.train: the prompts in {config.prompts.train} are others than before")
+    if changed:
+        raise CheckpointError(
+            f"{found.path} is of a run that this configuration would not continue truly:\n  "
+            + "\n  ".join(changed)
+            + "\nSet training.resume to never to start over, or name another training.output_dir"
+        )
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    check_fits(found, "student", trained)
 
 
 def check_fits(found: Checkpoint, group: str, parameters: Mapping[str, Tensor]) -> None:

@@ -8,53 +8,41 @@ import argparse
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from distill.config_types import (
+    TAGS,
+    DropLayers,
+    FilePath,
+    Integer,
+    LoraConfig,
+    Number,
+    Positive,
+    Reference,
+    Section,
+)
 from distill.yaml_file import ConfigError, read_yaml
-
-
-def _no_boolean(value: Any) -> Any:
-    # YAML's bare `yes` is a boolean, and Python takes a boolean for a number.
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not a truth value")
-    return value
-
-
-Integer = Annotated[int, BeforeValidator(_no_boolean)]
-Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
-Positive = Annotated[Integer, Field(ge=1)]
-
-
-def _no_nul(value: Any) -> Any:
-    if "\0" in str(value):
-        raise ValueError("expected text without NUL characters")
-    return value
-
-
-FilePath = Annotated[Path, AfterValidator(_no_nul)]
-Reference = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
 
 class StudentConfig(Section):
     model: Reference
     """The model to train: a hub id, a local directory, a local .gguf file, or pypi:PACKAGE==VERSION."""
-    drop_layers: tuple[Annotated[Integer, Field(ge=0)], ...] = ()
-    """Layers to remove from it before training, counted from 0."""
+    drop_layers: DropLayers = ()
+    """Layers to remove from it before training, counted from 0; `auto:2` finds the two that are missed least."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and leave the model's own weights as they are; absent: train all weights."""
     trust_remote_code: bool = False
     """Run Python code that the student's repository ships."""
 
 
 class TeacherConfig(Section):
     model: Reference
-    """The frozen model to learn from, named like the student's; both need one vocabulary."""
+    """The frozen model to learn from, named like the student's; both need one vocabulary. `base` is the student's own
+    model before layers are dropped and adapters added, whose weights it shares where `student.lora` is set."""
     trust_remote_code: bool = False
     """Run Python code that the teacher's repository ships."""
     others: dict[str, Reference] = Field(default_factory=dict)
@@ -234,6 +222,11 @@ class Config(BaseSettings):
         self._check_loss()
         if self.training.eval_every and self.prompts.eval is None:
             raise ValueError("training.eval_every is set, but prompts.eval names no file")
+        if isinstance(self.student.drop_layers, str) and self.prompts.eval is None:
+            raise ValueError(
+                f"student.drop_layers {self.student.drop_layers} measures on held-out prompts, but prompts.eval names "
+                "no file: set it, or list the layers"
+            )
         return self
 
     def _check_loss(self) -> None:
@@ -299,14 +292,22 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     """Reads a YAML file and lays the nested `overrides` over it. Raises `ConfigError`."""
     written = read_yaml(Path(path))
     overrides = overrides or {}
-    merged = {
-        name: {**written[name], **overrides.get(name, {})} if isinstance(written.get(name), dict) else value
-        for name, value in {**overrides, **written}.items()
-    }
     try:
-        return Config(**merged)
+        return Config(**_merged(written, overrides))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem, str(path), overrides) for problem in error.errors())) from None
+
+
+def _merged(written: dict[str, Any], overrides: dict[str, Any], section: type[BaseModel] = Config) -> dict[str, Any]:
+    """`overrides` over what is written, section by section; what should be a section and is none stays as it is."""
+    result = {**overrides, **written}
+    for name, value in overrides.items():
+        inner, below = inner_section(section.model_fields[name].annotation), written.get(name)
+        if inner is None or not isinstance(value, dict):
+            result[name] = value
+        elif below is None or isinstance(below, dict):
+            result[name] = _merged(below or {}, value, inner)
+    return result
 
 
 def to_yaml(config: Config) -> str:
@@ -315,18 +316,29 @@ def to_yaml(config: Config) -> str:
 
 
 def known_keys() -> Iterator[str]:
-    """Every `section.key`, in the order of `--help`."""
+    """Every `section.key`, in the order of `--help`; for a section within one, `section.key.inner`."""
     for section, field in Config.model_fields.items():
-        for key in field.annotation.model_fields:
-            yield f"{section}.{key}"
+        for key, of_key in field.annotation.model_fields.items():
+            inner = inner_section(of_key.annotation)
+            yield from (f"{section}.{key}.{name}" for name in inner.model_fields) if inner else (f"{section}.{key}",)
+
+
+def inner_section(annotation: Any) -> type[Section] | None:
+    """The section that a key may hold in place of a value."""
+    found = [
+        each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, Section)
+    ]
+    return found[0] if found else None
 
 
 def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any]) -> str:
     """One line for one problem: where, which key, what was found, what was expected."""
     location = problem["loc"]
-    key = ".".join(str(part) for part in location[:2])
+    path_of_key = [part for part in location if isinstance(part, str) and part not in TAGS]
+    entries = [part for part in location if isinstance(part, int)]
+    key = ".".join(path_of_key)
     given = overrides
-    for part in location[:2]:
+    for part in path_of_key:
         given = given.get(part, {}) if isinstance(given, dict) else {}
     where = "command line" if given != {} else path
     if problem["type"] == "extra_forbidden":
@@ -336,7 +348,7 @@ def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any]) -> s
     expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if not location:
         return f"{path}: {expected}"
-    position = f", entry {location[2]}" if len(location) > 2 else ""
+    position = f", entry {entries[0]}" if entries else ""
     found = repr(problem["input"])
     found = found if len(found) <= 100 else f"{found[:100]}..."
     return f"{where}: {key}{position}: found {found}, expected {expected}"

@@ -9,11 +9,13 @@ Left out on purpose: quantised weights, which would sample from a policy too far
 import copy
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+
+from distill.lora import is_adapted, linear_layers, merged_weight
+from distill.models import alias
 
 # A bfloat16 that is barely faster is not worth its rounding, and a choice this wide is the same in every run.
 WORTHWHILE_SPEEDUP = 1.25
@@ -32,8 +34,7 @@ class GenerationCopy:
         pack: bool,
     ) -> None:
         """`pack` lays linear weights out for a CPU, where there is one."""
-        tensors = {id(tensor): tensor for tensor in chain(source.parameters(), source.buffers())}
-        self.model: PreTrainedModel = copy.deepcopy(source, memo=tensors).eval()
+        self.model: PreTrainedModel = alias(source).eval()
         # A checkpoint's own generation settings would apply silently.
         self.model.generation_config = GenerationConfig(
             eos_token_id=list(eos_token_ids) or None, pad_token_id=pad_token_id
@@ -42,8 +43,11 @@ class GenerationCopy:
         self._updates: list[Callable[[], None]] = []
         packs = pack and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self._replace_head(packs)
-        if packs:
-            self._pack_linears()
+        for parent, name, child in list(linear_layers(self.model)):
+            if packs:
+                setattr(parent, name, self._packed(child, self.dtype))
+            elif is_adapted(child):
+                setattr(parent, name, self._merged(child))
         self._cast_parameters()
 
     @torch.no_grad()
@@ -58,17 +62,19 @@ class GenerationCopy:
         if type(head) is nn.Linear:
             self.model.set_output_embeddings(self._packed(head, torch.float32) if packs else Float32Head(head))
 
-    def _pack_linears(self) -> None:
-        for parent in list(self.model.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(parent, name, self._packed(child, self.dtype))
-
-    def _packed(self, linear: nn.Linear, dtype: torch.dtype) -> "PackedLinear":
+    def _packed(self, linear: nn.Module, dtype: torch.dtype) -> "PackedLinear":
         packed = PackedLinear(linear, dtype)
-        if linear.weight.requires_grad:
+        if any(parameter.requires_grad for parameter in linear.parameters()):
             self._updates.append(packed.update)
         return packed
+
+    @torch.no_grad()
+    def _merged(self, adapted: nn.Module) -> nn.Linear:
+        linear = copy.copy(adapted.base_layer)
+        linear._parameters = dict(linear._parameters)  # the adapted layer still reads its own
+        linear.weight = nn.Parameter(merged_weight(adapted).to(self.dtype), requires_grad=False)
+        self._updates.append(lambda: linear.weight.copy_(merged_weight(adapted)))
+        return linear
 
     def _cast_parameters(self) -> None:
         copies: dict[int, nn.Parameter] = {}
@@ -89,25 +95,27 @@ class PackedLinear(nn.Module):
     The result has the dtype of the packed weight.
     """
 
-    def __init__(self, source: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, source: nn.Module, dtype: torch.dtype) -> None:
+        """`source` is a linear layer, with or without an adapter."""
         super().__init__()
-        # In a tuple, so that they are no parameters of this module.
-        self._source, self._dtype = (source.weight, source.bias), dtype
+        # In a tuple, so that it is no module of this one.
+        self._source, self._dtype = (source,), dtype
         self.update()
 
     @property
     def weight(self) -> Tensor:
         """The source's, for code that looks at an output layer's weight."""
-        return self._source[0]
+        return self._source[0].weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self._source[1]
+        return self._source[0].bias
 
+    @torch.no_grad()
     def update(self) -> None:
-        weight, bias = self._source
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype).contiguous())
-        self._bias = None if bias is None else bias.detach().to(self._dtype)
+        weight = merged_weight(self._source[0])
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype).contiguous())
+        self._bias = None if self.bias is None else self.bias.to(self._dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self._dtype)
@@ -146,16 +154,16 @@ def choose_dtype(model: PreTrainedModel, precision: str) -> torch.dtype:
     if not torch.backends.mkldnn.is_available():
         return torch.float32
     linears, taken = [], 0
-    for module in model.modules():
-        if type(module) is nn.Linear and taken < 2**24:  # elements: past every cache level
-            linears.append(module)
-            taken += module.weight.numel()
+    for _, _, linear in linear_layers(model):
+        if taken < 2**24:  # elements: past every cache level
+            linears.append(linear)
+            taken += linear.weight.numel()
     seconds = {dtype: _decode_seconds(linears, dtype) for dtype in (torch.float32, torch.bfloat16)}
     return torch.bfloat16 if seconds[torch.float32] > WORTHWHILE_SPEEDUP * seconds[torch.bfloat16] else torch.float32
 
 
 @torch.no_grad()
-def _decode_seconds(linears: list[nn.Linear], dtype: torch.dtype) -> float:
+def _decode_seconds(linears: list[nn.Module], dtype: torch.dtype) -> float:
     layers = [(PackedLinear(linear, dtype), torch.ones(16, linear.in_features, dtype=dtype)) for linear in linears]
     best = float("inf")
     for _ in range(5):

@@ -1,24 +1,26 @@
 """What a run works with, made from its configuration: device and precision, the two models, the prompts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import Config, ConfigError
-from distill.loss import ModelParts
-from distill.models import check_pair, load_model, load_tokenizer, split_head
-from distill.prompts import PromptSet, load_prompts
+from distill.decode import SamplingOptions
+from distill.lora import add_adapters
+from distill.memory import MemoryLimits
+from distill.models import check_pair, eos_ids, load_model, load_tokenizer, without_layers
+from distill.prompts import PromptSet, left_pad, load_prompts
+from distill.rollout import RolloutEngine
 from distill.teachers import Teacher, TeacherPrompts, load_teachers, teacher_prompts
 
 
-class Pair(NamedTuple):
-    """Student and teachers, found to agree."""
+class Models(NamedTuple):
+    """The student's model as it is stored, and its teachers, found to agree."""
 
-    student: PreTrainedModel
-    student_parts: ModelParts
+    base: PreTrainedModel
     teachers: list[Teacher]
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
@@ -26,32 +28,58 @@ class Pair(NamedTuple):
     """Tokens of prompt and completion that all models can take; None where neither says."""
 
 
-def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
+def load_models(config: Config, device: torch.device, dtype: torch.dtype) -> Models:
     """Loads the models and checks them against each other. Raises `ModelError`."""
     options, attention = config.student, config.training.attention
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     # The student's weights stay float32 whatever it is computed in: small updates would round away.
-    student = load_model(
-        options.model,
-        drop_layers=options.drop_layers,
-        trust_remote_code=options.trust_remote_code,
-        device=device,
-        attention=attention,
-    )
-    teachers = load_teachers(config.teacher, device, dtype, attention)
+    base = load_model(options.model, trust_remote_code=options.trust_remote_code, device=device, attention=attention)
+    # Weights that are trained cannot be a teacher's.
+    frozen = base if options.lora else None
+    teachers = load_teachers(config.teacher, device, dtype, attention, student=options, base=frozen)
     vocab_sizes = []
     for teacher in teachers:
         with teacher.parts.present():
-            vocab_sizes.append(check_pair(student, teacher.model, tokenizer, teacher.tokenizer))
-    models = [student, *(teacher.model for teacher in teachers)]
+            vocab_sizes.append(check_pair(base, teacher.model, tokenizer, teacher.tokenizer))
+    models = [base, *(teacher.model for teacher in teachers)]
     contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models]
-    return Pair(
-        student,
-        ModelParts(*split_head(student), dtype),
-        teachers,
-        tokenizer,
-        min(vocab_sizes),
-        min(filter(None, contexts), default=None),
+    return Models(base, teachers, tokenizer, min(vocab_sizes), min(filter(None, contexts), default=None))
+
+
+def make_student(base: PreTrainedModel, config: Config, dropped: Sequence[int]) -> PreTrainedModel:
+    """What is trained: `base` without its `dropped` layers, with adapters where they are asked for; its own tensors.
+
+    Raises `ModelError`.
+    """
+    student = without_layers(base, dropped)
+    if config.student.lora:
+        add_adapters(student, config.student.lora, config.training.seed)
+    return student
+
+
+def make_engine(
+    model: PreTrainedModel,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    precision: str,
+    limits: MemoryLimits,
+) -> RolloutEngine:
+    """What samples from `model` as `rollout` says, in a precision that may be decided already."""
+    rollout = config.rollout
+    return RolloutEngine(
+        model,
+        sampling=SamplingOptions(
+            rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p
+        ),
+        eos_token_ids=eos_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        precision=precision,
+        engine=rollout.engine,
+        memory_budget_bytes=None if rollout.memory_gib is None else int(rollout.memory_gib * 2**30),
+        seed=config.training.seed,
+        vocab_size=vocab_size,
+        limits=limits,
     )
 
 
@@ -62,21 +90,21 @@ class Prompts(NamedTuple):
     teacher: TeacherPrompts | None
 
 
-def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) -> tuple[Prompts, Prompts | None]:
+def load_prompt_sets(config: Config, models: Models, tell: Callable[[str], None]) -> tuple[Prompts, Prompts | None]:
     """Training and held-out prompts; `tell` hears of what was left out. Raises `ConfigError` or `PromptError`."""
     settings = config.prompts
 
     def load(path: Path, limit: int | None, key: str, completion: int) -> Prompts:
         longest = settings.max_tokens
-        if pair.context is not None:
-            if completion >= pair.context:
+        if models.context is not None:
+            if completion >= models.context:
                 raise ConfigError(
-                    f"{key}: found {completion}, expected less than the models' context of {pair.context} tokens"
+                    f"{key}: found {completion}, expected less than the models' context of {models.context} tokens"
                 )
-            longest = min(longest, pair.context - completion)
+            longest = min(longest, models.context - completion)
         prompts = load_prompts(
             path,
-            pair.tokenizer,
+            models.tokenizer,
             column=settings.column,
             limit=limit,
             streaming=settings.streaming,
@@ -93,10 +121,10 @@ def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) ->
             tell(f"{path}: {prompts.answered} conversations ended in an answer, which was left out")
         seen = teacher_prompts(
             prompts,
-            pair.teachers,
+            models.teachers,
             config.teacher,
-            longest=None if pair.context is None else pair.context - completion,
-            pad_token_id=pair.tokenizer.pad_token_id,
+            longest=None if models.context is None else models.context - completion,
+            pad_token_id=models.tokenizer.pad_token_id,
             special=settings.control_tokens == "special",
         )
         return Prompts(prompts, seen)
@@ -107,6 +135,18 @@ def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) ->
     section = "rollout" if config.evaluation.max_new_tokens is None else "evaluation"
     longest = getattr(config, section).max_new_tokens
     return train, load(settings.eval, settings.eval_limit, f"{section}.max_new_tokens", longest)
+
+
+def evaluation_arguments(config: Config, prompts: Prompts, pad_token_id: int) -> dict[str, Any]:
+    """On what and how `evaluate` looks at a student, as its keyword arguments."""
+    settings, (student, teacher) = config.evaluation, prompts
+    return {
+        "prompts": left_pad(student.token_ids, pad_token_id),
+        "teacher_view": teacher and teacher.view(range(len(student))),
+        "num_rollouts": settings.num_rollouts_per_prompt,
+        "max_new_tokens": settings.max_new_tokens or config.rollout.max_new_tokens,
+        "seed": settings.seed,
+    }
 
 
 def choose_device(requested: str) -> torch.device:

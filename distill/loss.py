@@ -268,16 +268,22 @@ def statistics(
     micro_batches: Sequence[Tensor],
     *,
     vocab_size: int | None = None,
+    teacher_hidden: Sequence[Tensor] | None = None,
 ) -> TokenStats:
-    """The statistics of a group's K tokens without gradients, row 0's first."""
+    """The statistics of a group's K tokens without gradients, row 0's first.
+
+    `teacher_hidden` is what `score` gave for the group, where it is known.
+    """
     seen, parts, micro_batches = group.for_teachers, [], group.by_teacher(micro_batches)
     for index, of_teacher in itertools.groupby(micro_batches, group.teacher_of):
         heads = HeadPair(student, teachers[index], 1.0, vocab_size)
         with heads.teacher.present():
             for rows in of_teacher:
-                hidden = student.hidden(*group.inputs(rows)), heads.teacher.hidden(*seen.inputs(rows))
+                known = teacher_hidden and torch.cat([teacher_hidden[row] for row in rows.tolist()])
+                theirs = heads.teacher.hidden(*seen.inputs(rows)) if known is None else known
+                inputs = heads.inputs(student.hidden(*group.inputs(rows)), theirs)
                 ids = group.valid(group.completion_ids, rows)
-                parts.append(linear_reverse_kl(*heads.inputs(*hidden), ids, **heads.options()))
+                parts.append(linear_reverse_kl(*inputs, ids, **heads.options()))
     return _merged(parts, group, micro_batches)
 
 

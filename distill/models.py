@@ -6,9 +6,11 @@ cannot express is refused by `check_pair`.
 """
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from transformers.utils import import_utils
 
 from distill.sources import ModelError, Source, cache_dir, resolve, sha256_of
 
-__all__ = ["Head", "ModelError", "check_pair", "choose_attention", "load_model", "load_tokenizer", "split_head"]
+__all__ = ["Head", "ModelError", "alias", "check_pair", "load_model", "load_tokenizer", "split_head", "without_layers"]
 
 # For a repository without safetensors, transformers would otherwise ask a service of the hub to convert it.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -111,8 +113,7 @@ def load_model(
             output_loading_info=True,
         )
         _check_complete(reference, info)
-    if drop_layers:
-        _drop_layers(model, sorted(set(drop_layers)))
+    _drop_layers(model, drop_layers)
     return model.to(device).eval()
 
 
@@ -224,8 +225,24 @@ def _eval_mode(model: nn.Module):
         model.train(training)
 
 
-def _drop_layers(model: PreTrainedModel, dropped: list[int]) -> None:
+def alias(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with modules and a configuration of its own, and the very tensors of `model`."""
+    tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, memo=tensors)
+
+
+def without_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """`model` without some of its decoder layers, sharing the weights of the others; `model` stays whole."""
+    pruned = alias(model)
+    _drop_layers(pruned, layers)
+    return pruned
+
+
+def _drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Removes decoder layers in place and renumbers the rest, so that caches and configuration stay right."""
+    dropped = sorted(set(layers))
+    if not dropped:
+        return
     config = model.config.get_text_config()
     count = config.num_hidden_layers
     if dropped[0] < 0 or dropped[-1] >= count or len(dropped) >= count:

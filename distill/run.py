@@ -6,7 +6,7 @@ The trainer takes the steps; here stands what happens between two of them: loggi
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -17,19 +17,28 @@ from distill import checkpoint
 from distill.card import write_card
 from distill.checkpoint import Checkpoint, CheckpointError
 from distill.config import Config, to_yaml
-from distill.decode import SamplingOptions
 from distill.display import Display
 from distill.evaluate import check_against_itself, decode_samples, evaluate
 from distill.health import GradientWatch, StoppedError, suspects
-from distill.loading import choose_device, choose_dtype, load_pair, load_prompt_sets
-from distill.loss import LossOptions
+from distill.layer_choice import choose_layers
+from distill.loading import (
+    Models,
+    choose_device,
+    choose_dtype,
+    evaluation_arguments,
+    load_models,
+    load_prompt_sets,
+    make_engine,
+    make_student,
+)
+from distill.lora import describe, merged, save_adapter
+from distill.loss import LossOptions, ModelParts
 from distill.memory import MemoryLimitError, MemoryLimits
 from distill.metrics import read_json_lines
-from distill.models import eos_ids
+from distill.models import split_head
 from distill.output import OutputFolder
 from distill.prompts import epoch_order, left_pad
 from distill.report import LiveReport
-from distill.rollout import RolloutEngine
 from distill.summary import NUM_SAMPLES, environment, show_summary, summarise
 from distill.token_view import token_view
 from distill.trackers import Trackers, check_installed
@@ -47,12 +56,15 @@ class Run:
         self.evaluations: list[dict[str, Any]] = []
         self.samples: dict[str, list[str]] = {}
         check_installed(config.training.report_to)
+        self.layer_choice: dict[str, Any] | None = None
         # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
         self.output = OutputFolder(config.training.output_dir)
         self.report = LiveReport(self.output)
         try:
-            self._load()
             self.start = self._find_checkpoint()
+            self._load()
+            if self.start:
+                checkpoint.accept(self.start, self.config, self.prompts.digest, self.student)
             precision = self.start.state["rollout_precision"] if self.start else config.rollout.precision
             self.trainer = self._make_trainer(precision)
             if self.start:
@@ -91,6 +103,8 @@ class Run:
                 if stop:
                     return 128 + stop
                 display.phase("writing the model")
+                if self.config.student.lora:
+                    self.output.replace("adapter", self._write_adapter)
                 self.output.replace("final", self._write_model)
                 self.trackers.complete = True
             summary = summarise(self)
@@ -140,37 +154,38 @@ class Run:
         return min(trained, key=lambda e: e["reverse_kl"])["step"] if trained else None
 
     def _load(self) -> None:
-        pair = load_pair(self.config, self.device, self.dtype)
-        self.student, self.tokenizer, self.vocab_size = pair.student, pair.tokenizer, pair.vocab_size
-        self.student_parts, self.teachers = pair.student_parts, [teacher.parts for teacher in pair.teachers]
-
-        def tell(line: str) -> None:
-            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-        train, held_out = load_prompt_sets(self.config, pair, tell)
+        models = load_models(self.config, self.device, self.dtype)
+        self.tokenizer, self.vocab_size = models.tokenizer, models.vocab_size
+        self.teachers = [teacher.parts for teacher in models.teachers]
+        train, held_out = load_prompt_sets(self.config, models, self._tell)
         self.prompts, self.teacher_prompts = train
-        self.eval_prompts, self.teacher_eval_prompts = held_out or (None, None)
+        self.held_out, self.eval_prompts = held_out, held_out and held_out.student
         for teacher in self.teachers:
             check_against_itself(teacher, self.prompts.token_ids[0], self.vocab_size)
+        self.dropped_layers = self._choose_layers(models)
+        self.student = make_student(models.base, self.config, self.dropped_layers)
+        self.student_parts = ModelParts(*split_head(self.student), self.dtype)
+        if self.config.student.lora:
+            self._tell(describe(self.student))
+
+    def _tell(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _choose_layers(self, models: Models) -> Sequence[int]:
+        """The layers to drop: as configured, as the checkpoint's run found them, or found now."""
+        if not isinstance(wanted := self.config.student.drop_layers, str):
+            return wanted
+        if self.start:  # of a run with another configuration, which is refused when all is loaded
+            self.layer_choice = self.start.state.get("layer_choice") or {"dropped": ()}
+        else:
+            self.layer_choice = choose_layers(self.config, models, self.held_out, self.dtype, self.console)
+        return self.layer_choice["dropped"]
 
     def _make_trainer(self, rollout_precision: str) -> Trainer:
         config = self.config
-        rollout, training = config.rollout, config.training
+        training = config.training
         self.limits = MemoryLimits(training.tokens_per_micro_batch)
-        self.engine = RolloutEngine(
-            self.student,
-            sampling=SamplingOptions(
-                rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p
-            ),
-            eos_token_ids=eos_ids(self.student, self.tokenizer),
-            pad_token_id=self.tokenizer.pad_token_id,
-            precision=rollout_precision,
-            engine=rollout.engine,
-            memory_budget_bytes=None if rollout.memory_gib is None else int(rollout.memory_gib * 2**30),
-            seed=training.seed,
-            vocab_size=self.vocab_size,
-            limits=self.limits,
-        )
+        self.engine = make_engine(self.student, config, self.tokenizer, self.vocab_size, rollout_precision, self.limits)
 
         def prompt_batches(epoch: int) -> list[list[int]]:
             order = epoch_order(len(self.prompts), seed=training.seed, epoch=epoch, shuffle=config.prompts.shuffle)
@@ -185,7 +200,7 @@ class Run:
             prompt_batches,
             lambda indices: left_pad([self.prompts.token_ids[i] for i in indices], self.tokenizer.pad_token_id),
             training,
-            LossOptions(**config.loss.model_dump(), mask_truncated=rollout.mask_truncated),
+            LossOptions(**config.loss.model_dump(), mask_truncated=config.rollout.mask_truncated),
             vocab_size=self.vocab_size,
             teacher_view=lambda indices: self.teacher_prompts and self.teacher_prompts.view(indices),
             limits=self.limits,
@@ -206,8 +221,6 @@ class Run:
                     f"training.resume: {found.path} is older than {newer[-1]}, which would be overwritten. Set "
                     f"training.resume to auto to continue from the newest, or name another training.output_dir"
                 )
-        if found:
-            self._accept(found)
         return found
 
     def _restore(self, start: Checkpoint) -> None:
@@ -237,46 +250,28 @@ class Run:
                 checkpoint.set_aside_newer(self.output.checkpoints, self.start.step)
         self.output.open_logs(self.start)
         self.output.write_text("config.yaml", to_yaml(self.config))
+        if self.layer_choice:
+            self.output.write_text("layers.json", json.dumps(self.layer_choice, indent=1))
         self.gradients = GradientWatch(line["grad_norm"] for line in read_json_lines(self.folder / "metrics.jsonl"))
-
-    def _accept(self, found: Checkpoint) -> None:
-        """Refuses a checkpoint of a run that this one would not continue truly, naming each key."""
-        state = found.state
-        if missing := {"trainer", "config", "prompts", "rollout_precision", "evaluations", "samples"} - set(state):
-            raise CheckpointError(f"{found.path / 'state.json'} lacks {', '.join(sorted(missing))}")
-        changed = checkpoint.changed_keys(state["config"], self.config.model_dump(mode="json"))
-        if state["prompts"] != self.prompts.digest:
-            changed.append(f"prompts.train: the prompts in {self.config.prompts.train} are others than before")
-        if changed:
-            raise CheckpointError(
-                f"{found.path} is of a run that this configuration would not continue truly:\n  "
-                + "\n  ".join(changed)
-                + "\nSet training.resume to never to start over, or name another training.output_dir"
-            )
-        checkpoint.check_fits(found, "student", dict(self.student.named_parameters()))
 
     def _evaluate(self, display: Display) -> None:
         if self.eval_prompts is None:
             return
         display.phase("evaluation")
-        step, settings = self.trainer.position.step, self.config.evaluation
+        step, count = self.trainer.position.step, self.config.evaluation.num_rollouts_per_prompt
         result = evaluate(
             self.engine,
             self.student_parts,
             self.teachers,
-            left_pad(self.eval_prompts.token_ids, self.tokenizer.pad_token_id),
-            num_rollouts=settings.num_rollouts_per_prompt,
-            max_new_tokens=settings.max_new_tokens or self.config.rollout.max_new_tokens,
-            seed=settings.seed,
             vocab_size=self.vocab_size,
             limits=self.limits,
-            teacher_view=self.teacher_eval_prompts and self.teacher_eval_prompts.view(range(len(self.eval_prompts))),
+            **evaluation_arguments(self.config, self.held_out, self.tokenizer.pad_token_id),
         )
         record = {"step": step, **result.record()}
         self.evaluations.append(record)
         self.output.log("evaluations", [record])
         self.trackers.log_evaluation(record)
-        rows = range(0, len(result.rollouts.finished), settings.num_rollouts_per_prompt)[:NUM_SAMPLES]
+        rows = range(0, len(result.rollouts.finished), count)[:NUM_SAMPLES]
         self.samples["after" if step else "before"] = decode_samples(self.tokenizer, result.rollouts, rows)
         models, prompts = (self.student_parts, self.teachers), self.eval_prompts.texts[:NUM_SAMPLES]
         view = token_view(self.tokenizer, *models, result.group, prompts, self.vocab_size)
@@ -342,6 +337,7 @@ class Run:
             "prompts": self.prompts.digest,
             # `auto` was decided by a measurement, which another day could decide otherwise.
             "rollout_precision": self.engine.precision,
+            "layer_choice": self.layer_choice,
             "evaluations": self.evaluations,
             "samples": self.samples,
             "environment": environment(self),
@@ -352,6 +348,9 @@ class Run:
         self.output.save(step, tensors, state, keep_last=keep_last, best=self.best_step)
 
     def _write_model(self, folder: Path) -> None:
-        self.student.save_pretrained(folder)
+        merged(self.student).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         write_card(folder, self)
+
+    def _write_adapter(self, folder: Path) -> None:
+        save_adapter(self.student, folder, self.config.student.model, self.dropped_layers)

@@ -14,7 +14,7 @@ from distill.models import ModelError, load_model, load_tokenizer, split_head
 from distill.prompts import PromptError, left_pad, tokenise
 
 if TYPE_CHECKING:
-    from distill.config import TeacherConfig
+    from distill.config import StudentConfig, TeacherConfig
     from distill.prompts import PromptSet
 
 
@@ -28,17 +28,34 @@ class Teacher(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_teachers(config: "TeacherConfig", device: torch.device, dtype: torch.dtype, attention: str) -> list[Teacher]:
-    """`teacher.model` and `teacher.others`, without gradients. Raises `ModelError`."""
+def load_teachers(
+    config: "TeacherConfig",
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    *,
+    student: "StudentConfig",
+    base: PreTrainedModel | None,
+) -> list[Teacher]:
+    """`teacher.model` and `teacher.others`, without gradients. Raises `ModelError`.
+
+    `base` is the student's own model where its weights stay as they are, and then serves as teacher too.
+    """
     if config.offload and device.type == "cpu":
         raise ModelError("teacher.offload: on a CPU the teacher is in host memory anyway; leave the key out")
     loaded = []
-    trust = {"trust_remote_code": config.trust_remote_code}
     if config.precision in ("float32", "bfloat16"):
         dtype = getattr(torch, config.precision)
+    shares = base is not None and config.precision == "auto" and not config.offload
     for name, reference in ((None, config.model), *config.others.items()):
+        trust = {"trust_remote_code": (student if reference == "base" else config).trust_remote_code}
+        reference = student.model if reference == "base" else reference
         tokenizer = load_tokenizer(reference, **trust)
-        model = load_model(reference, dtype=dtype, device=device, attention=attention, **trust).requires_grad_(False)
+        if shares and reference == student.model:
+            model = base.requires_grad_(False)
+        else:
+            model = load_model(reference, dtype=dtype, device=device, attention=attention, **trust)
+            model.requires_grad_(False)
         if config.precision == "int8":
             _to_int8(model)
         body, head = split_head(model)

@@ -128,7 +128,7 @@ class Trainer:
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }
-        tensors = {"student": dict(self.student.named_parameters()), "optimizer": moments}
+        tensors = {"student": self.parameters, "optimizer": moments}
         if self._rollouts is not None:
             tensors["rollouts"] = {
                 field.name: getattr(self._rollouts, field.name)
@@ -148,7 +148,7 @@ class Trainer:
     def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Continues from what `state` gave."""
         with torch.no_grad():
-            for name, parameter in self.student.named_parameters():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(tensors["student"][name])
         for key, value in tensors["optimizer"].items():
             name, _, moment = key.rpartition("/")

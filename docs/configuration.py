@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from distill.config import Config, Section
+from distill.config import Config, Section, inner_section
 
 HEADER = """# Configuration
 
@@ -25,13 +25,20 @@ def markdown() -> str:
 def _section(name: str, field: FieldInfo) -> Iterator[str]:
     yield f"## `{name}`\n"
     yield "| key | values | default | meaning |\n|---|---|---|---|"
-    section: type[Section] = field.annotation
+    yield from _rows(name, field.annotation)
+    yield ""
+
+
+def _rows(name: str, section: type[Section]) -> Iterator[str]:
     for key, of_key in section.model_fields.items():
         default = "" if of_key.is_required() else f"`{_written(of_key.get_default(call_default_factory=True))}`"
         meaning = " ".join((of_key.description or "").split())
-        cells = (f"`{name}.{key}`", _values(of_key.annotation, of_key.metadata), default, meaning)
+        inner = inner_section(of_key.annotation)
+        values = "the keys below, or null" if inner else _values(of_key.annotation, of_key.metadata)
+        cells = (f"`{name}.{key}`", values, default, meaning)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-    yield ""
+        if inner:
+            yield from _rows(f"{name}.{key}", inner)
 
 
 def _written(value: Any) -> str:

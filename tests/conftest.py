@@ -144,8 +144,11 @@ def write_config(tmp_path, tiny_pair):
             "loss": {"objective": "reverse_kl"},
         }
         for key, value in (changes or {}).items():
-            section, name_of_key = key.split(".")
-            content.setdefault(section, {})[name_of_key] = value
+            *sections, name_of_key = key.split(".")
+            place = content
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name_of_key] = value
         path = tmp_path / name
         path.write_text(yaml.safe_dump(content))
         return path

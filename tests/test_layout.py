@@ -13,16 +13,18 @@ ROOT = Path(__file__).parent.parent
 # What each module of distill may import of its siblings; kv_cache and generation_copy are parts of decode and rollout,
 # cpu_linear, packing and prefix_attention of forward. `train` and `run` compose everything.
 ALLOWED = {
-    "config": {"yaml_file"},
+    "config": {"config_types", "yaml_file"},
+    "config_types": set(),
     "yaml_file": set(),
     "sources": set(),
     "metrics": set(),
     "prompts": {"records"},
     "records": set(),
     "models": {"config", "sources"},
+    "lora": {"config", "models"},
     "decode": {"kv_cache"},
     "kv_cache": set(),
-    "generation_copy": set(),
+    "generation_copy": {"lora", "models"},
     "memory": {"forward"},
     "health": set(),
     "rollout": {"models", "decode", "kv_cache", "generation_copy", "memory"},
@@ -36,7 +38,8 @@ ALLOWED = {
     "trainer": {"rollout", "forward", "loss", "diagnostics", "checkpoint", "memory", "metrics"},
     "checkpoint": {"config"},
     "teachers": {"loss", "models", "prompts"},
-    "loading": {"config", "loss", "models", "prompts", "teachers"},
+    "loading": {"config", "decode", "lora", "memory", "models", "prompts", "rollout", "teachers"},
+    "layer_choice": {"config", "evaluate", "loading", "loss", "memory", "models", "prompts"},
     "output": {"checkpoint", "metrics"},
     "trackers": {"config", "metrics"},
     "summary": {"display", "metrics"},
@@ -59,6 +62,7 @@ USE_TRANSFORMERS = {
     "kv_cache",
     "generation_copy",
     "forward",
+    "lora",
 }
 
 

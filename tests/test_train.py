@@ -174,6 +174,9 @@ SAMPLED = {"loss.objective": "sampled_reverse_kl"}
 EFFECTS = {
     "student.model": ({}, "other", "numbers"),
     "student.drop_layers": ({}, [1], "numbers"),
+    "student.lora.rank": ({"student.lora.rank": 4}, 2, "numbers"),
+    "student.lora.alpha": ({"student.lora.rank": 4}, 2, "numbers"),
+    "student.lora.target_modules": ({"student.lora.rank": 4}, ["q_proj"], "numbers"),
     "student.trust_remote_code": ({"student.model": "remote"}, True, "accepted"),
     "teacher.model": ({}, "other", "numbers"),
     "teacher.trust_remote_code": ({"teacher.model": "remote"}, True, "accepted"),
