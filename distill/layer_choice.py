@@ -17,7 +17,7 @@ from rich.table import Table
 
 from distill.config import Config
 from distill.evaluate import evaluate
-from distill.loading import Models, Prompts, evaluation_arguments, make_engine
+from distill.loading import Pair, Prompts, evaluation_arguments, make_engine
 from distill.loss import Group, ModelParts, score, statistics
 from distill.memory import MemoryLimits
 from distill.models import ModelError, split_head, without_layers
@@ -30,18 +30,16 @@ Layers = tuple[int, ...]
 
 
 @torch.no_grad()
-def choose_layers(
-    config: Config, models: Models, prompts: Prompts, dtype: torch.dtype, console: Console
-) -> dict[str, Any]:
+def choose_layers(config: Config, pair: Pair, prompts: Prompts, dtype: torch.dtype, console: Console) -> dict[str, Any]:
     """Finds the layers on held-out `prompts`, and prints their ranking. Raises `ModelError`.
 
     Returns the content of `layers.json`: the `dropped` layers, and every figure that spoke for them in nats per token.
     """
     start, count = time.monotonic(), int(config.student.drop_layers.removeprefix("auto:"))
-    total = models.base.config.get_text_config().num_hidden_layers
+    total = pair.student.config.get_text_config().num_hidden_layers
     if count >= total:
         raise ModelError(f"student.drop_layers: auto:{count} leaves nothing of a model of {total} layers")
-    fixed = _FixedCompletions(config, models, prompts, dtype)
+    fixed = _FixedCompletions(config, pair, prompts, dtype)
 
     def ranked(sets: Iterable[Layers], what: str) -> dict[Layers, float]:
         found = {layers: fixed.reverse_kl(layers) for layers in _tracked(sorted(sets), what, console)}
@@ -55,7 +53,7 @@ def choose_layers(
         sets = ranked((layers for layers in grown if len(layers) == size), f"sets of {size}")
     finalists = list(sets)[:NUM_FINALISTS]
     own = {
-        layers: _held_out(config, models, prompts, dtype, layers)
+        layers: _held_out(config, pair, prompts, dtype, layers)
         for layers in _tracked(finalists, "the best sets, each on completions of its own", console)
     }
     best = min(finalists, key=own.get)
@@ -72,14 +70,14 @@ def choose_layers(
 class _FixedCompletions:
     """Short completions that the whole model wrote, with the teachers' hidden states."""
 
-    def __init__(self, config: Config, models: Models, prompts: Prompts, dtype: torch.dtype) -> None:
-        self._models, self._dtype = models, dtype
-        self._teachers = [teacher.parts for teacher in models.teachers]
+    def __init__(self, config: Config, pair: Pair, prompts: Prompts, dtype: torch.dtype) -> None:
+        self._pair, self._dtype = pair, dtype
+        self._teachers = [teacher.parts for teacher in pair.teachers]
         self._limits = MemoryLimits(config.training.tokens_per_micro_batch)
-        ids, mask = left_pad(prompts.student.token_ids[:NUM_PROMPTS], models.tokenizer.pad_token_id)
-        engine = make_engine(models.base, config, models.tokenizer, models.vocab_size, "float32", self._limits)
+        ids, mask = left_pad(prompts.student.token_ids[:NUM_PROMPTS], pair.tokenizer.pad_token_id)
+        engine = make_engine(pair.student, config, pair.tokenizer, pair.vocab_size, "float32", self._limits)
         rollouts = engine.variant(seed=config.evaluation.seed, max_new_tokens=NUM_TOKENS).generate(
-            ids.to(models.base.device), mask, num_rollouts=1, prompt_keys=torch.arange(len(ids))
+            ids.to(pair.student.device), mask, num_rollouts=1, prompt_keys=torch.arange(len(ids))
         )
         self._group = Group.of(rollouts, prompts.teacher and prompts.teacher.view(range(len(ids))))
         self._hidden = self._limits.in_micro_batches(
@@ -88,7 +86,7 @@ class _FixedCompletions:
 
     def reverse_kl(self, layers: Layers) -> float:
         """Mean over all tokens, of the model without `layers`."""
-        student = ModelParts(*split_head(without_layers(self._models.base, layers)), self._dtype)
+        student = ModelParts(*split_head(without_layers(self._pair.student, layers)), self._dtype)
         stats = self._limits.in_micro_batches(
             "layer choice",
             self._group.lengths,
@@ -97,7 +95,7 @@ class _FixedCompletions:
                 self._teachers,
                 self._group,
                 parts,
-                vocab_size=self._models.vocab_size,
+                vocab_size=self._pair.vocab_size,
                 teacher_hidden=self._hidden,
             ),
         )
@@ -112,16 +110,16 @@ def _tracked(sets: list[Layers], what: str, console: Console) -> Iterable[Layers
     return track(sets, what, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _held_out(config: Config, models: Models, prompts: Prompts, dtype: torch.dtype, layers: Layers) -> float:
+def _held_out(config: Config, pair: Pair, prompts: Prompts, dtype: torch.dtype, layers: Layers) -> float:
     """What the run's own evaluation will say of the student without `layers`."""
-    student, limits = without_layers(models.base, layers), MemoryLimits(config.training.tokens_per_micro_batch)
+    student, limits = without_layers(pair.student, layers), MemoryLimits(config.training.tokens_per_micro_batch)
     return evaluate(
-        make_engine(student, config, models.tokenizer, models.vocab_size, config.rollout.precision, limits),
+        make_engine(student, config, pair.tokenizer, pair.vocab_size, config.rollout.precision, limits),
         ModelParts(*split_head(student), dtype),
-        [teacher.parts for teacher in models.teachers],
-        vocab_size=models.vocab_size,
+        [teacher.parts for teacher in pair.teachers],
+        vocab_size=pair.vocab_size,
         limits=limits,
-        **evaluation_arguments(config, prompts, models.tokenizer.pad_token_id),
+        **evaluation_arguments(config, prompts, pair.tokenizer.pad_token_id),
     ).reverse_kl
 
 

@@ -10,17 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.config import Config, ConfigError
 from distill.decode import SamplingOptions
 from distill.lora import add_adapters
+from distill.loss import ModelParts
 from distill.memory import MemoryLimits
-from distill.models import check_pair, eos_ids, load_model, load_tokenizer, without_layers
+from distill.models import check_pair, eos_ids, load_model, load_tokenizer, split_head, without_layers
 from distill.prompts import PromptSet, left_pad, load_prompts
 from distill.rollout import RolloutEngine
 from distill.teachers import Teacher, TeacherPrompts, load_teachers, teacher_prompts
 
 
-class Models(NamedTuple):
+class Pair(NamedTuple):
     """The student's model as it is stored, and its teachers, found to agree."""
 
-    base: PreTrainedModel
+    student: PreTrainedModel
+    student_parts: ModelParts
     teachers: list[Teacher]
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
@@ -28,7 +30,7 @@ class Models(NamedTuple):
     """Tokens of prompt and completion that all models can take; None where neither says."""
 
 
-def load_models(config: Config, device: torch.device, dtype: torch.dtype) -> Models:
+def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     """Loads the models and checks them against each other. Raises `ModelError`."""
     options, attention = config.student, config.training.attention
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
@@ -41,9 +43,16 @@ def load_models(config: Config, device: torch.device, dtype: torch.dtype) -> Mod
     for teacher in teachers:
         with teacher.parts.present():
             vocab_sizes.append(check_pair(base, teacher.model, tokenizer, teacher.tokenizer))
-    models = [base, *(teacher.model for teacher in teachers)]
-    contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models]
-    return Models(base, teachers, tokenizer, min(vocab_sizes), min(filter(None, contexts), default=None))
+    every = [base, *(teacher.model for teacher in teachers)]
+    contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in every]
+    return Pair(
+        base,
+        ModelParts(*split_head(base), dtype),
+        teachers,
+        tokenizer,
+        min(vocab_sizes),
+        min(filter(None, contexts), default=None),
+    )
 
 
 def make_student(base: PreTrainedModel, config: Config, dropped: Sequence[int]) -> PreTrainedModel:
@@ -90,21 +99,21 @@ class Prompts(NamedTuple):
     teacher: TeacherPrompts | None
 
 
-def load_prompt_sets(config: Config, models: Models, tell: Callable[[str], None]) -> tuple[Prompts, Prompts | None]:
+def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) -> tuple[Prompts, Prompts | None]:
     """Training and held-out prompts; `tell` hears of what was left out. Raises `ConfigError` or `PromptError`."""
     settings = config.prompts
 
     def load(path: Path, limit: int | None, key: str, completion: int) -> Prompts:
         longest = settings.max_tokens
-        if models.context is not None:
-            if completion >= models.context:
+        if pair.context is not None:
+            if completion >= pair.context:
                 raise ConfigError(
-                    f"{key}: found {completion}, expected less than the models' context of {models.context} tokens"
+                    f"{key}: found {completion}, expected less than the models' context of {pair.context} tokens"
                 )
-            longest = min(longest, models.context - completion)
+            longest = min(longest, pair.context - completion)
         prompts = load_prompts(
             path,
-            models.tokenizer,
+            pair.tokenizer,
             column=settings.column,
             limit=limit,
             streaming=settings.streaming,
@@ -121,10 +130,10 @@ def load_prompt_sets(config: Config, models: Models, tell: Callable[[str], None]
             tell(f"{path}: {prompts.answered} conversations ended in an answer, which was left out")
         seen = teacher_prompts(
             prompts,
-            models.teachers,
+            pair.teachers,
             config.teacher,
-            longest=None if models.context is None else models.context - completion,
-            pad_token_id=models.tokenizer.pad_token_id,
+            longest=None if pair.context is None else pair.context - completion,
+            pad_token_id=pair.tokenizer.pad_token_id,
             special=settings.control_tokens == "special",
         )
         return Prompts(prompts, seen)

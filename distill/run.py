@@ -22,11 +22,11 @@ from distill.evaluate import check_against_itself, decode_samples, evaluate
 from distill.health import GradientWatch, StoppedError, suspects
 from distill.layer_choice import choose_layers
 from distill.loading import (
-    Models,
+    Pair,
     choose_device,
     choose_dtype,
     evaluation_arguments,
-    load_models,
+    load_pair,
     load_prompt_sets,
     make_engine,
     make_student,
@@ -154,16 +154,16 @@ class Run:
         return min(trained, key=lambda e: e["reverse_kl"])["step"] if trained else None
 
     def _load(self) -> None:
-        models = load_models(self.config, self.device, self.dtype)
-        self.tokenizer, self.vocab_size = models.tokenizer, models.vocab_size
-        self.teachers = [teacher.parts for teacher in models.teachers]
-        train, held_out = load_prompt_sets(self.config, models, self._tell)
+        pair = load_pair(self.config, self.device, self.dtype)
+        self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
+        self.teachers = [teacher.parts for teacher in pair.teachers]
+        train, held_out = load_prompt_sets(self.config, pair, self._tell)
         self.prompts, self.teacher_prompts = train
         self.held_out, self.eval_prompts = held_out, held_out and held_out.student
         for teacher in self.teachers:
             check_against_itself(teacher, self.prompts.token_ids[0], self.vocab_size)
-        self.dropped_layers = self._choose_layers(models)
-        self.student = make_student(models.base, self.config, self.dropped_layers)
+        self.dropped_layers = self._choose_layers(pair)
+        self.student = make_student(pair.student, self.config, self.dropped_layers)
         self.student_parts = ModelParts(*split_head(self.student), self.dtype)
         if self.config.student.lora:
             self._tell(describe(self.student))
@@ -171,14 +171,14 @@ class Run:
     def _tell(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def _choose_layers(self, models: Models) -> Sequence[int]:
+    def _choose_layers(self, pair: Pair) -> Sequence[int]:
         """The layers to drop: as configured, as the checkpoint's run found them, or found now."""
         if not isinstance(wanted := self.config.student.drop_layers, str):
             return wanted
         if self.start:  # of a run with another configuration, which is refused when all is loaded
             self.layer_choice = self.start.state.get("layer_choice") or {"dropped": ()}
         else:
-            self.layer_choice = choose_layers(self.config, models, self.held_out, self.dtype, self.console)
+            self.layer_choice = choose_layers(self.config, pair, self.held_out, self.dtype, self.console)
         return self.layer_choice["dropped"]
 
     def _make_trainer(self, rollout_precision: str) -> Trainer:

@@ -38,7 +38,7 @@ ALLOWED = {
     "trainer": {"rollout", "forward", "loss", "diagnostics", "checkpoint", "memory", "metrics"},
     "checkpoint": {"config"},
     "teachers": {"loss", "models", "prompts"},
-    "loading": {"config", "decode", "lora", "memory", "models", "prompts", "rollout", "teachers"},
+    "loading": {"config", "decode", "lora", "loss", "memory", "models", "prompts", "rollout", "teachers"},
     "layer_choice": {"config", "evaluate", "loading", "loss", "memory", "models", "prompts"},
     "output": {"checkpoint", "metrics"},
     "trackers": {"config", "metrics"},
