@@ -5,6 +5,7 @@ own conversation. What models write is shown as text, never as markup or as comm
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,16 +117,19 @@ def _speakers(run: Path, config: Config, options: argparse.Namespace) -> dict[st
         model = load_model(reference, drop_layers=drop_layers, trust_remote_code=trusted, **_placed())
         return Speaker(model, tokenizer, options, templated, **seen)
 
+    dropped = student.drop_layers
+    scores = student if teacher.model == "base" else teacher
+    frozen, trusted = scores.model, scores.trust_remote_code
+    if (run / "layers.json").exists():  # chosen by the run
+        dropped = tuple(json.loads((run / "layers.json").read_text(encoding="utf-8"))["dropped"])
     own = load_tokenizer(str(run / "final"), trust_remote_code=student.trust_remote_code)
     seen = {"system": teacher.system_prompt, "template": teacher.chat_template_kwargs}
     # As in the run: the teacher sees what the student sees, unless it has a prompt of its own.
-    theirs = (
-        own if not any(seen.values()) else load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
-    )
+    theirs = own if not any(seen.values()) else load_tokenizer(frozen, trust_remote_code=trusted)
     return {
-        "student before": speaker(student.model, own, student.trust_remote_code, student.drop_layers),
+        "student before": speaker(student.model, own, student.trust_remote_code, dropped),
         "student after": speaker(str(run / "final"), own, student.trust_remote_code),
-        "teacher": speaker(teacher.model, theirs, teacher.trust_remote_code, **seen),
+        "teacher": speaker(frozen, theirs, trusted, **seen),
     }
 
 

@@ -21,8 +21,15 @@ def test_lines_are_answered_until_an_empty_one(tiny_pair, monkeypatch, capsys):
     assert capsys.readouterr().out.count("> ") == 3
 
 
-def test_the_three_models_of_a_run_answer_side_by_side(write_config, tmp_path, tiny_pair, monkeypatch, capsys):
-    execute(write_config({"student.drop_layers": [1], "training.learning_rate": 0.1}))
+@pytest.mark.parametrize(
+    ("changes", "teacher"),
+    [
+        ({"student.drop_layers": [1]}, "qwen3"),
+        ({"student.drop_layers": "auto:1", "student.lora": {"rank": 2}, "teacher.model": "base"}, "llama"),
+    ],
+)
+def test_the_three_models_of_a_run_answer_side_by_side(write_config, tmp_path, monkeypatch, capsys, changes, teacher):
+    execute(write_config({**changes, "training.learning_rate": 0.1}))
     asked = []
     real = chat.Speaker.answer
 
@@ -37,7 +44,7 @@ def test_the_three_models_of_a_run_answer_side_by_side(write_config, tmp_path, t
     assert main([str(tmp_path / "run"), *SHORT]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("student before" in line and "student after" in line and "teacher" in line for line in lines) == 2
-    assert [models[:2] for models in asked] == [(2, "llama"), (2, "llama"), (3, "qwen3")] * 2
+    assert [models[:2] for models in asked] == [(2, "llama"), (2, "llama"), (3, teacher)] * 2
     before, after, teacher = (models[3] for models in asked[:3])
     assert len({before, after, teacher}) == 3  # the learning rate is high
     for first, second in zip(asked[:3], asked[3:], strict=True):  # each continues its own conversation
