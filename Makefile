@@ -1,4 +1,4 @@
-# make venv | train | test | bench | bench-check | docs | lint. The first of them on a fresh machine builds the environment in .venv.
+# make venv | train | test | bench | bench-check | recipes | docs | lint. The first of them on a fresh machine builds the environment in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CONFIG ?= configs/default.yaml
 ARGS ?=
 
-.PHONY: venv train test bench bench-check docs lint clean
+.PHONY: venv train test bench bench-check recipes docs lint clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.complete
@@ -32,6 +32,9 @@ bench: venv
 
 bench-check: venv
 	PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(ARGS)
+
+recipes: venv
+	$(BIN)/python -m pytest -s docs/recipes $(ARGS)
 
 docs: venv
 	PYTHONPATH=.:kernels $(BIN)/python docs/configuration.py
