@@ -16,7 +16,7 @@ KILLS = 44
 def test_a_run_killed_forty_times_ends_with_the_same_weights(write_config, tmp_path, seed):
     """Two prompts a batch, so that rollouts are in hand at half of the checkpoints; a save after every step."""
     changes = {
-        "training.num_epochs": 16,
+        "training.num_epochs": 24,
         "training.save_every": 1,
         "training.eval_every": 5,
         "training.output_dir": str(tmp_path / "whole"),

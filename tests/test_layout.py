@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 # What each module of distill may import of its siblings; kv_cache and generation_copy are parts of decode and rollout,
 # cpu_linear, packing and prefix_attention of forward. `train` and `run` compose everything.
 ALLOWED = {
-    "config": {"config_types", "yaml_file"},
-    "config_types": set(),
+    "config": {"sections", "yaml_file"},
+    "sections": set(),
     "yaml_file": set(),
     "sources": set(),
     "metrics": set(),

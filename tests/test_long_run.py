@@ -17,9 +17,11 @@ WATCHED = (
 import ctypes, gc, json, os, sys
 from pathlib import Path
 from rich.console import Console
+import distill.report
 from distill.config import load_config
 from distill.run import Run
 
+distill.report.FIRST = 0  # the library of the charts is loaded within the warm-up
 seen, objects = [], []
 
 def look():

@@ -184,12 +184,15 @@ def test_a_resumed_run_is_the_same_bit_for_bit(write_config, tmp_path):
 def test_what_is_exported_gives_the_trained_models_logits(write_config, tmp_path, dropped):
     run = execute(write_config(LORA | {"student.drop_layers": dropped}))
     expected = run.student(IDS).logits
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(run.folder / "final")(IDS).logits, expected)
+    # W·x + s·B(A·x) against (W + s·BA)·x: the same sums, rounded in another order.
+    rounding = {"rtol": 0, "atol": 64 * torch.finfo(torch.float32).eps * expected.abs().max().item()}
+    merged = AutoModelForCausalLM.from_pretrained(run.folder / "final")(IDS).logits
+    torch.testing.assert_close(merged, expected, **rounding)
     # The README beside the adapter says how it is loaded: that very code.
     code = (run.folder / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python\n")
     names: dict = {}
     exec(code, names)
-    torch.testing.assert_close(names["model"](IDS).logits, expected)
+    torch.testing.assert_close(names["model"](IDS).logits, expected, **rounding)
     with names["model"].disable_adapter():
         assert not torch.allclose(names["model"](IDS).logits, expected, atol=1e-2)
 

@@ -101,8 +101,9 @@ def test_the_smaller_size_is_reported_and_stays_with_the_run(write_config, tmp_p
 
 def test_scoring_and_evaluation_that_run_out_are_retried(write_config, tmp_path, monkeypatch):
     real = distill.loss.completion_hidden
-    # An evaluation asks for the student's and the teacher's states, then step 1 scores: calls 1, 2 and 3.
-    for call, phase in ((2, "evaluation"), (3, "score")):
+    # An evaluation asks for the student's and the teacher's states, then for those of each of two completions that are
+    # looked at, then step 1 scores: calls 1 and 2, 3 to 6, and 7.
+    for call, phase in ((2, "evaluation"), (7, "score")):
         monkeypatch.setattr(distill.loss, "completion_hidden", real)
         folder = tmp_path / phase
         run = Run(

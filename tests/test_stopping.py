@@ -121,7 +121,10 @@ def test_a_second_interrupt_stops_at_once_and_what_was_saved_continues(write_con
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000001"]
 
 
-@pytest.mark.parametrize("key", sorted(set(known_keys()) - HARMLESS - LENGTH))
+SECTION_AND_KEY = {".".join(key.split(".")[:2]) for key in known_keys()}  # of student.lora.rank the first two
+
+
+@pytest.mark.parametrize("key", sorted(SECTION_AND_KEY - HARMLESS - LENGTH))
 def test_each_key_that_matters_is_named_alone(write_config, key):
     config = load_config(write_config()).model_dump(mode="json")
     section, name = key.split(".")
@@ -130,7 +133,7 @@ def test_each_key_that_matters_is_named_alone(write_config, key):
     assert changed_keys(saved, config) == [f"{key}: was 'something else', now {config[section][name]!r}"]
     # A checkpoint from before the key existed did what the default does.
     del saved[section][name]
-    default = Config.model_fields[section].annotation.model_fields[name].default
+    default = Config.model_fields[section].annotation.model_fields[name].get_default(call_default_factory=True)
     config[section][name] = default
     assert changed_keys(saved, config) == []
 

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from test_loss import make_rollouts, parts_of
 
-from distill.config import TeacherConfig, load_config
+from distill.config import StudentConfig, TeacherConfig, load_config
 from distill.forward import micro_batches
 from distill.loss import Group, LossOptions, TeacherView, accumulate_gradients, score, statistics
 from distill.metrics import read_json_lines
@@ -183,14 +183,15 @@ def test_a_run_with_two_teachers_continues_to_the_same_numbers(write_config, tin
     assert whole == parts
 
 
+def load(config: TeacherConfig) -> Teacher:
+    student = StudentConfig(model="unused")
+    return load_teachers(config, torch.device("cpu"), torch.float32, "auto", student=student, base=None)[0]
+
+
 def test_eight_bits_change_a_teacher_little_and_leave_its_head(tiny_pair):
     pytest.importorskip("torchao")
     ids = torch.arange(3, 40)[None]
-    cpu = torch.device("cpu")
-    full, small = (
-        load_teachers(TeacherConfig(model=str(tiny_pair["teacher"]), precision=p), cpu, torch.float32, "auto")[0]
-        for p in ("float32", "int8")
-    )
+    full, small = (load(TeacherConfig(model=str(tiny_pair["teacher"]), precision=p)) for p in ("float32", "int8"))
     assert torch.equal(full.parts.head.weight, small.parts.head.weight)
     layer = "layers.0.mlp.up_proj.weight"
     assert type(small.parts.body.get_parameter(layer)) is not type(full.parts.body.get_parameter(layer))
@@ -208,7 +209,7 @@ def test_eight_bits_without_torchao_say_what_to_install(tiny_pair, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     config = TeacherConfig(model=str(tiny_pair["teacher"]), precision="int8")
     with pytest.raises(ModelError, match=r"pip install 'distill-on-policy\[int8\]'"):
-        load_teachers(config, torch.device("cpu"), torch.float32, "auto")
+        load(config)
 
 
 def test_a_body_in_host_memory_computes_what_it_did(monkeypatch):
