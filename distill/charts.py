@@ -264,7 +264,7 @@ def _lines(
 
 
 def _source(**columns: Sequence | np.ndarray) -> ColumnDataSource:
-    """The columns, thinned to what a screen can show."""
+    """The columns, thinned."""
     count = len(next(iter(columns.values())))
     kept = np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).astype(int))
     return ColumnDataSource({name: np.asarray(values)[kept] for name, values in columns.items()})

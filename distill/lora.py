@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.config import LoraConfig
 from distill.models import ModelError, alias
+from distill.sections import LoraConfig
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
 

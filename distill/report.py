@@ -9,6 +9,8 @@ import base64
 import hashlib
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,8 +28,7 @@ TEMPLATES = Environment(loader=PackageLoader("distill"), autoescape=True, undefi
 TEMPLATES.policies["json.dumps_kwargs"] = {"sort_keys": False}  # a Bokeh model is defined where it is first named
 BOKEH = "\n".join(Resources("inline", components=["bokeh"]).js_raw)
 LEVELS = (0.1, 0.5, 1.5, 3.0)  # nats of reward from which a token's colour is a shade stronger
-FIRST = 10  # seconds into a run before which its report is not written yet
-SHARE = 20  # after that it spends at most one part in so many on its report
+FIRST, EVERY = 10, 60  # seconds into a run from which on its report is written, and between two times
 FINAL = {
     "eval_reverse_kl_before": "held-out reverse KL before",
     "eval_reverse_kl_after": "after",
@@ -41,16 +42,30 @@ FINAL = {
 
 
 class LiveReport:
-    """A running run's report, written again whenever that costs little beside the run."""
+    """A running run's report, made by a process of its own, so that the run never holds all of its logs in memory."""
 
     def __init__(self, output: OutputFolder) -> None:
         self._output, self._due = output, time.monotonic() + FIRST
+        self._process: subprocess.Popen | None = None
 
-    def write(self, *, always: bool = False) -> None:
-        began = time.monotonic()
-        if always or began >= self._due:
-            self._output.write_text("report.html", report_page(self._output.path))
-            self._due = began + SHARE * (time.monotonic() - began)
+    def write(self) -> None:
+        """Has it written soon, unless that was done not long ago. What goes wrong then, `finish` meets again."""
+        if time.monotonic() < self._due or (self._process and self._process.poll() is None):
+            return
+        self._due = time.monotonic() + EVERY
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "distill.report", str(self._output.path)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def finish(self) -> None:
+        """Writes it, here and now."""
+        if self._process:
+            self._process.wait()
+        self._output.write_text("report.html", report_page(self._output.path))
 
 
 def report_page(run: Path) -> str:

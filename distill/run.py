@@ -109,7 +109,7 @@ class Run:
                 self.trackers.complete = True
             summary = summarise(self)
             self.output.write_text("summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
-            self.report.write(always=True)
+            self.report.finish()
             show_summary(self.console, summary, self.folder)
         finally:
             self.output.release()
@@ -142,7 +142,7 @@ class Run:
 
     def _stopped(self, stop: Signals, display: Display) -> Signals:
         self._save(display)
-        self.report.write(always=True)
+        self.report.finish()
         step = self.trainer.position.step
         display.message(f"{stop.name}: saved after step {step}; the same command continues from there")
         return stop

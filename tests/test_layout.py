@@ -21,7 +21,7 @@ ALLOWED = {
     "prompts": {"records"},
     "records": set(),
     "models": {"config", "sources"},
-    "lora": {"config", "models"},
+    "lora": {"models", "sections"},
     "decode": {"kv_cache"},
     "kv_cache": set(),
     "generation_copy": {"lora", "models"},

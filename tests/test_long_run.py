@@ -21,7 +21,7 @@ import distill.report
 from distill.config import load_config
 from distill.run import Run
 
-distill.report.FIRST = 0  # the library of the charts is loaded within the warm-up
+distill.report.FIRST = 0
 seen, objects = [], []
 
 def look():
