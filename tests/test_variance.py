@@ -229,6 +229,9 @@ def test_what_the_study_cannot_use_is_one_message(tiny_study, tmp_path, capsys):
     assert "no two groups of 9" in refused({"fixed": study["fixed"] | {"num_rollouts": [9]}})
     assert "has no part 'fixed'" in refused({"fixed": None}, "--only", "fixed")
     assert "nothing of the part 'split'" in refused({}, "--tables", "--only", "split")
+    path.write_text(yaml.safe_dump(study))
+    assert main(["--config", str(recipe), "--study", str(path), "--output", str(tmp_path / "out"), "--tables"]) == 0
+    assert "left out: nothing of the part 'split'" in capsys.readouterr().out
     assert "has 5 prompts" in refused({"split": study["split"] | {"prompts": 6}}, "--only", "split")
     wrong = study["estimators"] | {"group": {"baseline": "group", "objective": "jsd"}}
     runs = {"blocks": [{"estimators": ["group"], "num_rollouts": [2]}]}

@@ -31,6 +31,10 @@ PLOTS = {
 PARTS = ("fixed", "split", "training", "single")
 
 
+class NothingFinishedError(ConfigError):
+    """Tables alone are wanted of a part that has none."""
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     console = Console()
@@ -41,7 +45,13 @@ def main(argv: list[str] | None = None) -> int:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns, console=console) as progress:
             for part in [arguments.only] if arguments.only else filter(study.has, PARTS):
-                _run_part(part, study, arguments, progress)
+                try:
+                    _run_part(part, study, arguments, progress)
+                except NothingFinishedError as error:
+                    if arguments.only:
+                        raise
+                    console.print(f"left out: {error}", highlight=False, soft_wrap=True)
+                    continue
                 if arguments.page:
                     tables.fill_page(arguments.page, part, arguments.output, PLOTS.get(part, {}))
     except (ConfigError, ModelError, OutputError, PromptError, training.RunFailedError) as error:
@@ -113,7 +123,7 @@ def _from_pools(
 
 def _finished(part: str, found: list) -> list:
     if not found:
-        raise ConfigError(f"--tables: nothing of the part {part!r} is finished yet; run it without --tables")
+        raise NothingFinishedError(f"nothing of the part {part!r} is finished yet; run it without --tables")
     return found
 
 
