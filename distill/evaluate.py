@@ -34,7 +34,7 @@ class Evaluation:
 
     reverse_kl: float
     standard_error: float
-    """Of `reverse_kl`, over prompts: the tokens of one prompt are not independent."""
+    """Of `reverse_kl`, over prompts, whose tokens are not independent; of a single prompt, over its rollouts."""
     student_entropy: float
     teacher_entropy: float
     completion_tokens: int
@@ -76,14 +76,17 @@ def evaluate(
         group.for_teachers.lengths,
         lambda parts: statistics(student, teachers, group, parts, vocab_size=vocab_size),
     )
-    prompt_of_token = group.prompt_index.repeat_interleave(group.completion_lengths)
+    # Of one prompt the figure is about that prompt, and its rollouts are what another draw would change.
+    cluster = group.prompt_index if len(prompt_ids) > 1 else torch.arange(len(group.completion_lengths))
+    cluster_of_token = cluster.repeat_interleave(group.completion_lengths)
     mean = stats.reverse_kl.double().mean()
+    residuals = (stats.reverse_kl.double() - mean).cpu()
     return Evaluation(
         reverse_kl=mean.item(),
-        standard_error=_clustered_error((stats.reverse_kl.double() - mean).cpu(), prompt_of_token, len(prompt_ids)),
+        standard_error=_clustered_error(residuals, cluster_of_token, int(cluster.max()) + 1),
         student_entropy=stats.student_entropy.mean().item(),
         teacher_entropy=stats.teacher_entropy.mean().item(),
-        completion_tokens=len(prompt_of_token),
+        completion_tokens=len(cluster_of_token),
         rollouts=rollouts,
         group=group,
     )

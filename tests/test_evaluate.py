@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_tokenizer
+from test_train import execute
 from transformers import AutoModelForCausalLM
 
 from distill.config import Config
@@ -13,6 +14,7 @@ from distill.evaluate import compare, main
 from distill.loading import load_pair
 from distill.loss import Group
 from distill.memory import MemoryLimits
+from distill.metrics import read_json_lines
 from distill.prompts import left_pad
 from distill.rollout import RolloutEngine
 
@@ -122,3 +124,13 @@ def test_what_the_user_can_mend_is_one_message_and_status_2(tiny_pair, prompts, 
     }
     assert main([word for pair in options.items() for word in pair]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_of_a_single_prompt_the_error_is_over_its_rollouts(write_config, tmp_path):
+    (tmp_path / "one.txt").write_text("Count to three.\n")
+    changes = {"prompts.eval": str(tmp_path / "one.txt"), "evaluation.num_rollouts_per_prompt": 8}
+    run = execute(write_config(changes | {"training.max_steps": 1}))
+    (_, after), (_, line) = run.evaluations, read_json_lines(tmp_path / "run" / "evaluations.jsonl")
+    assert 0 < after["standard_error"] == line["standard_error"]
+    (_, view) = read_json_lines(tmp_path / "run" / "tokens.jsonl")
+    assert len(view["samples"]) == 1
