@@ -281,24 +281,11 @@ class Run:
         )
 
     def _record(self, result: StepResult, display: Display) -> None:
-        rollouts, step = result.rollouts, result.metrics["step"]
-        texts = decode_samples(self.tokenizer, rollouts, range(len(rollouts.finished)))
+        texts = decode_samples(self.tokenizer, result.rollouts, range(len(result.rollouts.finished)))
         self.output.log("metrics", [result.metrics])
         self.trackers.log(result.metrics)
-        self.output.log(
-            "rollouts",
-            (
-                {
-                    "step": step,
-                    "prompt": self.prompts.texts[result.prompts[row // rollouts.num_rollouts]],
-                    "completion": texts[row],
-                    "completion_length": int(rollouts.completion_lengths[row]),
-                    "finished": bool(rollouts.finished[row]),
-                    "reverse_kl_exact": result.row_reverse_kl[row],
-                }
-                for row in range(len(texts))
-            ),
-        )
+        prompts = [self.prompts.texts[index] for index in result.prompts]
+        self.output.log("rollouts", result.rollout_records(prompts, texts))
         display.update(result.metrics, texts[0])
 
     def _inspect(self, result: StepResult, display: Display) -> None:

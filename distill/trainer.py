@@ -43,6 +43,21 @@ class StepResult:
     sound: bool
     """Whether loss and gradient were finite; if not, weights and optimizer are as they were before."""
 
+    def rollout_records(self, prompts: Sequence[str], completions: Sequence[str]) -> list[dict[str, Any]]:
+        """A line of `rollouts.jsonl` for each rollout, given the text of each prompt and of each completion."""
+        rollouts = self.rollouts
+        return [
+            {
+                "step": self.metrics["step"],
+                "prompt": prompts[row // rollouts.num_rollouts],
+                "completion": completion,
+                "completion_length": int(rollouts.completion_lengths[row]),
+                "finished": bool(rollouts.finished[row]),
+                "reverse_kl_exact": self.row_reverse_kl[row],
+            }
+            for row, completion in enumerate(completions)
+        ]
+
 
 class Trainer:
     """Owns the optimizer, the position in the prompts, and the rollouts in hand.
