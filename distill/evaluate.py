@@ -18,11 +18,10 @@ from rich.table import Table
 from torch import Tensor
 
 from distill.config import Config, ConfigError
-from distill.decode import SamplingOptions
-from distill.loading import Pair, choose_device, choose_dtype, load_pair, load_prompt_sets
+from distill.loading import Pair, choose_device, choose_dtype, load_pair, load_prompt_sets, make_engine
 from distill.loss import AGREEMENT_TOKENS, Group, HeadPair, ModelParts, TeacherView, statistics
 from distill.memory import MemoryLimitError, MemoryLimits
-from distill.models import ModelError, eos_ids
+from distill.models import ModelError
 from distill.prompts import PromptError, left_pad
 from distill.rollout import RolloutEngine, Rollouts
 from distill_kernels import linear_reverse_kl
@@ -76,17 +75,15 @@ def evaluate(
         group.for_teachers.lengths,
         lambda parts: statistics(student, teachers, group, parts, vocab_size=vocab_size),
     )
-    # Of one prompt the figure is about that prompt, and its rollouts are what another draw would change.
-    cluster = group.prompt_index if len(prompt_ids) > 1 else torch.arange(len(group.completion_lengths))
-    cluster_of_token = cluster.repeat_interleave(group.completion_lengths)
+    cluster = _clusters(group).repeat_interleave(group.completion_lengths)
     mean = stats.reverse_kl.double().mean()
     residuals = (stats.reverse_kl.double() - mean).cpu()
     return Evaluation(
         reverse_kl=mean.item(),
-        standard_error=_clustered_error(residuals, cluster_of_token, int(cluster.max()) + 1),
+        standard_error=_clustered_error(residuals, cluster),
         student_entropy=stats.student_entropy.mean().item(),
         teacher_entropy=stats.teacher_entropy.mean().item(),
-        completion_tokens=len(cluster_of_token),
+        completion_tokens=len(cluster),
         rollouts=rollouts,
         group=group,
     )
@@ -116,8 +113,17 @@ def check_against_itself(model: ModelParts, token_ids: Sequence[int], vocab_size
         )
 
 
-def _clustered_error(residuals: Tensor, cluster: Tensor, count: int) -> float:
+def _clusters(group: Group) -> Tensor:
+    """[R]: the rows that an error takes together, those of a prompt.
+
+    Of a single prompt a figure is about that prompt, and its rollouts are what another draw would change.
+    """
+    return group.prompt_index if len(group.prompt_ids) > 1 else torch.arange(len(group.completion_lengths))
+
+
+def _clustered_error(residuals: Tensor, cluster: Tensor) -> float:
     """Standard error of a mean whose terms are independent only between clusters (the ratio estimator's)."""
+    count = int(cluster.max()) + 1
     if count < 2:
         return float("nan")
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, cluster, residuals)
@@ -135,17 +141,17 @@ def decode_samples(tokenizer: Any, rollouts: Rollouts, rows: Sequence[int]) -> l
 
 
 class Figure(NamedTuple):
-    """A mean over tokens with its 95 % interval, which is over prompts: the tokens of one are not independent."""
+    """A mean over tokens with its 95 % interval, which is over clusters of them that are independent."""
 
     mean: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: Tensor, prompt_of_token: Tensor, prompts: int) -> "Figure":
+    def of(cls, values: Tensor, cluster: Tensor) -> "Figure":
         values = values.double().cpu()
         mean = values.mean()
-        half = 1.96 * _clustered_error(values - mean, prompt_of_token, prompts)
+        half = 1.96 * _clustered_error(values - mean, cluster)
         return cls(mean.item(), mean.item() - half, mean.item() + half)
 
     def exp(self) -> "Figure":
@@ -172,14 +178,14 @@ def compare(pair: Pair, group: Group, limits: MemoryLimits) -> dict[str, Figure]
                 "top_token_agreement": torch.cat([heads.agreement(*both) for both in tokens]),
                 "student_perplexity": -stats.student_logprob,
                 "teacher_perplexity": -stats.teacher_logprob,
-                "prompt": group.prompt_index[rows].repeat_interleave(group.completion_lengths[rows]),
+                "cluster": _clusters(group)[rows].repeat_interleave(group.completion_lengths[rows]),
             }.items():
                 found.setdefault(name, []).append(values)
         return {name: torch.cat(values) for name, values in found.items()}
 
     found = limits.in_micro_batches("evaluation", group.lengths, measure)
-    prompt = found.pop("prompt")
-    figures = {name: Figure.of(values, prompt, len(group.prompt_ids)) for name, values in found.items()}
+    cluster = found.pop("cluster")
+    figures = {name: Figure.of(values, cluster) for name, values in found.items()}
     return {name: figure.exp() if name.endswith("perplexity") else figure for name, figure in figures.items()}
 
 
@@ -238,16 +244,8 @@ def _evaluate_models(options: argparse.Namespace, console: Console) -> dict[str,
     prompts = load_prompt_sets(config, pair, lambda line: console.print(line, markup=False))[0].student
     limits = MemoryLimits(config.training.tokens_per_micro_batch)
     sampler = pair.student if options.sample_from == "student" else pair.teachers[0].model
-    engine = RolloutEngine(
-        sampler,
-        sampling=SamplingOptions(options.max_new_tokens, options.temperature),
-        eos_token_ids=eos_ids(pair.student, pair.tokenizer),
-        pad_token_id=pair.tokenizer.pad_token_id,
-        precision=str(pair.student_parts.dtype).removeprefix("torch."),
-        seed=options.seed,
-        vocab_size=pair.vocab_size,
-        limits=limits,
-    )
+    precision = str(pair.student_parts.dtype).removeprefix("torch.")
+    engine = make_engine(sampler, config, pair.tokenizer, pair.vocab_size, precision, limits)
     ids, mask = (tensor.to(device) for tensor in left_pad(prompts.token_ids, pair.tokenizer.pad_token_id))
     with console.status(f"{len(prompts)} prompts, {options.num_rollouts} completions of each"):
         rollouts = engine.generate(ids, mask, num_rollouts=options.num_rollouts, prompt_keys=torch.arange(len(prompts)))

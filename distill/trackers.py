@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from distill.config import ConfigError
 from distill.metrics import read_json_lines
+from distill.output import write_whole
 
 PROJECT = "distill"
 SECONDS_TO_FINISH = 60
@@ -216,9 +217,7 @@ class _Worker(threading.Thread):
 
     def _remember(self, order: int) -> None:
         self._file.parent.mkdir(exist_ok=True)
-        partial = self._file.with_suffix(".tmp")
-        partial.write_text(json.dumps([self._tracked.id, order]))
-        os.replace(partial, self._file)
+        write_whole(self._file, json.dumps([self._tracked.id, order]).encode())
 
     def _line(self, what: str, error: Exception) -> str:
         return " ".join(f"{self.name} {what}: {type(error).__name__}: {error}".split())[:600]
