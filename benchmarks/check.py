@@ -4,7 +4,7 @@
 
 Ratios of CPU time on one thread, of small versions of the benchmarks: seconds differ from machine to machine and wall
 time from minute to minute, these do not. Fails where a ratio fell by more than 20 % of the kept one, which is that of
-the same CPU if it is known, else the lowest of all. `--update` keeps this machine's ratios.
+the same CPU if it is known, else the lowest of all; one that fell is measured up to three times. `--update` keeps this machine's ratios.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from distill.forward import completion_hidden
 
 KEPT = Path(__file__).parent / "results" / "check.json"
 ALLOWED_FALL = 0.2
+ATTEMPTS = 3
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
@@ -95,8 +96,12 @@ def main(argv: list[str] | None = None) -> int:
         found[name] = measure(pair)
         known = [machine[name] for machine in kept.values() if name in machine]
         before = kept.get(cpu, {}).get(name) or (min(known) if known else None)
+        least = (1 - ALLOWED_FALL) * before if before else 0.0
+        for _ in range(ATTEMPTS - 1):  # other work on the machine passes, a slower program stays slow
+            if found[name] < least:
+                found[name] = max(found[name], measure(pair))
         print(f"{name:48} {found[name]:6.2f} x" + (f", kept {before:.2f} x" if before else ""), flush=True)
-        if before and found[name] < (1 - ALLOWED_FALL) * before:
+        if found[name] < least:
             fell.append(name)
     if update:
         KEPT.write_text(json.dumps(kept | {cpu: {name: round(x, 2) for name, x in found.items()}}, indent=1) + "\n")

@@ -10,14 +10,17 @@ import torch
 from benchmarks.harness import Row, describe_machine, format_table, write_json
 
 _rows = pytest.StashKey[list[Row]]()
+_absent = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", metavar="FILE", help="write the recorded rows to this JSON file")
+    parser.addoption("--whole-grid", action="store_true", help="every cell of the step beside TRL; many minutes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
+    config.stash[_absent] = {}
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +35,16 @@ def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
     return request.config.stash[_rows].append
 
 
+@pytest.fixture
+def absent(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
+    """Notes, for the end of the run, that a candidate has no row in a group, and why."""
+
+    def note(group: str, name: str, reason: str) -> None:
+        request.config.stash[_absent][f"{name} in {group}"] = reason.removeprefix("Skipped: ")
+
+    return note
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash[_rows]
     if not rows:
@@ -40,6 +53,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section("measured")
     terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
     terminalreporter.write_line(format_table(rows))
+    for what, reason in config.stash[_absent].items():
+        terminalreporter.write_line(f"without {what}: {reason}")
     if path := config.getoption("--results"):
         # Without the options that say where the results go, so that the command can be repeated as it stands.
         words = [word for word in config.invocation_params.args if word not in ("--results", path) and word != "-q"]

@@ -107,23 +107,33 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
     On CUDA from the allocator's counters; on a CPU from the kernel's high-water mark of the process's resident
     memory, which Linux resets on request. Call once before, so that libraries have their own buffers already.
     """
+    before = memory_mark(device)
+    result = call()
+    peak = memory_since(before, device)
+    del result
+    return peak
+
+
+def memory_mark(device: torch.device | str = "cpu") -> int:
+    """Forgets the peak so far; what is held now, for `memory_since`."""
     device = torch.device(device)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        result = call()
+        return torch.cuda.memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def memory_since(mark: int, device: torch.device | str = "cpu") -> int:
+    """The peak since `memory_mark`, beyond what was held there."""
+    device = torch.device(device)
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_bytes("VmRSS")
-        result = call()
-        peak = _status_bytes("VmHWM")
-    del result
-    return max(0, peak - before)
+        return max(0, torch.cuda.max_memory_allocated(device) - mark)
+    return max(0, _status_bytes("VmHWM") - mark)
 
 
 def _status_bytes(name: str) -> int:

@@ -5,6 +5,7 @@ Peers are imported where they are used, and skip their rows where they are not i
 candidate that computes something else before it is timed.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def make_head(K: int, V: int, Hs: int, Ht: int, device: torch.device, dtype: tor
     )
 
 
-def linear_ours(head: Head, objective: str) -> Call:
+def linear_ours(head: Head, objective: str, advantage: Tensor | None = None) -> Call:
     def call():
         loss, _ = linear_distill_loss(
             *head.trained,
@@ -60,10 +61,20 @@ def linear_ours(head: Head, objective: str) -> Call:
             head.token_ids,
             head.token_weight,
             objective=objective,
+            advantage=advantage,
         )
         return torch.autograd.grad(loss, head.trained)
 
     return call
+
+
+def cross_entropy_ours(head: Head, objective: str) -> Call:
+    """The sampled objective with every token's advantage 1: it scores the teacher too, a third more products."""
+    _only(objective, "cross_entropy")
+    return linear_ours(head, "sampled_reverse_kl", torch.ones_like(head.token_weight))
+
+
+BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # where the peers put our objectives on one scale
 
 
 def linear_pytorch(head: Head, objective: str) -> Call:
@@ -72,10 +83,19 @@ def linear_pytorch(head: Head, objective: str) -> Call:
     def call():
         wide = torch.promote_types(head.student_hidden.dtype, torch.float32)
         student = F.linear(*head.trained).to(wide).log_softmax(-1)
+        if objective == "cross_entropy":
+            losses = -student.gather(1, head.token_ids[:, None])[:, 0]
+            return torch.autograd.grad((losses * head.token_weight).sum(), head.trained)
         with torch.no_grad():
             teacher = F.linear(head.teacher_hidden, head.teacher_weight).to(wide).log_softmax(-1)
         if objective == "reverse_kl":
             losses = (student.exp() * (student - teacher)).sum(-1)
+        elif objective == "forward_kl":
+            losses = (teacher.exp() * (teacher - student)).sum(-1)
+        elif objective == "jsd":
+            mixture = torch.logaddexp(student, teacher) - math.log(2)
+            to_teacher = teacher.exp() * (teacher - mixture)
+            losses = ((student.exp() * (student - mixture) + to_teacher) / 2).sum(-1)
         else:
             chosen = student.gather(1, head.token_ids[:, None])[:, 0]
             reward = teacher.gather(1, head.token_ids[:, None])[:, 0] - chosen.detach()
@@ -86,13 +106,13 @@ def linear_pytorch(head: Head, objective: str) -> Call:
 
 
 def linear_trl(head: Head, objective: str) -> Call:
-    """TRL's ChunkedDivergence at beta 1, its reverse KL."""
-    _only(objective, "reverse_kl")
-    module = pytest.importorskip("trl.kernels.chunked_divergence")
+    """TRL's ChunkedDivergence."""
+    _only(objective, *BETA)
+    module = peer("trl.kernels.chunked_divergence")
 
     def call():
         divergence, _ = module.ChunkedDivergenceFunction.apply(
-            *head.trained, None, head.teacher_hidden, head.teacher_weight, None, 1.0
+            *head.trained, None, head.teacher_hidden, head.teacher_weight, None, BETA[objective]
         )
         return torch.autograd.grad((divergence * head.token_weight).sum(), head.trained)
 
@@ -100,14 +120,15 @@ def linear_trl(head: Head, objective: str) -> Call:
 
 
 def linear_liger(head: Head, objective: str) -> Call:
-    """Liger's fused linear JSD at beta 1, its reverse KL: the Triton one on CUDA, the chunked one on a CPU."""
-    _only(objective, "reverse_kl")
+    """Liger's fused linear JSD: the Triton one on CUDA, the chunked one on a CPU."""
+    _only(objective, *BETA)
+    beta = BETA[objective]
     if head.student_hidden.is_cuda:
-        fused = pytest.importorskip("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(jsd_beta=1.0)
+        fused = peer("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(jsd_beta=beta)
         labels = None
     else:
-        module = pytest.importorskip("liger_kernel.chunked_loss.jsd_loss")
-        fused = module.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False)
+        module = peer("liger_kernel.chunked_loss.jsd_loss")
+        fused = module.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
         labels = head.token_ids
 
     def call():
@@ -117,33 +138,70 @@ def linear_liger(head: Head, objective: str) -> Call:
     return call
 
 
-def linear_cce(head: Head, objective: str) -> Call:
-    """Cut cross-entropy: the student's half of the sampled objective, without a teacher. CUDA only."""
-    _only(objective, "sampled_reverse_kl")
-    if not head.student_hidden.is_cuda:
-        pytest.skip("cut cross-entropy has no CPU path")
-    module = pytest.importorskip("cut_cross_entropy")
+def cross_entropy_cce(head: Head, objective: str) -> Call:
+    """Cut cross-entropy: its Triton kernel on CUDA, its compiled form on a CPU."""
+    _only(objective, "cross_entropy")
+    module = peer("cut_cross_entropy")
+    impl = "cce" if head.student_hidden.is_cuda else "torch_compile"
 
     def call():
-        losses = module.linear_cross_entropy(*head.trained, head.token_ids, reduction="none")
+        losses = module.linear_cross_entropy(*head.trained, head.token_ids, reduction="none", impl=impl)
         return torch.autograd.grad((losses * head.token_weight).sum(), head.trained)
 
     return call
 
 
-def _only(objective: str, supported: str) -> None:
-    if objective != supported:
-        pytest.skip(f"has {supported} only")
+def cross_entropy_torch(head: Head, objective: str) -> Call:
+    """PyTorch's own fused form, in chunks as it chooses them; it has equal weights only, as these inputs have."""
+    _only(objective, "cross_entropy")
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip(f"torch {torch.__version__} has none")
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def call():
+        loss = F.linear_cross_entropy(*head.trained, head.token_ids, options=options)
+        return torch.autograd.grad(loss, head.trained)
+
+    return call
 
 
-def check_linear(name: str, objective: str, V: int, Hs: int, Ht: int, device: torch.device, dtype: torch.dtype) -> None:
+def cross_entropy_liger(head: Head, objective: str) -> Call:
+    _only(objective, "cross_entropy")
+    if not head.student_hidden.is_cuda:
+        pytest.skip("has no CPU path")
+    fused = peer("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+
+    def call():
+        loss = fused(head.student_weight, head.student_hidden, head.token_ids)
+        return torch.autograd.grad(loss, head.trained)
+
+    return call
+
+
+def peer(module: str):
+    """Another project's module; skips where it is not installed, saying how it would be."""
+    return pytest.importorskip(module, reason=f"not installed: pip install '.[peers]' brings {module.split('.')[0]}")
+
+
+def _only(objective: str, *supported: str) -> None:
+    if objective not in supported:
+        pytest.skip(f"has {' and '.join(supported)} only")
+
+
+def check_linear(
+    candidate: Callable[[Head, str], Call],
+    objective: str,
+    V: int,
+    Hs: int,
+    Ht: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """Runs a candidate on a few tokens and compares its gradients with PyTorch's in float64.
 
     Asserts an error of at most ten times that of PyTorch with full logits in the same dtype, plus 1 in 10,000: less
     exact than that is another loss.
     """
-    if name == "cce":  # another loss: there is nothing to compare
-        return
     few = make_head(16, V, Hs, Ht, device, dtype)
     exact = Head(*(t.detach().double() if t.is_floating_point() else t for t in vars(few).values()))
     for tensor in exact.trained:
@@ -154,17 +212,19 @@ def check_linear(name: str, objective: str, V: int, Hs: int, Ht: int, device: to
         pairs = zip(gradients, truth, strict=True)
         return max(((found.double() - right).norm() / right.norm()).item() for found, right in pairs)
 
-    found, allowed = error(LINEAR[name](few, objective)()), 10 * error(linear_pytorch(few, objective)()) + 1e-4
-    assert found <= allowed, f"{name} computes something else: relative error {found:.2e} of the gradients"
+    found, allowed = error(candidate(few, objective)()), 10 * error(linear_pytorch(few, objective)()) + 1e-4
+    assert found <= allowed, f"computes something else: relative error {found:.2e} of the gradients"
 
 
-LINEAR = {
-    "ours": linear_ours,
+LINEAR = {"ours": linear_ours, "pytorch": linear_pytorch, "trl": linear_trl, "liger": linear_liger}
+CROSS_ENTROPY = {
+    "ours, with a teacher": cross_entropy_ours,
     "pytorch": linear_pytorch,
-    "trl": linear_trl,
-    "liger": linear_liger,
-    "cce": linear_cce,
+    "torch, fused": cross_entropy_torch,
+    "cce": cross_entropy_cce,
+    "liger": cross_entropy_liger,
 }
+OBJECTIVES = ("reverse_kl", "sampled_reverse_kl", "forward_kl", "jsd")
 
 
 def logits_ours(student: Tensor, teacher: Tensor, token_ids: Tensor) -> Call:

@@ -88,9 +88,23 @@ def native(engine: RolloutEngine, prompt_ids: torch.Tensor, num_rollouts: int) -
     assert rollouts.completion_ids.shape == (len(prompt_ids) * num_rollouts, TOKENS)
 
 
+@torch.no_grad()
+def check_logprobs(model: PreTrainedModel, engine: RolloutEngine, prompt_ids: torch.Tensor, limit: float) -> None:
+    """The stock model gives what the engine sampled the same log-probabilities, on the average to within `limit`."""
+    rollouts = engine.generate(
+        prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool), num_rollouts=1, prompt_keys=torch.tensor([0])
+    )
+    ids = torch.cat([prompt_ids, rollouts.completion_ids], 1)
+    logprobs = model(ids).logits[:, prompt_ids.shape[1] - 1 : -1].float().log_softmax(-1)
+    theirs = logprobs.gather(2, rollouts.completion_ids[..., None])[..., 0]
+    apart = (theirs - rollouts.logprob).abs().mean().item()
+    assert apart < limit, f"the engine samples from another model: {apart:.1e} nats apart"
+
+
 def candidates(name: str, precision: str, shape: tuple[int, int, int]) -> dict[str, Callable[[], None]]:
     B, P, N = shape
     prompt_ids, model, engine = prompts_of(name, B, P), stock_of(name, precision), engine_of(name, precision)
+    check_logprobs(model, engine, prompt_ids[:1, :32], 0.2 if precision == "bfloat16" else 1e-3)
 
     def loop() -> None:
         for call in range(LOOP_CALLS):

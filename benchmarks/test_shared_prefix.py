@@ -65,6 +65,12 @@ def step(model, hidden_of, inputs, rows_at_once):
         nn.functional.cross_entropy(logits, completion_ids[rows].flatten(), reduction="sum").div(len(index)).backward()
 
 
+def gradient_after(model, call) -> torch.Tensor:
+    """All of the model's gradients after the call, as one vector."""
+    call()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
 def plain(body, prompt_ids, prompt_mask, completion_ids, lengths, index):
     rows = host_rows(prompt_ids, prompt_mask, completion_ids, lengths, index)
     with OneDnnLinears():
@@ -81,6 +87,10 @@ def test_forward_and_backward(model, two_threads, shape, wanted, record):
     }
     if N > 16:
         candidates["plain rows, 16 at a time"] = lambda: step(model, plain, inputs, 16)
+    gradients = {name: gradient_after(model, call) for name, call in candidates.items()}
+    for name, found in gradients.items():
+        apart = (found - gradients["plain rows"]).norm() / gradients["plain rows"].norm()
+        assert apart < 1e-4, f"{name} computes something else: its gradient is {apart:.1e} apart"
     timings = interleave(candidates, rounds=3 if N > 16 else 5, memory=True)
     ours = timings["ours"].median
     bound = N * (P + T) / (P + N * T)

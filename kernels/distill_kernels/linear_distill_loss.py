@@ -132,9 +132,11 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    # Without materialised zeros, a loss that nothing depends on has no upstream gradient.
+    # Without materialised zeros, a loss that nothing depends on has no upstream gradient. A factor of one, as of a loss
+    # that is itself differentiated, would only copy the weight's gradient; on CUDA, asking would wait for the device.
+    one = upstream is not None and upstream.device.type == "cpu" and upstream.item() == 1
     scaled = [
-        (gradient * upstream).to(dtype) if needed and upstream is not None else None
+        (gradient if one else gradient * upstream).to(dtype) if needed and upstream is not None else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
     return *scaled, *[None] * 18

@@ -40,7 +40,7 @@ def sample_rows(
         masses = padded[: part.stop - part.start]
         x = logits[part].float()
         x = x - x.amax(-1, keepdim=True)  # [r, V], the largest is 0
-        z = x * (1 / temperature)
+        z = x if temperature == 1 else x * (1 / temperature)
         mass = torch.exp(z, out=masses[:, :V])
         log_total = (mass if temperature == 1 else x.exp()).sum(-1).log()
         threshold = _threshold(z, mass, top_k, top_p, min_p)
