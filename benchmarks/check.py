@@ -4,7 +4,8 @@
 
 Ratios of CPU time on one thread, of small versions of the benchmarks: seconds differ from machine to machine and wall
 time from minute to minute, these do not. Fails where a ratio fell by more than 20 % of the kept one, which is that of
-the same CPU if it is known, else the lowest of all; one that fell is measured up to three times. `--update` keeps this machine's ratios.
+the same CPU if it is known, else the lowest of all; one that fell is measured up to three times. `--update` keeps
+this machine's ratios.
 """
 
 import argparse
