@@ -48,11 +48,11 @@ def test_intervals_are_those_of_students_t():
 
 
 def test_compute_to_a_held_out_kl_is_interpolated():
-    line = {"completion_tokens": 10, "seconds_rollout": 1.0, "seconds_update": 1.0}
+    line = {"completion_tokens": 10}
     evaluations = [{"step": 0, "reverse_kl": 3.0}, {"step": 4, "reverse_kl": 1.0}, {"step": 8, "reverse_kl": 0.9}]
-    found = reach(2.0, [line] * 8, evaluations)
+    found = reach(2.0, [line] * 8, evaluations, [2.0] * 8)
     assert found == {"steps": 2.0, "tokens": 20.0, "seconds": 4.0}
-    assert math.isnan(reach(0.5, [line] * 8, evaluations)["tokens"])
+    assert math.isnan(reach(0.5, [line] * 8, evaluations, [1.0] * 8)["tokens"])
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -65,7 +65,7 @@ def training_tables(records: Sequence[Record], targets: Sequence[float]) -> str:
         [
             f"Means over {len(seeds)} seeds with 95 % t-intervals; KL in nats per token.\n",
             markdown(beside, (_beside(records, *cell) for cell in _cells(records))),
-            markdown([*outcome, "seconds", "CPU seconds"], (_outcome(*cell) for cell in _cells(records))),
+            markdown([*outcome, "seconds"], (_outcome(*cell) for cell in _cells(records))),
             markdown(compute, reached),
         ]
     )
@@ -90,7 +90,7 @@ def _outcome(estimator: str, n: int, cell: list[Record]) -> list[str]:
     reduction = interval([-record["reverse_kl_exact_reduction"] for record in cell])
     start, end = _over(cell, "reverse_kl_exact_start"), _over(cell, "reverse_kl_exact_end")
     figures = [f"{start.mean:.3f} → {end.text()}", _percent(reduction), _over(cell, "eval_after").text()]
-    costs = [_over(cell, key).text("{:,.0f}") for key in ("tokens", "seconds", "cpu_seconds")]
+    costs = [_over(cell, key).text("{:,.0f}") for key in ("tokens", "seconds")]
     return [estimator, str(n), str(len(cell)), *figures, *costs]
 
 
@@ -183,11 +183,11 @@ def single_table(records: Sequence[Record]) -> str:
     for (n, steps), cell in groups.items():
         change = interval([record["eval_after"] / record["eval_before"] - 1 for record in cell])
         figures = [f"{_over(cell, 'eval_before').mean:.3f} → {_over(cell, 'eval_after').text()}", _percent(change)]
-        costs = [_over(cell, key).text("{:,.0f}") for key in ("tokens", "seconds", "cpu_seconds")]
+        costs = [_over(cell, key).text("{:,.0f}") for key in ("tokens", "seconds")]
         spread = _over(cell, "reverse_kl_fluctuation").text()
         rows.append([str(n), str(steps), f"{n * steps:,}", str(len(cell)), *figures, spread, *costs])
     header = ("N", "steps", "completions", "runs", "KL, new completions", "change", "de-trended sd of a step's KL")
-    return markdown([*header, "tokens", "seconds", "CPU seconds"], rows)
+    return markdown([*header, "tokens", "seconds"], rows)
 
 
 def _ranged(record: Record, key: str, pattern: str) -> str:

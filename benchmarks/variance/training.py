@@ -179,22 +179,26 @@ def figures_of(cell: Cell, folder: Path, targets: Sequence[float]) -> dict[str, 
         "eval_after": summary["eval_reverse_kl_after"],
         "steps": summary["steps"],
         "tokens": summary["completion_tokens"],
-        "seconds": sum(_seconds(record) for record in metrics),
         "wall_seconds": summary["wall_seconds"],
-        "cpu_seconds": summary.get("cpu_seconds", math.nan),
     }
+    # On a CPU, what other work on the machine does not change: processor time, spread evenly over the steps.
+    if summary["device"] == "cpu":
+        clock = [summary["cpu_seconds"] / len(metrics)] * len(metrics)
+    else:
+        clock = [sum(v for key, v in record.items() if key.startswith("seconds_")) for record in metrics]
+    found["seconds"] = sum(clock)
     for target in targets:
-        found |= {f"{name}_to_{target:g}": value for name, value in reach(target, metrics, evaluations).items()}
+        found |= {f"{name}_to_{target:g}": value for name, value in reach(target, metrics, evaluations, clock).items()}
     return found
 
 
-def reach(target: float, metrics: list[dict], evaluations: list[dict]) -> dict[str, float]:
+def reach(target: float, metrics: list[dict], evaluations: list[dict], clock: Sequence[float]) -> dict[str, float]:
     """Steps, sampled tokens and seconds until the held-out reverse KL is at `target`, interpolated; NaN if it never is.
 
-    Seconds are those of rollouts, scoring and updates; evaluations and loading are left out.
+    `clock` has each step's seconds.
     """
     tokens = [0, *itertools.accumulate(record["completion_tokens"] for record in metrics)]
-    seconds = [0.0, *itertools.accumulate(map(_seconds, metrics))]
+    seconds = [0.0, *itertools.accumulate(clock)]
     for before, after in itertools.pairwise(evaluations):
         high, low = before["reverse_kl"], after["reverse_kl"]
         if high > target >= low:
@@ -206,7 +210,3 @@ def reach(target: float, metrics: list[dict], evaluations: list[dict]) -> dict[s
             }
             return {"steps": steps, **at}
     return {"steps": math.nan, "tokens": math.nan, "seconds": math.nan}
-
-
-def _seconds(record: dict[str, Any]) -> float:
-    return sum(value for key, value in record.items() if key.startswith("seconds_"))
