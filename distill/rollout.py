@@ -26,7 +26,7 @@ from distill.decode import (
 )
 from distill.generation_copy import GenerationCopy, choose_dtype
 from distill.kv_cache import ATTENTION_NAME, DecodeCache
-from distill.memory import MemoryLimits, free_bytes
+from distill.memory import MemoryLimits, even_parts, free_bytes, wave_bytes, waves
 from distill.models import split_head
 from distill_kernels import sample
 
@@ -226,7 +226,7 @@ class RolloutEngine:
         """The stock loop over every row with its own prompt; a logits processor draws and hides all other tokens."""
         R = row_ids.numel()
         prompt_index = torch.arange(R, device=row_ids.device) // (R // prompt_ids.shape[0])
-        for start, stop in _even_parts(R, min(R, self.limits.rows_per_wave or R)):
+        for start, stop in even_parts(R, min(R, self.limits.rows_per_wave or R)):
             rows, self._rows_at_once = slice(start, stop), stop - start
             part = Completions(*(tensor[rows] for tensor in out))
             self._generate(
@@ -257,26 +257,17 @@ class RolloutEngine:
         return logits[:, : self._vocab_size]
 
     def _waves(self, prompts: int, prompt_length: int, num_rollouts: int) -> Iterator[tuple[slice, list[slice]]]:
-        """Blocks of prompts that are prefilled together, each with the row ranges that are decoded together."""
+        """See `memory.waves`."""
         budget = free_bytes(self._model.device) // 2 if self._memory_budget_bytes is None else self._memory_budget_bytes
-        config, itemsize = self._model.config.get_text_config(), self._copy.dtype.itemsize
-        width = 8 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-        a_prompt = prompt_length * (self._token_bytes + width * itemsize + 4 * prompt_length)
-        # Three float32 of logits: the head's, the sampler's and the next step's.
-        a_row = self.sampling.max_new_tokens * self._token_bytes + 12 * config.vocab_size + width * itemsize
-        if num_rollouts == 1:  # the prompt's keys are copied into the row's buffer
-            a_row += prompt_length * self._token_bytes
-        limit = self.limits.rows_per_wave or prompts * num_rollouts
-        block = min(prompts, budget // (a_prompt + num_rollouts * a_row), limit // num_rollouts)
-        if block:
-            for start, stop in _even_parts(prompts, block):
-                yield slice(start, stop), [slice(start * num_rollouts, stop * num_rollouts)]
-            return
-        at_once = max(1, min(limit, (budget - a_prompt) // a_row))
-        for prompt in range(prompts):
-            first = prompt * num_rollouts
-            parts = _even_parts(num_rollouts, at_once)
-            yield slice(prompt, prompt + 1), [slice(first + start, first + stop) for start, stop in parts]
+        needed = wave_bytes(
+            self._model.config.get_text_config(),
+            self._copy.dtype.itemsize,
+            self._token_bytes,
+            prompt_length=prompt_length,
+            num_rollouts=num_rollouts,
+            max_new_tokens=self.sampling.max_new_tokens,
+        )
+        return waves(prompts, num_rollouts, budget, *needed, self.limits.rows_per_wave)
 
     def _probe(self) -> int:
         """Checks a decode step against the model's own forward; returns the bytes of a token's keys and values.
@@ -339,9 +330,3 @@ def native_refusal(model: PreTrainedModel) -> str | None:
     if not model._supports_attention_backend:
         return f"{type(model).__name__} computes attention itself and takes no other function for it"
     return None
-
-
-def _even_parts(total: int, largest: int) -> list[tuple[int, int]]:
-    """Cuts range(total) into the fewest parts of at most `largest`, as even as they come."""
-    count = -(-total // largest)
-    return [(total * part // count, total * (part + 1) // count) for part in range(count)]
