@@ -1,0 +1,117 @@
+"""What the model is held to: the committed measurements of a machine beside what is predicted for its limits.
+
+The limits are those that `kernels.json` was measured against; the machine's bfloat16 units are taken to do two products
+in the time of a float32 one. Steps and heads come from the benchmarks' files, phases and memory of whole runs from
+`runs.json`, which `record` makes of the folders of finished runs.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.harness import Row, write_json
+from benchmarks.plan.machines import CPU, GIB, Machine
+from benchmarks.plan.model import PHASES, Work, predict
+from benchmarks.plan.shapes import Shape, known
+from benchmarks.plan.work import work_of
+from distill.config import load_config
+from distill.metrics import read_json_lines
+from distill.models import load_tokenizer
+from distill.prompts import load_prompts
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
+TINY = Shape(256, 1024, 8, 4, 2, 64, 8192, False)  # test_rollout's
+
+
+class Point(NamedTuple):
+    """A figure beside its prediction: seconds or, of memory, bytes."""
+
+    what: str
+    figure: str
+    measured: float
+    predicted: float
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
+
+
+def machine(folder: Path = RESULTS) -> Machine:
+    """By the limits that the kernels' fractions there were taken of."""
+    rows = [row for row in _rows(folder, "kernels") if row.name == "ours" and row.fraction]
+    by_products = next(row for row in rows if row.group.startswith("CPU target"))
+    by_bytes = next(row for row in rows if row.group.startswith("reverse_kl"))
+    flops = by_products.flops / (by_products.seconds * by_products.fraction)
+    bandwidth = by_bytes.bytes / (by_bytes.seconds * by_bytes.fraction)
+    return Machine(folder.name, 24 * GIB, {4: flops, 2: 2 * flops}, bandwidth, efficiency=CPU, cuda=False)
+
+
+def points(folder: Path = RESULTS) -> list[Point]:
+    """Every figure of this project's steps and heads that is kept for the machine."""
+    cpu, found = machine(folder), []
+    smollm2 = known("SmolLM2-135M")
+    pruned = Shape(**vars(smollm2) | {"num_hidden_layers": 28})
+    for row in _rows(folder, "step-cost", "step-beside-trl-short", "step-beside-trl-long", "growth"):
+        if row.name == "TRL":
+            continue
+        n = _numbers(row)
+        if "fused head" in row.group:
+            shape = Shape(**vars(TINY) | {"vocab_size": n["V"]})
+            plan = predict(Work(shape, shape, 1, n["K"], 1, micro_batch=n["K"] + 1), cpu)
+            found.append(Point(_short(row), "fused head", row.seconds, plan.seconds["fused head"]))
+            continue
+        pair = (TINY, TINY) if "growth" in row.group else (pruned, smollm2)
+        half = 2 if row.group.startswith("whole step, N") else 4
+        plan = predict(Work(*pair, n["P"], n["T"], n["N"], rollout_itemsize=half), cpu)
+        found.append(Point(_short(row), "step", row.seconds, plan.total))
+        if row.peak_bytes:
+            beyond = max(plan.peak.values()) - sum(plan.held.values())
+            found.append(Point(_short(row), "memory beyond what is held", row.peak_bytes, beyond))
+    for row in _rows(folder, "runs"):
+        n = _numbers(row)
+        config = load_config(ROOT / re.search(r"configs/\w+\.yaml", row.group)[0])
+        plan = predict(work_of(config, cpu, n["P"], n["T"]), cpu)
+        if row.name in PHASES:
+            found.append(Point(_short(row), row.name, row.seconds, plan.phase(row.name)))
+        else:
+            found.append(Point(_short(row), "memory of the process", row.peak_bytes, max(plan.peak.values())))
+    return found
+
+
+def record(folders: list[Path], path: Path) -> None:
+    """Writes a row for each phase of some runs of recipes, named like them: medians over the steps, peak memory."""
+    rows = []
+    for folder in folders:
+        config, steps = load_config(folder / "config.yaml"), read_json_lines(folder / "metrics.jsonl")
+        ids = load_prompts(config.prompts.train, load_tokenizer(config.student.model)).token_ids
+        P, T = (round(statistics.mean(x)) for x in (map(len, ids), (step["completion_length"] for step in steps)))
+        group = f"step of configs/{folder.name}.yaml, P = {P}, T = {T} on average"
+        for phase in PHASES:
+            samples = [step[f"seconds_{phase}"] for step in steps]
+            rows.append(Row(group, phase, statistics.median(samples)))
+        whole = statistics.median(sum(step[f"seconds_{phase}"] for phase in PHASES) for step in steps)
+        peak = max(step["peak_memory_bytes"] for step in steps)
+        tokens = round(statistics.mean(step["completion_tokens"] for step in steps))
+        rows.append(Row(group, "ours", whole, peak_bytes=peak, tokens=tokens))
+    write_json(path, rows, command=f"python -m benchmarks.plan --record {' '.join(f'outputs/{f.name}' for f in folders)}")
+
+
+def _rows(folder: Path, *names: str) -> list[Row]:
+    files = [folder / f"{name}.json" for name in names]
+    return [Row(**row) for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+
+
+def _numbers(row: Row) -> dict[str, int]:
+    """The sizes that a row's group and name give, as {"P": 512, ...}."""
+    found = {letter: int(value) for letter, value in re.findall(r"\b([A-Z]) = (\d+)", f"{row.group} {row.name}")}
+    if triple := re.search(r"\(P, T, N\) = \((\d+), (\d+), (\d+)\)", row.group):
+        found |= zip("PTN", map(int, triple.groups()), strict=True)
+    return found
+
+
+def _short(row: Row) -> str:
+    what = re.sub(r": asked.*| on average|growth of | in torch.float32", "", row.group)
+    return re.sub(r" N = 1, 4, 16,", "", what) + (f", {row.name}" if "=" in row.name else "")
