@@ -80,6 +80,6 @@ GPUS = {
 
 def this_cpu() -> Machine:
     """The processor of this machine, by two short products and a copy."""
-    flops = {4: gemm_rate(512, 4096, 2048), 2: gemm_rate(512, 4096, 2048, dtype=torch.bfloat16)}
+    flops = {4: gemm_rate(256, 4096, 2048), 2: gemm_rate(256, 4096, 2048, dtype=torch.bfloat16)}
     cpu = torch.device("cpu")
-    return Machine("this CPU", free_bytes(cpu), flops, copy_bandwidth(cpu), efficiency=CPU, cuda=False)
+    return Machine("this CPU", free_bytes(cpu), flops, copy_bandwidth(cpu, 2**27), efficiency=CPU, cuda=False)

@@ -24,6 +24,11 @@ from distill.prompts import load_prompts
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
 TINY = Shape(256, 1024, 8, 4, 2, 64, 8192, False)  # test_rollout's
+SMOLLM2 = known("SmolLM2-135M")
+PRUNED = Shape(**vars(SMOLLM2) | {"num_hidden_layers": 28})
+# The README's rollouts of 64 tokens, in tokens a second: shape, P, N, prompts, bytes of a weight.
+ROLLOUTS = {(SMOLLM2, 32, 4, 10, 4): 549, (SMOLLM2, 32, 4, 10, 2): 666, (SMOLLM2, 512, 16, 1, 4): 289}
+ROLLOUTS |= {(TINY, 256, 16, 4, 4): 4068}
 
 
 class Point(NamedTuple):
@@ -52,8 +57,6 @@ def machine(folder: Path = RESULTS) -> Machine:
 def points(folder: Path = RESULTS) -> list[Point]:
     """Every figure of this project's steps and heads that is kept for the machine."""
     cpu, found = machine(folder), []
-    smollm2 = known("SmolLM2-135M")
-    pruned = Shape(**vars(smollm2) | {"num_hidden_layers": 28})
     for row in _rows(folder, "step-cost", "step-beside-trl-short", "step-beside-trl-long", "growth"):
         if row.name == "TRL":
             continue
@@ -63,7 +66,7 @@ def points(folder: Path = RESULTS) -> list[Point]:
             plan = predict(Work(shape, shape, 1, n["K"], 1, micro_batch=n["K"] + 1), cpu)
             found.append(Point(_short(row), "fused head", row.seconds, plan.seconds["fused head"]))
             continue
-        pair = (TINY, TINY) if "growth" in row.group else (pruned, smollm2)
+        pair = (TINY, TINY) if "growth" in row.group else (PRUNED, SMOLLM2)
         half = 2 if row.group.startswith("whole step, N") else 4
         plan = predict(Work(*pair, n["P"], n["T"], n["N"], rollout_itemsize=half), cpu)
         found.append(Point(_short(row), "step", row.seconds, plan.total))
@@ -78,6 +81,12 @@ def points(folder: Path = RESULTS) -> list[Point]:
             found.append(Point(_short(row), row.name, row.seconds, plan.phase(row.name)))
         else:
             found.append(Point(_short(row), "memory of the process", row.peak_bytes, max(plan.peak.values())))
+    for (shape, P, N, prompts, itemsize), rate in ROLLOUTS.items():
+        plan = predict(Work(shape, shape, P, 64, N, prompts, prompts, rollout_itemsize=itemsize), cpu)
+        name = "SmolLM2-135M" if shape == SMOLLM2 else "8-layer model"
+        what = f"rollouts of {name}, {8 * itemsize} bits, {prompts} prompts, P = {P}, T = 64, N = {N}"
+        seconds = plan.seconds["prefill"] + plan.seconds["decode"]
+        found.append(Point(what, "rollout", prompts * N * 64 / rate, seconds))
     return found
 
 
@@ -96,7 +105,9 @@ def record(folders: list[Path], path: Path) -> None:
         peak = max(step["peak_memory_bytes"] for step in steps)
         tokens = round(statistics.mean(step["completion_tokens"] for step in steps))
         rows.append(Row(group, "ours", whole, peak_bytes=peak, tokens=tokens))
-    write_json(path, rows, command=f"python -m benchmarks.plan --record {' '.join(f'outputs/{f.name}' for f in folders)}")
+    write_json(
+        path, rows, command=f"python -m benchmarks.plan --record {' '.join(f'outputs/{f.name}' for f in folders)}"
+    )
 
 
 def _rows(folder: Path, *names: str) -> list[Row]:
@@ -113,5 +124,5 @@ def _numbers(row: Row) -> dict[str, int]:
 
 
 def _short(row: Row) -> str:
-    what = re.sub(r": asked.*| on average|growth of | in torch.float32", "", row.group)
+    what = re.sub(r": asked.*| on average| in torch.float32", "", row.group)
     return re.sub(r" N = 1, 4, 16,", "", what) + (f", {row.name}" if "=" in row.name else "")

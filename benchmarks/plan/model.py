@@ -7,7 +7,6 @@ one device, prompts are divided over the devices; `shard` divides weights, gradi
 gathers them layer by layer, and the sampling copy is whole on every device.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ PHASES = {
     "score": ("teacher's forward", "waiting for its weights"),
     "update": ("forward and backward", "fused head", "optimizer", "communication"),
 }
-FRAGMENTS = 1.05  # memory in use, of what is allocated
+FRAGMENTS = 1.1  # memory in use, of what a phase allocates
 WORKING_BYTES = 48 * 2**20  # that products work in, in every phase
 MOST_ROLLOUTS = 65_536  # of a prompt, in one step
 LOGIT_BYTES = {"sample": 32, "head": 36}  # moved for each logit: written, read by each pass, gradients
@@ -62,6 +61,16 @@ class Work:
         sides = 4 * s.hidden_size + 2 * s.head_dim * (s.num_attention_heads + s.num_key_value_heads)
         return self.lora_rank * s.num_hidden_layers * (sides + 3 * (s.hidden_size + s.intermediate_size))
 
+    @property
+    def scoring_itemsize(self) -> int:
+        """Of the arithmetic that scores: 8 bits are for weights alone."""
+        return self.itemsize if self.teacher_itemsize == 1 else self.teacher_itemsize
+
+    def chunk(self, K: int, cuda: bool) -> tuple[int, int]:
+        """Rows of a chunk of the fused head, and bytes of a column of one row."""
+        column = 8 + (self.itemsize if cuda and self.itemsize < 4 else 0)
+        return rows_per_chunk(K, self.student.vocab_size, column, None, torch.device("cuda" if cuda else "cpu")), column
+
     def split(self) -> tuple[int, int, int, int]:
         """Micro-batches; tokens computed in all of them; of the largest, tokens and completion tokens."""
         row, whole = self.T - 1, self.P + self.N * self.T
@@ -69,8 +78,8 @@ class Work:
             together = min(self.prompts, self.micro_batch // whole)
             tokens = self.P + self.N * row
             return -(-self.prompts // together), self.prompts * tokens, together * tokens, together * self.N * self.T
-        rows = min(self.N, max(1, (self.micro_batch - self.P) // self.T))
-        parts = -(-self.N // rows)
+        parts = -(-self.N // min(self.N, max(1, (self.micro_batch - self.P) // self.T)))
+        rows = -(-self.N // parts)
         tokens = self.prompts * (parts * self.P + self.N * row)
         return self.prompts * parts, tokens, self.P + rows * row, rows * self.T
 
@@ -102,7 +111,8 @@ class Plan:
     peak: dict[str, float]
     """Bytes at the most, by phase."""
     waves: int
-    micro_batches: int
+    wave_cost: float
+    """Seconds of decoding, against all rows in one wave."""
     micro_batch: int
     fits: bool
 
@@ -116,7 +126,8 @@ class Plan:
 
 def predict(work: Work, machine: Machine, layout: Layout = Layout()) -> Plan:
     """What one device does, with micro-batches halved until they fit, as `MemoryLimits` does."""
-    whole, work = work, on_one_device(work, layout)
+    prompts, batch = (-(-count // layout.devices) for count in (work.prompts, work.batch))
+    whole, work = work, replace(work, prompts=prompts, batch=batch)
     held = held_bytes(work, machine, layout)
     cut = list(_waves(work, machine, sum(held.values())))
     while True:
@@ -128,11 +139,9 @@ def predict(work: Work, machine: Machine, layout: Layout = Layout()) -> Plan:
     seconds = _rollout_seconds(work, machine, layout, cut)
     seconds |= _score_seconds(whole, work, machine, layout)
     seconds |= _update_seconds(work, machine, layout)
-    return Plan(seconds, held, peak, len(cut), work.split()[0], work.micro_batch, fits)
-
-
-def on_one_device(work: Work, layout: Layout) -> Work:
-    return replace(work, prompts=-(-work.prompts // layout.devices), batch=-(-work.batch // layout.devices))
+    together = _decode_seconds(work, machine, [(work.batch, work.batch * work.N)])
+    wave_cost = seconds["decode"] * work.batch / work.prompts / together
+    return Plan(seconds, held, peak, len(cut), wave_cost, work.micro_batch, fits)
 
 
 def held_bytes(work: Work, machine: Machine, layout: Layout) -> dict[str, float]:
@@ -175,8 +184,8 @@ def peak_bytes(work: Work, machine: Machine, layout: Layout, held: dict[str, flo
     s, t, base = work.student, work.teacher, sum(held.values())
     a_prompt, a_row = _wave_bytes(work, machine)
     _, _, tokens, K = work.split()
-    hidden = work.prompts * work.N * work.T * t.hidden_size * work.teacher_itemsize if not layout.servers else 0
-    passing = tokens * (8 * t.hidden_size + 3 * work.teacher_itemsize * t.intermediate_size)
+    hidden = work.prompts * work.N * work.T * t.hidden_size * work.scoring_itemsize if not layout.servers else 0
+    passing = tokens * (8 * t.hidden_size + 3 * work.scoring_itemsize * t.intermediate_size * t.num_experts_per_tok)
     if layout.servers:
         passing = 0
     elif layout.shards > 1:  # two layers at a time
@@ -186,20 +195,20 @@ def peak_bytes(work: Work, machine: Machine, layout: Layout, held: dict[str, flo
     kept = tokens * s.num_hidden_layers * s.activation_bytes(work.itemsize)
     if work.checkpointing:
         kept = tokens * (4 * s.num_hidden_layers * s.hidden_size + s.activation_bytes(work.itemsize))
-    half = machine.cuda and work.itemsize < 4
-    column = 8 + (work.itemsize if half else 0)
-    rows = rows_per_chunk(K, s.vocab_size, column, None, torch.device("cuda" if machine.cuda else "cpu"))
-    head = rows * s.vocab_size * column + K * s.hidden_size * (4 + 2 * work.itemsize)
-    head += (0 if work.lora_rank else 8 * s.head) + (4 * s.head if half else 0)
-    if work.itemsize < 4:  # the weights as the products take them, kept for the backward
+    half = work.itemsize < 4
+    rows, column = work.chunk(K, machine.cuda)
+    gradient = 0 if work.lora_rank else s.head
+    # The weight's gradient beside the buffers first, beside its scaled copies then.
+    head = 4 * gradient + max(rows * s.vocab_size * column, (6 if half else 4) * gradient)
+    head += K * s.hidden_size * (4 + 2 * work.itemsize) + (2 * s.head if half else 0)
+    if half:  # the weights as the products take them, kept for the backward
         head += work.itemsize * s.body() / (s.num_hidden_layers / 2 if layout.shards > 1 else 1)
     extra = {
         "rollout": max((prompts * a_prompt + rows * a_row for prompts, rows in cut), default=a_prompt + a_row),
         "score": passing + hidden,
         "update": kept + head + hidden,
     }
-    runtime = machine.efficiency.runtime_bytes
-    return {name: runtime + FRAGMENTS * (base - runtime + WORKING_BYTES + more) for name, more in extra.items()}
+    return {name: base + WORKING_BYTES + FRAGMENTS * more for name, more in extra.items()}
 
 
 def _forward(machine: Machine, shape: Shape, tokens: float, pairs: float, itemsize: int, parts: int = 1) -> float:
@@ -222,28 +231,32 @@ def _collective(layout: Layout, machine: Machine, moved: float) -> float:
 
 def _rollout_seconds(work: Work, machine: Machine, layout: Layout, cut: list) -> dict[str, float]:
     """A batch's, shared evenly by the steps that it serves."""
-    s, reached, itemsize = work.student, machine.efficiency, work.rollout_itemsize
+    s, itemsize = work.student, work.rollout_itemsize
     steps = work.batch / work.prompts
-    head_itemsize = itemsize if machine.cuda else 4
-    token_bytes = s.token_bytes(itemsize if machine.cuda else 4)
-    weights = itemsize * s.body() + head_itemsize * s.head
-    refresh = machine.moving(4 * s.parameters + weights)
+    refresh = machine.moving((4 + itemsize) * s.parameters)
     if layout.shards > 1:
         refresh += _collective(layout, machine, itemsize * s.parameters)
     elif machine.cuda and itemsize == 4:
         refresh = 0
-    decode = prefill = 0.0
     blocks = -(-work.batch // max((prompts for prompts, _ in cut), default=1))
     prefill = _forward(machine, s, work.batch * work.P, work.batch * work.P**2 / 2, itemsize, blocks)
-    for prompts, rows in cut:
-        keys = (prompts * work.P + rows * work.T / 2) * token_bytes
-        attention = 4 * rows * s.num_hidden_layers * s.num_attention_heads * s.head_dim * (work.P + work.T / 2)
-        one = machine.busy(2 * rows * s.active, itemsize, reached.body, weights - head_itemsize * s.head)
-        one += machine.busy(2 * rows * s.head, head_itemsize, reached.head, head_itemsize * s.head)
-        one += machine.busy(attention, 4 if not machine.cuda else itemsize, reached.attention, keys)
-        one += LOGIT_BYTES["sample"] * rows * s.vocab_size / (machine.bandwidth * reached.rows)
-        decode += work.T * (one + s.num_hidden_layers * reached.decode_layer_seconds)
+    decode = _decode_seconds(work, machine, cut)
     return {"weight refresh": refresh / steps, "prefill": prefill / steps, "decode": decode / steps}
+
+
+def _decode_seconds(work: Work, machine: Machine, cut: list[tuple[int, int]]) -> float:
+    """Of a batch that is cut into waves of so many prompts and rows."""
+    s, reached, itemsize, seconds = work.student, machine.efficiency, work.rollout_itemsize, 0.0
+    head, kept = (itemsize, itemsize) if machine.cuda else (4, 4)
+    for prompts, rows in cut:
+        keys = (prompts * work.P + rows * work.T / 2) * s.token_bytes(kept)
+        attention = 4 * rows * s.num_hidden_layers * s.num_attention_heads * s.head_dim * (work.P + work.T / 2)
+        one = machine.busy(2 * rows * s.active, itemsize, reached.body, itemsize * s.body())
+        one += machine.busy(2 * rows * s.head, head, reached.head, head * s.head)
+        one += machine.busy(attention, kept, reached.attention, keys)
+        one += LOGIT_BYTES["sample"] * rows * s.vocab_size / (machine.bandwidth * reached.rows)
+        seconds += work.T * (one + s.num_hidden_layers * reached.decode_layer_seconds)
+    return seconds
 
 
 def _score_seconds(whole: Work, work: Work, machine: Machine, layout: Layout) -> dict[str, float]:
@@ -256,7 +269,7 @@ def _score_seconds(whole: Work, work: Work, machine: Machine, layout: Layout) ->
         return dict.fromkeys(PHASES["score"], 0.0) | {"teacher's forward": seconds / layout.servers}
     parts, tokens, *_ = work.split()
     pairs = work.pairs(max(work.prompts, parts))
-    seconds, waiting = _forward(machine, t, tokens, pairs, min(itemsize, work.itemsize), parts), 0.0
+    seconds, waiting = _forward(machine, t, tokens, pairs, work.scoring_itemsize, parts), 0.0
     if work.offload:
         waiting = itemsize * t.body() / (COLLECTIVE * 32e9)
     if layout.shards > 1:  # layers are gathered while others compute
@@ -277,8 +290,7 @@ def _update_seconds(work: Work, machine: Machine, layout: Layout) -> dict[str, f
     head = machine.busy(2 * K * s.vocab_size * columns, itemsize, reached.head)
     head += LOGIT_BYTES["head"] * K * s.vocab_size / (machine.bandwidth * reached.rows)
     if not work.lora_rank:  # the weight's gradient: made, added to by each chunk, scaled, handed on
-        budget = (2**31 if machine.cuda else 2**27) // (s.vocab_size * 10)
-        head += machine.moving(s.head * (24 * parts + 8 * math.ceil(K / max(1, min(budget, K_of_part)))))
+        head += machine.moving(s.head * (24 * parts + 8 * K / work.chunk(K_of_part, machine.cuda)[0]))
     optimizer = machine.moving(ADAM_BYTES * work.trained / layout.shards)
     if layout.shards > 1:
         moved = parts * (2 * itemsize * s.parameters + 4 * work.trained)

@@ -71,5 +71,3 @@ def best(found: list[tuple[Layout, Plan]]) -> tuple[Layout, Plan] | None:
         return None
     costs = [plan.total * (layout.devices + layout.servers) for layout, plan in fitting]
     return next(pair for pair, cost in zip(fitting, costs, strict=True) if cost <= 1.05 * min(costs))
-
-
