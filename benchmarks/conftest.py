@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import tables
 from benchmarks.harness import Row, describe_machine, format_table, write_json
 
 _rows = pytest.StashKey[list[Row]]()
@@ -16,6 +17,7 @@ _absent = pytest.StashKey[dict[str, str]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", metavar="FILE", help="write the recorded rows to this JSON file")
     parser.addoption("--whole-grid", action="store_true", help="every cell of the step beside TRL; many minutes")
+    parser.addoption("--tables", action="store_true", help="then renew the tables of docs/performance.md")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,5 +59,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"without {what}: {reason}")
     if path := config.getoption("--results"):
         # Without the options that say where the results go, so that the command can be repeated as it stands.
-        words = [word for word in config.invocation_params.args if word not in ("--results", path) and word != "-q"]
+        ours = ("--results", path, "--tables", "-q")
+        words = [word for word in config.invocation_params.args if word not in ours]
         write_json(Path(path), rows, device, command=shlex.join(["pytest", *map(str, words)]))
+        if config.getoption("--tables"):
+            tables.main()

@@ -9,6 +9,7 @@ import ctypes
 import datetime
 import gc
 import json
+import math
 import platform
 import statistics
 import time
@@ -191,6 +192,15 @@ def ratios(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     first row where there is none of this project's."""
     first = {row.group: row.seconds for row in reversed(rows)} | {r.group: r.seconds for r in rows if r.name == "ours"}
     return {(row.group, row.name): row.seconds / first[row.group] for row in rows}
+
+
+def growth(rows: Sequence[Row]) -> tuple[float, float]:
+    """Exponents of time and peak memory in what the rows' names raise, as `N = 4`: slopes of straight lines through
+    the logarithms, by least squares."""
+    sizes = [math.log(int(row.name.split(" = ")[1])) for row in rows]
+    seconds = [math.log(row.seconds) for row in rows]
+    peaks = [math.log(max(1, row.peak_bytes)) for row in rows]
+    return statistics.linear_regression(sizes, seconds).slope, statistics.linear_regression(sizes, peaks).slope
 
 
 def columns(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:

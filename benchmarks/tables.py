@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness import Row, columns
+from benchmarks.harness import Row, columns, growth
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -37,12 +37,16 @@ def _groups(rows: list[Row]) -> Iterator[str]:
         for line in zip(*cells.values(), strict=True):
             yield "| " + " | ".join(line) + " |"
         yield ""
+        if group.startswith("growth of "):
+            members = [row for row in rows if row.group == group]
+            letter = members[0].name.split(" = ")[0]
+            yield "Time grows with {0}^{1:.2f}, memory with {0}^{2:.2f}.\n".format(letter, *growth(members))
 
 
-def main() -> None:
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])
+def main(page: Path = PAGE) -> None:
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
     after = rest.partition(MARKERS[1])[2]
-    PAGE.write_text("\n".join([before + MARKERS[0], "", *tables(), MARKERS[1]]) + after, encoding="utf-8")
+    page.write_text("\n".join([before + MARKERS[0], "", *tables(), MARKERS[1]]) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

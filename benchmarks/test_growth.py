@@ -1,22 +1,23 @@
-"""How the cost of a step and of the fused head grows: fitted exponents of time and memory, and a plot.
+"""How the cost of a step and of the fused head grows: fitted exponents of time and memory, tables and plots.
 
 One number is raised at a time. A step is rollout, scoring and update of a tiny random Llama (8 layers, hidden 256,
 V 8,192), teacher and student alike; the head is loss and gradients of `linear_distill_loss`. The exponent is the slope
-of a straight line through the logarithms: 1 is growth in proportion, 0 none. A line for each: `pytest
-benchmarks/test_growth.py --results FILE`; with --results, FILE's folder gets `growth.png` too.
+of a straight line through the logarithms: 1 is growth in proportion, 0 none. About two minutes on two CPU cores:
+`pytest benchmarks/test_growth.py --results FILE` writes the JSON and draws `growth.png` in FILE's folder; with
+`--tables`, and FILE in `benchmarks/results/MACHINE/`, the tables of docs/performance.md are renewed too.
 """
 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.harness import Row, Timing, peak_memory
+from benchmarks.harness import Row, Timing, growth, peak_memory
 from benchmarks.kernel_candidates import linear_ours, make_head
 from benchmarks.test_rollout import model_of
 from benchmarks.test_step import our_steps
@@ -31,13 +32,13 @@ STEP = {
 HEAD = {"K": ((256, 1024, 4096, 16_384), {"V": 8192, "H": 256}), "V": ((8192, 32_768, 151_936), {"K": 256, "H": 256})}
 ASKED = {"N": (0.8, 0.6)}  # time and memory of a step
 
-Curve = list[tuple[int, Timing, int]]
+Curves = dict[str, list[Row]]  # by group, a row a size
 
 
 @pytest.fixture(scope="module")
-def curves(request: pytest.FixtureRequest) -> Iterator[dict[str, Curve]]:
+def curves(request: pytest.FixtureRequest) -> Iterator[Curves]:
     """Collects what the tests measure, and draws it at the end."""
-    collected: dict[str, Curve] = {}
+    collected: Curves = {}
     yield collected
     if path := request.config.getoption("--results"):
         plot(collected, Path(path).parent / "growth.png")
@@ -69,7 +70,9 @@ def head_of(K: int, V: int, H: int) -> Callable[[], object]:
     return linear_ours(make_head(K, V, H, H, CPU, torch.float32), "reverse_kl")
 
 
-def measure(values: Sequence[int], call_of: Callable[[int], Callable[[], object]], rounds: int = 3) -> Curve:
+def measure(
+    values: Sequence[int], call_of: Callable[[int], Callable[[], object]], rounds: int = 3
+) -> list[tuple[int, Timing, int]]:
     """Times all sizes in turn, round by round, after a round that warms up; then their memory, untimed."""
     calls = {value: call_of(value) for value in values}
     samples = {value: [] for value in values}
@@ -83,37 +86,41 @@ def measure(values: Sequence[int], call_of: Callable[[int], Callable[[], object]
     return [(value, Timing(tuple(samples[value])), peaks[value]) for value in values]
 
 
-def exponent(points: Sequence[tuple[float, float]]) -> float:
-    """Slope of log y over log x by least squares."""
-    x, y = (torch.tensor(column, dtype=torch.float64).log() for column in zip(*points, strict=True))
-    return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
-
-
-def grow(what: str, letter: str, sizes: dict, call_of: Callable, record, curves: dict[str, Curve]) -> tuple:
+def grow(what: str, letter: str, sizes: Mapping, call_of: Callable, record: Callable, curves: Curves) -> tuple:
     """Measures and records how `what` grows with a letter; returns its exponents of time and memory."""
     values, fixed = sizes[letter]
-    curve = measure(values, lambda value: call_of(**fixed | {letter: value}))
     group = f"growth of {what} with {letter}, {', '.join(f'{k} = {v}' for k, v in fixed.items())}"
-    of_time = exponent([(value, timing.median) for value, timing, _ in curve])
-    of_memory = exponent([(value, max(1, peak)) for value, _, peak in curve])
-    label = f"{group}: time ~ {letter}^{of_time:.2f}, memory ~ {letter}^{of_memory:.2f}"
-    curves[label] = curve
-    for value, timing, peak in curve:
-        record(Row(group, f"{letter} = {value}", timing.median, timing.spread, peak_bytes=peak))
-    print(label)
-    return of_time, of_memory
+    curves[group] = [
+        Row(group, f"{letter} = {value}", timing.median, timing.spread, peak_bytes=peak)
+        for value, timing, peak in measure(values, lambda value: call_of(**fixed | {letter: value}))
+    ]
+    for row in curves[group]:
+        record(row)
+    exponents = growth(curves[group])
+    print("{0}: time ~ {1}^{2:.2f}, memory ~ {1}^{3:.2f}".format(group, letter, *exponents))
+    return exponents
 
 
-def plot(curves: dict[str, Curve], path: Path) -> None:
-    """Seconds over what was raised, both logarithmic."""
+def plot(curves: Curves, path: Path) -> None:
+    """Seconds above and memory below, a column for each letter, logarithmic, with the fitted lines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for label, curve in curves.items():
-        axes.loglog([value for value, *_ in curve], [timing.median for _, timing, _ in curve], "o-", label=label)
-    axes.set(xlabel="size", ylabel="seconds")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    figure = Figure(figsize=(3.2 * len(curves), 6), layout="constrained")
+    axes = figure.subplots(2, len(curves), squeeze=False)
+    for column, (group, rows) in enumerate(curves.items()):
+        letter = rows[0].name.split(" = ")[0]
+        sizes = [int(row.name.split(" = ")[1]) for row in rows]
+        measured = [row.seconds for row in rows], [max(1, row.peak_bytes) / 2**20 for row in rows]
+        for panel, values, power, unit in zip(
+            axes[:, column], measured, growth(rows), ("seconds", "peak MiB"), strict=True
+        ):
+            centre = [math.exp(sum(map(math.log, each)) / len(each)) for each in (sizes, values)]
+            panel.loglog(sizes, values, "o-")
+            panel.loglog(sizes, [centre[1] * (size / centre[0]) ** power for size in sizes], "--", color="grey")
+            panel.set(xlabel=letter, ylabel=unit)
+            panel.set_title(f"~ {letter}^{power:.2f}", fontsize="small")
+            panel.grid(alpha=0.3)
+        what, _, fixed = group.removeprefix("growth of ").partition(f" with {letter}, ")
+        axes[0, column].set_title(f"{what}, {fixed}\n{axes[0, column].get_title()}", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks import harness, tables, test_growth
 from benchmarks.plan import measured, page
 from benchmarks.plan.__main__ import main
 from benchmarks.plan.machines import GIB, GPUS
@@ -214,6 +215,27 @@ def test_what_the_command_cannot_answer(write_config, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main(["--gpu", "h100"])
     assert error.value.code == 2
+
+
+def test_growth_makes_rows_exponents_table_and_plot(tmp_path, capsys):
+    rows, curves = [], {}
+    for letter, sizes in {"K": ((16, 64), {"V": 512, "H": 16}), "V": ((256, 1024), {"K": 32, "H": 16})}.items():
+        found = test_growth.grow("the fused head", letter, {letter: sizes}, test_growth.head_of, rows.append, curves)
+        assert len(found) == 2
+        assert f"time ~ {letter}^{found[0]:.2f}" in capsys.readouterr().out
+    test_growth.plot(curves, tmp_path / "machine" / "growth.png")
+    assert (tmp_path / "machine" / "growth.png").stat().st_size > 10_000
+    harness.write_json(tmp_path / "machine" / "growth.json", rows, command="pytest benchmarks/test_growth.py")
+    text = "\n".join(tables.tables(tmp_path))
+    assert "| K = 64 |" in text
+    assert text.count("Time grows with ") == 2
+
+
+def test_exponents_are_those_of_a_power_law():
+    rows = [
+        harness.Row("growth of x", f"N = {n}", 3.0 * n**0.7, peak_bytes=round(1e9 * n**0.25)) for n in (1, 4, 16, 64)
+    ]
+    assert harness.growth(rows) == pytest.approx((0.7, 0.25), abs=1e-6)
 
 
 def test_the_page_is_what_the_command_makes():

@@ -67,7 +67,7 @@ def plan(config_file: str, gpu: str, gpus: int, prompt_tokens: int) -> str:
     if machine.cuda:
         lines.append(page.UNVERIFIED)
     else:
-        rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s float{8 * size}" for size, rate in machine.flops.items())
+        rates = "{:.0f} GFLOP/s float32, {:.0f} bfloat16".format(*(machine.flops[size] / 1e9 for size in (4, 2)))
         lines.append(f"limits measured just now: {rates}, {machine.bandwidth / 1e9:.0f} GB/s")
     lines += ["", table(work, machine, shown), ""]
     if chosen is None:
