@@ -118,6 +118,8 @@ def plot(curves: Curves, path: Path) -> None:
             panel.loglog(sizes, values, "o-")
             panel.loglog(sizes, [centre[1] * (size / centre[0]) ** power for size in sizes], "--", color="grey")
             panel.set(xlabel=letter, ylabel=unit)
+            panel.set_xticks(sizes, labels=[str(size) for size in sizes])
+            panel.xaxis.minorticks_off()
             panel.set_title(f"~ {letter}^{power:.2f}", fontsize="small")
             panel.grid(alpha=0.3)
         what, _, fixed = group.removeprefix("growth of ").partition(f" with {letter}, ")
