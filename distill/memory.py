@@ -135,7 +135,7 @@ def wave_bytes(
     return a_prompt, a_row
 
 
-def waves(
+def cut_waves(
     prompts: int, num_rollouts: int, budget: int, a_prompt: int, a_row: int, limit: int | None = None
 ) -> Iterator[tuple[slice, list[slice]]]:
     """Blocks of prompts that are prefilled together, each with the row ranges that are decoded together.

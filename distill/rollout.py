@@ -26,7 +26,7 @@ from distill.decode import (
 )
 from distill.generation_copy import GenerationCopy, choose_dtype
 from distill.kv_cache import ATTENTION_NAME, DecodeCache
-from distill.memory import MemoryLimits, even_parts, free_bytes, wave_bytes, waves
+from distill.memory import MemoryLimits, cut_waves, even_parts, free_bytes, wave_bytes
 from distill.models import split_head
 from distill_kernels import sample
 
@@ -257,7 +257,7 @@ class RolloutEngine:
         return logits[:, : self._vocab_size]
 
     def _waves(self, prompts: int, prompt_length: int, num_rollouts: int) -> Iterator[tuple[slice, list[slice]]]:
-        """See `memory.waves`."""
+        """See `cut_waves`."""
         budget = free_bytes(self._model.device) // 2 if self._memory_budget_bytes is None else self._memory_budget_bytes
         needed = wave_bytes(
             self._model.config.get_text_config(),
@@ -267,7 +267,7 @@ class RolloutEngine:
             num_rollouts=num_rollouts,
             max_new_tokens=self.sampling.max_new_tokens,
         )
-        return waves(prompts, num_rollouts, budget, *needed, self.limits.rows_per_wave)
+        return cut_waves(prompts, num_rollouts, budget, *needed, self.limits.rows_per_wave)
 
     def _probe(self) -> int:
         """Checks a decode step against the model's own forward; returns the bytes of a token's keys and values.

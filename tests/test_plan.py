@@ -115,7 +115,7 @@ def test_micro_batches_are_the_code_s(shape):
 
 @pytest.mark.parametrize("point", measured.points(), ids=lambda point: f"{point.what}: {point.figure}")
 def test_predictions_hold_to_what_was_measured(point):
-    limits = (0.75, 1.25) if "memory" in point.figure else (1 / 1.4, 1.4)
+    limits = (0.75, 1.25) if "memory" in point.figure else (1 / 1.5, 1.5)
     assert limits[0] <= point.ratio <= limits[1]
 
 
@@ -236,6 +236,25 @@ def test_exponents_are_those_of_a_power_law():
         harness.Row("growth of x", f"N = {n}", 3.0 * n**0.7, peak_bytes=round(1e9 * n**0.25)) for n in (1, 4, 16, 64)
     ]
     assert harness.growth(rows) == pytest.approx((0.7, 0.25), abs=1e-6)
+
+
+def test_a_run_s_phases_are_kept_as_medians_and_its_memory_at_the_most(write_config, tmp_path):
+    folder = tmp_path / "red"
+    folder.mkdir()
+    write_config().rename(folder / "config.yaml")
+    (folder / "summary.json").write_text(json.dumps({"torch": "2", "threads": 7, "device": "cpu"}))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for seconds in (9.0, 1.0, 2.0):
+            phases = {"seconds_rollout": seconds, "seconds_score": 2 * seconds, "seconds_update": 3 * seconds}
+            length = {"completion_length": 5.6, "completion_tokens": 11, "peak_memory_bytes": int(1e9 * seconds)}
+            file.write(json.dumps(phases | length) + "\n")
+    assert main(["--record", str(folder), "--results", str(tmp_path / "runs.json")]) == 0
+    content = json.loads((tmp_path / "runs.json").read_text())
+    assert content["machine"]["threads"] == 7
+    rows = {row["name"]: row for row in content["rows"]}
+    assert {name: row["seconds"] for name, row in rows.items()} == {"rollout": 2, "score": 4, "update": 6, "ours": 12}
+    assert rows["ours"]["peak_bytes"] == 9_000_000_000
+    assert re.fullmatch(r"step of configs/red.yaml, P = \d+, T = 6 on average", rows["ours"]["group"])
 
 
 def test_the_page_is_what_the_command_makes():

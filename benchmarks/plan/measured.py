@@ -1,17 +1,18 @@
 """What the model is held to: the committed measurements of a machine beside what is predicted for its limits.
 
-The limits are those that `kernels.json` was measured against; the machine's bfloat16 units are taken to do two products
-in the time of a float32 one. Steps and heads come from the benchmarks' files, phases and memory of whole runs from
-`runs.json`, which `record` makes of the folders of finished runs.
+The limits are those that the kernels' times were compared with; in bfloat16 twice the products are taken to be done in
+the same time. Steps and heads come from the benchmarks' files, phases and memory of whole runs from `runs.json`, which
+`record` makes of the folders of finished runs.
 """
 
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.harness import Row, write_json
+from benchmarks.harness import Row, describe_machine, write_json
 from benchmarks.plan.machines import CPU, GIB, Machine
 from benchmarks.plan.model import PHASES, Work, predict
 from benchmarks.plan.shapes import Shape, known
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
 TINY = Shape(256, 1024, 8, 4, 2, 64, 8192, False)  # test_rollout's
 SMOLLM2 = known("SmolLM2-135M")
-PRUNED = Shape(**vars(SMOLLM2) | {"num_hidden_layers": 28})
+PRUNED = replace(SMOLLM2, num_hidden_layers=28)
 # The README's rollouts of 64 tokens, in tokens a second: shape, P, N, prompts, bytes of a weight.
 ROLLOUTS = {(SMOLLM2, 32, 4, 10, 4): 549, (SMOLLM2, 32, 4, 10, 2): 666, (SMOLLM2, 512, 16, 1, 4): 289}
 ROLLOUTS |= {(TINY, 256, 16, 4, 4): 4068}
@@ -46,7 +47,7 @@ class Point(NamedTuple):
 
 def machine(folder: Path = RESULTS) -> Machine:
     """By the limits that the kernels' fractions there were taken of."""
-    rows = [row for row in _rows(folder, "kernels") if row.name == "ours" and row.fraction]
+    rows = [row for row in _rows(folder) if row.name == "ours" and row.fraction]
     by_products = next(row for row in rows if row.group.startswith("CPU target"))
     by_bytes = next(row for row in rows if row.group.startswith("reverse_kl"))
     flops = by_products.flops / (by_products.seconds * by_products.fraction)
@@ -55,36 +56,35 @@ def machine(folder: Path = RESULTS) -> Machine:
 
 
 def points(folder: Path = RESULTS) -> list[Point]:
-    """Every figure of this project's steps and heads that is kept for the machine."""
+    """Every figure of this project's steps, heads and rollouts that is kept for the machine."""
     cpu, found = machine(folder), []
-    for row in _rows(folder, "step-cost", "step-beside-trl-short", "step-beside-trl-long", "growth"):
-        if row.name == "TRL":
-            continue
-        n = _numbers(row)
-        if "fused head" in row.group:
-            shape = Shape(**vars(TINY) | {"vocab_size": n["V"]})
+    for row in _rows(folder):
+        n, what = _numbers(row), re.sub(r": asked.*| on average| in torch.float32| N = 1, 4, 16,", "", row.group)
+        what += f", {row.name}" if "=" in row.name else ""
+        if row.group.startswith("growth of the fused head"):
+            shape = replace(TINY, vocab_size=n["V"])
             plan = predict(Work(shape, shape, 1, n["K"], 1, micro_batch=n["K"] + 1), cpu)
-            found.append(Point(_short(row), "fused head", row.seconds, plan.seconds["fused head"]))
-            continue
-        pair = (TINY, TINY) if "growth" in row.group else (PRUNED, SMOLLM2)
-        half = 2 if row.group.startswith("whole step, N") else 4
-        plan = predict(Work(*pair, n["P"], n["T"], n["N"], rollout_itemsize=half), cpu)
-        found.append(Point(_short(row), "step", row.seconds, plan.total))
-        if row.peak_bytes:
+            found.append(Point(what, "fused head", row.seconds, plan.seconds["fused head"]))
+        elif row.group.startswith("growth of a step"):
+            plan = predict(Work(TINY, TINY, n["P"], n["T"], n["N"]), cpu)
+            found.append(Point(what, "step", row.seconds, plan.total))
             beyond = max(plan.peak.values()) - sum(plan.held.values())
-            found.append(Point(_short(row), "memory beyond what is held", row.peak_bytes, beyond))
-    for row in _rows(folder, "runs"):
-        n = _numbers(row)
-        config = load_config(ROOT / re.search(r"configs/\w+\.yaml", row.group)[0])
-        plan = predict(work_of(config, cpu, n["P"], n["T"]), cpu)
-        if row.name in PHASES:
-            found.append(Point(_short(row), row.name, row.seconds, plan.phase(row.name)))
-        else:
-            found.append(Point(_short(row), "memory of the process", row.peak_bytes, max(plan.peak.values())))
+            found.append(Point(what, "memory beyond what is held", row.peak_bytes, beyond))
+        elif row.group.startswith("whole step") and "N" in n and "bfloat16" not in row.group and row.name != "TRL":
+            sampled = 2 if "=" in row.name else 4  # the cost of more rollouts is measured in the faster precision
+            plan = predict(Work(PRUNED, SMOLLM2, n["P"], n["T"], n["N"], rollout_itemsize=sampled), cpu)
+            found.append(Point(what, "step", row.seconds, plan.total))
+        elif file := re.search(r"^step of (configs/\w+\.yaml)", row.group):
+            plan = predict(work_of(load_config(ROOT / file[1]), cpu, n["P"], n["T"]), cpu)
+            if row.name in PHASES:
+                found.append(Point(what, row.name, row.seconds, plan.phase(row.name)))
+            else:
+                found.append(Point(what, "memory of the process", row.peak_bytes, max(plan.peak.values())))
     for (shape, P, N, prompts, itemsize), rate in ROLLOUTS.items():
         plan = predict(Work(shape, shape, P, 64, N, prompts, prompts, rollout_itemsize=itemsize), cpu)
-        name = "SmolLM2-135M" if shape == SMOLLM2 else "8-layer model"
-        what = f"rollouts of {name}, {8 * itemsize} bits, {prompts} prompts, P = {P}, T = 64, N = {N}"
+        name = "SmolLM2-135M" if shape == SMOLLM2 else "an 8-layer model"
+        precision = "float32" if itemsize == 4 else "bfloat16"
+        what = f"rollouts of {name}, {precision}, prompts: {prompts}, P = {P}, T = 64, N = {N}"
         seconds = plan.seconds["prefill"] + plan.seconds["decode"]
         found.append(Point(what, "rollout", prompts * N * 64 / rate, seconds))
     return found
@@ -92,9 +92,11 @@ def points(folder: Path = RESULTS) -> list[Point]:
 
 def record(folders: list[Path], path: Path) -> None:
     """Writes a row for each phase of some runs of recipes, named like them: medians over the steps, peak memory."""
-    rows = []
+    rows, about = [], describe_machine()
     for folder in folders:
         config, steps = load_config(folder / "config.yaml"), read_json_lines(folder / "metrics.jsonl")
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        about |= {key: summary[key] for key in ("torch", "threads", "device")}
         ids = load_prompts(config.prompts.train, load_tokenizer(config.student.model)).token_ids
         P, T = (round(statistics.mean(x)) for x in (map(len, ids), (step["completion_length"] for step in steps)))
         group = f"step of configs/{folder.name}.yaml, P = {P}, T = {T} on average"
@@ -105,13 +107,13 @@ def record(folders: list[Path], path: Path) -> None:
         peak = max(step["peak_memory_bytes"] for step in steps)
         tokens = round(statistics.mean(step["completion_tokens"] for step in steps))
         rows.append(Row(group, "ours", whole, peak_bytes=peak, tokens=tokens))
-    write_json(
-        path, rows, command=f"python -m benchmarks.plan --record {' '.join(f'outputs/{f.name}' for f in folders)}"
-    )
+    command = f"python -m benchmarks.plan --record {' '.join(f'outputs/{folder.name}' for folder in folders)}"
+    write_json(path, rows, command=command, machine=about)
 
 
-def _rows(folder: Path, *names: str) -> list[Row]:
-    files = [folder / f"{name}.json" for name in names]
+def _rows(folder: Path) -> list[Row]:
+    """Of all files of a machine."""
+    files = [path for path in sorted(folder.glob("*.json")) if ".pytest-benchmark" not in path.name]
     return [Row(**row) for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
 
 
@@ -121,8 +123,3 @@ def _numbers(row: Row) -> dict[str, int]:
     if triple := re.search(r"\(P, T, N\) = \((\d+), (\d+), (\d+)\)", row.group):
         found |= zip("PTN", map(int, triple.groups()), strict=True)
     return found
-
-
-def _short(row: Row) -> str:
-    what = re.sub(r": asked.*| on average| in torch.float32", "", row.group)
-    return re.sub(r" N = 1, 4, 16,", "", what) + (f", {row.name}" if "=" in row.name else "")

@@ -1,7 +1,7 @@
 """Seconds and bytes of one optimizer step, from shapes and a machine's limits.
 
 Every part is what the code does: a prompt is computed once for all its completions (packing.py), a decode step reads
-the weights and the keys (decode.py), waves and the head's buffers are those of `memory.waves` and `rows_per_chunk`,
+the weights and the keys (decode.py), waves and the head's buffers are those of `cut_waves` and `rows_per_chunk`,
 gradients and Adam's moments are float32 and stay (trainer.py). All completions are taken to be T tokens long. Past
 one device, prompts are divided over the devices; `shard` divides weights, gradients, moments and the local teacher and
 gathers them layer by layer, and the sampling copy is whole on every device.
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.plan.machines import COLLECTIVE, GIB, NETWORK, NODE, Machine
 from benchmarks.plan.shapes import Shape
-from distill.memory import wave_bytes, waves
+from distill.memory import cut_waves, wave_bytes
 from distill_kernels.chunks import rows_per_chunk
 
 PHASES = {
@@ -174,7 +174,7 @@ def _waves(work: Work, machine: Machine, held: float) -> Iterator[tuple[int, int
     needed = _wave_bytes(work, machine)
     if budget < sum(needed):
         return
-    for prompts, parts in waves(work.batch, work.N, int(budget), *needed):
+    for prompts, parts in cut_waves(work.batch, work.N, int(budget), *needed):
         for rows in parts:
             yield prompts.stop - prompts.start, rows.stop - rows.start
 
