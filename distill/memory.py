@@ -1,7 +1,7 @@
 """What a run does when memory runs out: the phase again, with half the micro-batch or half the rows sampled at once.
 
 The new size is kept for the rest of the run, and with its checkpoints. Nothing here changes a gradient: its weights
-are made over the whole group before it is split.
+are made over the whole group before it is split. How many rows are sampled at once to begin with is decided here too.
 """
 
 import gc

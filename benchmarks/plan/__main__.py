@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.plan import measured, page
-from benchmarks.plan.machines import GIB, GPUS, NODE, this_cpu
+from benchmarks.plan.machines import GIB, GPUS, NODE, Machine, this_cpu
 from benchmarks.plan.model import MOST_ROLLOUTS, PHASES, Layout, Plan, Work, largest_rollouts
 from benchmarks.plan.work import best, layouts, work_of
 from distill.config import ConfigError, load_config
@@ -26,13 +26,12 @@ def named(layout: Layout) -> str:
     return way + (f", teacher served by {layout.servers}" if layout.servers else "")
 
 
-def table(work: Work, machine, found: list[tuple[Layout, Plan]]) -> str:
+def table(work: Work, machine: Machine, found: list[tuple[Layout, Plan]]) -> str:
     """A line for each part of a step and for memory, a column for each layout."""
     lines = [("seconds a step", [named(layout) for layout, _ in found])]
     for phase, parts in PHASES.items():
         lines.append((phase, [f"{plan.phase(phase):.3g}" for _, plan in found]))
-        if len(parts) > 1:
-            lines += [(f"  {part}", [f"{plan.seconds[part]:.3g}" for _, plan in found]) for part in parts]
+        lines += [(f"  {part}", [f"{plan.seconds[part]:.3g}" for _, plan in found]) for part in parts]
     tokens = work.prompts * work.N * work.T
     lines.append(("whole step", [f"{plan.total:.3g}" for _, plan in found]))
     lines.append(("tokens a second", [f"{tokens / plan.total:,.0f}" for _, plan in found]))
