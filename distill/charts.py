@@ -291,7 +291,7 @@ def _finished(chart: figure, *, from_zero: bool = True) -> figure:
     legend.background_fill_alpha, legend.border_line_alpha, legend.click_policy = 0, 0, "hide"
     legend.padding, legend.margin, legend.spacing, legend.label_text_font_size = 2, 0, 12, "12px"
     if from_zero and isinstance(chart.y_range, DataRange1d):
-        lows = [np.nanmin(r.data_source.data[r.glyph.y]) for r in chart.renderers if hasattr(r.glyph, "y")]
+        lows = [np.nanmin(r.data_source.data[r.glyph.y], initial=0) for r in chart.renderers if hasattr(r.glyph, "y")]
         if min(lows, default=0) >= 0:
             chart.y_range.start = 0
     return chart

@@ -26,6 +26,9 @@ NEEDED = {"student.safetensors", "optimizer.safetensors", "state.json"}
 # Keys whose change leaves every number of a continued run as it would have been.
 HARMLESS = {
     "teacher.offload",
+    "teacher.server",
+    "teacher.timeout_seconds",
+    "teacher.retries",
     "prompts.streaming",
     "training.output_dir",
     "training.save_every",

@@ -59,6 +59,7 @@ class Config(BaseSettings):
                 "number of steps"
             )
         self._check_loss()
+        self._check_served_teacher()
         if self.training.eval_every and self.prompts.eval is None:
             raise ValueError("training.eval_every is set, but prompts.eval names no file")
         if isinstance(self.student.drop_layers, str) and self.prompts.eval is None:
@@ -92,6 +93,24 @@ class Config(BaseSettings):
                 "loss.importance_clip needs loss.temperature 1, because log-probabilities at sampling are recorded at "
                 "temperature 1: set loss.importance_clip to null or loss.temperature to 1"
             )
+
+    def _check_served_teacher(self) -> None:
+        if self.teacher.server is None:
+            return
+        why = "a server says the log-probabilities of the sampled tokens only"
+        for key, value, needed in (
+            ("loss.objective", self.loss.objective, "sampled_reverse_kl"),
+            ("loss.temperature", self.loss.temperature, 1),
+            ("teacher.others", self.teacher.others, {}),
+            ("teacher.precision", self.teacher.precision, "auto"),
+            ("teacher.offload", self.teacher.offload, False),
+        ):
+            if value != needed:
+                raise ValueError(f"{key} is {value!r}, and with teacher.server it must be {needed!r}: {why}")
+        if self.loss.baseline == "exact":
+            raise ValueError(f"loss.baseline exact needs the teacher's whole distribution, but {why}: set it to group")
+        if isinstance(self.student.drop_layers, str):
+            raise ValueError(f"student.drop_layers {self.student.drop_layers} measures the exact reverse KL, but {why}")
 
 
 def parse_command_line(argv: Sequence[str]) -> Config:

@@ -18,8 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from distill.config import Config, ConfigError
+from distill.head_pair import AGREEMENT_TOKENS, HeadPair
 from distill.loading import Pair, choose_device, choose_dtype, load_pair, load_prompt_sets, make_engine
-from distill.loss import AGREEMENT_TOKENS, Group, HeadPair, ModelParts, TeacherView, statistics
+from distill.loss import Group, ModelParts, TeacherView, statistics
 from distill.memory import MemoryLimitError, MemoryLimits
 from distill.models import ModelError
 from distill.prompts import PromptError, left_pad
@@ -76,8 +77,11 @@ def evaluate(
         lambda parts: statistics(student, teachers, group, parts, vocab_size=vocab_size),
     )
     cluster = _clusters(group).repeat_interleave(group.completion_lengths)
-    mean = stats.reverse_kl.double().mean()
-    residuals = (stats.reverse_kl.double() - mean).cpu()
+    # Of a teacher on a server, the sampled tokens' own: the same in the mean, with more noise.
+    sampled = any(teacher.sampled_only for teacher in teachers)
+    reverse_kl = (-stats.reward if sampled else stats.reverse_kl).double()
+    mean = reverse_kl.mean()
+    residuals = (reverse_kl - mean).cpu()
     return Evaluation(
         reverse_kl=mean.item(),
         standard_error=_clustered_error(residuals, cluster),

@@ -15,7 +15,7 @@ from distill.memory import MemoryLimits
 from distill.models import check_pair, eos_ids, load_model, load_tokenizer, split_head, without_layers
 from distill.prompts import PromptSet, left_pad, load_prompts
 from distill.rollout import RolloutEngine
-from distill.teachers import Teacher, TeacherPrompts, load_teachers, teacher_prompts
+from distill.teachers import Teacher, TeacherPrompts, context_of, load_teachers, teacher_prompts
 
 
 class Pair(NamedTuple):
@@ -43,8 +43,7 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     for teacher in teachers:
         with teacher.parts.present():
             vocab_sizes.append(check_pair(base, teacher.model, tokenizer, teacher.tokenizer))
-    every = [base, *(teacher.model for teacher in teachers)]
-    contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in every]
+    contexts = [context_of(base), *(teacher.context for teacher in teachers)]
     return Pair(
         base,
         ModelParts(*split_head(base), dtype),

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from distill.advantage import advantages, needs_scores
 from distill.forward import completion_hidden
-from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
+from distill.head_pair import HeadPair
+from distill_kernels import TokenStats, linear_distill_loss
 
 if TYPE_CHECKING:
     from distill.rollout import Rollouts
-
-
-AGREEMENT_TOKENS = 32  # of a micro-batch whose likeliest tokens are compared
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,9 @@ class ModelParts(NamedTuple):
     dtype: torch.dtype
     present: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     """Surrounds a phase in which the body computes: it may live elsewhere the rest of the time."""
+    sampled_only = (
+        False  # whether `hidden` gives log-probabilities of the sampled tokens [K, 1], and nothing else is known
+    )
 
     def hidden(self, *rollouts, **options) -> Tensor:
         """`completion_hidden` of this model in its precision, whatever the precision of its weights."""
@@ -191,6 +192,8 @@ def score(teachers: Sequence[ModelParts], group: Group, micro_batches: Sequence[
     """Each row's hidden states [T_r, Ht] of its teacher, at every token of its completion."""
     seen, found = group.for_teachers, {}
     for index, parts in itertools.groupby(group.by_teacher(micro_batches), group.teacher_of):
+        if teachers[index].sampled_only:  # elsewhere, so nothing here has to be small
+            parts = [torch.cat(list(parts))]
         with teachers[index].present():
             for rows in parts:
                 hidden = teachers[index].hidden(*seen.inputs(rows))
@@ -228,15 +231,18 @@ def accumulate_gradients(
         if hidden is None:
             hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
         device, heads = hidden.device, pairs[group.teacher_of(rows)]
-        theirs = torch.cat([teacher_hidden[row] for row in rows])
+        theirs, ids = torch.cat([teacher_hidden[row] for row in rows]), group.valid(group.completion_ids, rows)
+        credit = None if advantage is None else advantage[tokens.to(device)]
+        if credit is None and heads.teacher.sampled_only:
+            credit = heads.statistics(hidden.detach(), theirs, ids).reward
         loss, stats = linear_distill_loss(
             *heads.inputs(hidden, theirs),
-            group.valid(group.completion_ids, rows),
+            ids,
             weights[tokens].to(device),
             objective=options.objective,
             sampling_logprob=None if ratio_to is None else group.valid(ratio_to, rows),
             importance_clip=None if ratio_to is None else options.importance_clip,
-            advantage=None if advantage is None else advantage[tokens.to(device)],
+            advantage=credit,
             beta=options.beta,
             **heads.options(),
         )
@@ -244,7 +250,7 @@ def accumulate_gradients(
             hidden.retain_grad()
         loss.backward()
         losses.append(loss.detach())
-        parts.append(stats)
+        parts.append(heads.completed(stats, theirs))
         if hidden.grad is not None:
             lengths = group.completion_lengths[rows].to(device, non_blocking=True)
             # The lengths are ours; to check them, it would wait for the device.
@@ -281,37 +287,9 @@ def statistics(
             for rows in of_teacher:
                 known = teacher_hidden and torch.cat([teacher_hidden[row] for row in rows.tolist()])
                 theirs = heads.teacher.hidden(*seen.inputs(rows)) if known is None else known
-                inputs = heads.inputs(student.hidden(*group.inputs(rows)), theirs)
-                ids = group.valid(group.completion_ids, rows)
-                parts.append(linear_reverse_kl(*inputs, ids, **heads.options()))
+                hidden, ids = student.hidden(*group.inputs(rows)), group.valid(group.completion_ids, rows)
+                parts.append(heads.statistics(hidden, theirs, ids))
     return _merged(parts, group, micro_batches)
-
-
-class HeadPair(NamedTuple):
-    """What every call of a fused operation on two models' hidden states shares."""
-
-    student: ModelParts
-    teacher: ModelParts
-    temperature: float
-    vocab_size: int | None
-
-    def inputs(self, student_hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights = (model.head.weight.to(model.dtype) for model in (self.student, self.teacher))
-        return student_hidden, next(weights), teacher_hidden, next(weights)
-
-    def options(self) -> dict:
-        heads = self.student.head_arguments("student") | self.teacher.head_arguments("teacher")
-        return {"temperature": self.temperature, "vocab_size": self.vocab_size, **heads}
-
-    @torch.no_grad()
-    def agreement(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
-        """[k] bool, k at most AGREEMENT_TOKENS: whether evenly spaced tokens have the same likeliest token."""
-        every = max(1, -(-len(student_hidden) // AGREEMENT_TOKENS))
-        top = (
-            model.head.logits(hidden[::every])[:, : self.vocab_size].argmax(-1)
-            for model, hidden in ((self.student, student_hidden), (self.teacher, teacher_hidden))
-        )
-        return next(top) == next(top)
 
 
 def _score_first(
@@ -331,8 +309,8 @@ def _score_first(
         heads = pairs[group.teacher_of(rows)]
         with torch.set_grad_enabled(whole):
             hidden = heads.student.hidden(*group.inputs(rows), checkpointing=checkpointing and whole)
-        inputs = heads.inputs(hidden.detach(), torch.cat([teacher_hidden[row] for row in rows]))
-        parts.append(linear_reverse_kl(*inputs, group.valid(group.completion_ids, rows), **heads.options()))
+        theirs = torch.cat([teacher_hidden[row] for row in rows])
+        parts.append(heads.statistics(hidden.detach(), theirs, group.valid(group.completion_ids, rows)))
     return _merged(parts, group, micro_batches), hidden if whole else None
 
 

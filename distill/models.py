@@ -160,14 +160,15 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def check_pair(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
 ) -> int:
     """Checks before the first step that student and teacher agree; returns the number V of shared real tokens.
 
     Raises `ModelError` when an id means different tokens to the two, when they end a completion differently, when a
-    head is narrower than the tokenizer, or when body and head do not reproduce a model's own logits.
+    head is narrower than the tokenizer, or when body and head do not reproduce a model's own logits. Of a `teacher`
+    that is None, which another process has, only the vocabulary is compared.
     """
     own, other = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     vocab_size = min(max(own.values()), max(other.values())) + 1
@@ -180,14 +181,16 @@ def check_pair(
             f"student and teacher have different vocabularies: {len(differing)} of {vocab_size} ids stand for "
             f"different tokens ({shown}). Distillation on tokens needs one vocabulary: choose models of one family"
         )
+    _check_split("student", student, vocab_size)
+    if teacher is None:
+        return vocab_size
     ends, teacher_ends = eos_ids(student, student_tokenizer), eos_ids(teacher, teacher_tokenizer)
     if ends != teacher_ends:
         raise ModelError(
             f"student and teacher end a completion differently: the student's end-of-sequence ids are {ends}, the "
             f"teacher's {teacher_ends}. Make eos_token_id in both generation_config.json files the same"
         )
-    for name, model in (("student", student), ("teacher", teacher)):
-        _check_split(name, model, vocab_size)
+    _check_split("teacher", teacher, vocab_size)
     return vocab_size
 
 

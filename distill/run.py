@@ -39,6 +39,7 @@ from distill.models import split_head
 from distill.output import OutputFolder
 from distill.prompts import epoch_order, left_pad
 from distill.report import LiveReport
+from distill.server import ServerError
 from distill.summary import NUM_SAMPLES, environment, show_summary, summarise
 from distill.token_view import token_view
 from distill.trackers import Trackers, check_installed
@@ -82,6 +83,8 @@ class Run:
         display = Display(self.trainer.total_steps, self.trainer.position.step, self.console)
         self.trainer.on_phase = display.phase
         self.limits.report = lambda message: self._notice("memory", self.trainer.position.step + 1, message, display)
+        for server in self.servers:
+            server.report = lambda message: self._notice("server", self.trainer.position.step + 1, message, display)
         try:
             self._open_folder()
             self.trackers = Trackers(
@@ -94,12 +97,12 @@ class Run:
             with self.trackers, display:
                 try:
                     stop = self._train(display)
-                except MemoryLimitError as error:
+                except (MemoryLimitError, ServerError) as error:
                     # Nothing of the step at hand has been applied.
                     self.trainer.optimizer.zero_grad(set_to_none=True)
                     self._save(display)
                     step = self.trainer.position.step
-                    raise MemoryLimitError(f"{error}. Saved after step {step}") from None
+                    raise type(error)(f"{error}. Saved after step {step}") from None
                 if stop:
                     return 128 + stop
                 display.phase("writing the model")
@@ -157,11 +160,13 @@ class Run:
         pair = load_pair(self.config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         self.teachers = [teacher.parts for teacher in pair.teachers]
+        self.servers = [teacher.body.server for teacher in self.teachers if teacher.sampled_only]
         train, held_out = load_prompt_sets(self.config, pair, self._tell)
         self.prompts, self.teacher_prompts = train
         self.held_out, self.eval_prompts = held_out, held_out and held_out.student
         for teacher in self.teachers:
-            check_against_itself(teacher, self.prompts.token_ids[0], self.vocab_size)
+            if not teacher.sampled_only:
+                check_against_itself(teacher, self.prompts.token_ids[0], self.vocab_size)
         self.dropped_layers = self._choose_layers(pair)
         self.student = make_student(pair.student, self.config, self.dropped_layers)
         self.student_parts = ModelParts(*split_head(self.student), self.dtype)

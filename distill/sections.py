@@ -31,6 +31,9 @@ FilePath = Annotated[Path, AfterValidator(_no_nul)]
 Reference = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 
 
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
 
@@ -90,6 +93,12 @@ class TeacherConfig(Section):
     """Its weights: `auto` is `training.precision`; `int8` halves the memory of bfloat16 and needs torchao."""
     offload: bool = False
     """Keep it in host memory while it does not score; on a CPU that is where it is anyway."""
+    server: Url | None = None
+    """A vLLM or SGLang server that scores in its place; `teacher.model` then names its tokenizer only."""
+    timeout_seconds: Number = Field(300, gt=0)
+    """Longest wait for one answer of `teacher.server`."""
+    retries: Integer = Field(8, ge=0)
+    """Further attempts at an answer of `teacher.server`, after pauses of 1, 2, 4, ... and at most 60 seconds."""
 
 
 class PromptsConfig(Section):

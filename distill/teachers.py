@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.loss import ModelParts, TeacherView
 from distill.models import ModelError, load_model, load_tokenizer, split_head
 from distill.prompts import PromptError, left_pad, tokenise
+from distill.server import Server
+from distill.teacher_server import connect
 
 if TYPE_CHECKING:
     from distill.config import StudentConfig, TeacherConfig
@@ -23,9 +25,12 @@ class Teacher(NamedTuple):
 
     name: str | None
     """As prompts call it; None for the one of `teacher.model`."""
-    model: PreTrainedModel
+    model: PreTrainedModel | None
+    """None for one on a server."""
     parts: ModelParts
     tokenizer: PreTrainedTokenizerBase
+    context: int | None
+    """Tokens of prompt and completion that it can take; None where it does not say."""
 
 
 def load_teachers(
@@ -41,6 +46,12 @@ def load_teachers(
 
     `base` is the student's own model where its weights stay as they are, and then serves as teacher too.
     """
+    if config.server:
+        reference, trusted = _origin(config.model, config, student)
+        tokenizer = load_tokenizer(reference, trust_remote_code=trusted)
+        server = Server(config.server, "teacher.server", timeout_seconds=config.timeout_seconds, retries=config.retries)
+        parts, context = connect(server, reference, tokenizer, device)
+        return [Teacher(None, None, parts, tokenizer, context)]
     if config.offload and device.type == "cpu":
         raise ModelError("teacher.offload: on a CPU the teacher is in host memory anyway; leave the key out")
     loaded = []
@@ -48,20 +59,29 @@ def load_teachers(
         dtype = getattr(torch, config.precision)
     shares = base is not None and config.precision == "auto" and not config.offload
     for name, reference in ((None, config.model), *config.others.items()):
-        trust = {"trust_remote_code": (student if reference == "base" else config).trust_remote_code}
-        reference = student.model if reference == "base" else reference
-        tokenizer = load_tokenizer(reference, **trust)
+        reference, trusted = _origin(reference, config, student)
+        tokenizer = load_tokenizer(reference, trust_remote_code=trusted)
         if shares and reference == student.model:
             model = base.requires_grad_(False)
         else:
-            model = load_model(reference, dtype=dtype, device=device, attention=attention, **trust)
+            model = load_model(reference, dtype=dtype, device=device, attention=attention, trust_remote_code=trusted)
             model.requires_grad_(False)
         if config.precision == "int8":
             _to_int8(model)
         body, head = split_head(model)
         present = HostMemory(body, device).present if config.offload else contextlib.nullcontext
-        loaded.append(Teacher(name, model, ModelParts(body, head, dtype, present), tokenizer))
+        loaded.append(Teacher(name, model, ModelParts(body, head, dtype, present), tokenizer, context_of(model)))
     return loaded
+
+
+def _origin(reference: str, config: "TeacherConfig", student: "StudentConfig") -> tuple[str, bool]:
+    """The model that a teacher's reference names, and whether its code is trusted."""
+    return (student.model, student.trust_remote_code) if reference == "base" else (reference, config.trust_remote_code)
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens of prompt and completion that a model can take; None where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _to_int8(model: PreTrainedModel) -> None:

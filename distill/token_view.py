@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.head_pair import HeadPair
 from distill.loss import Group, ModelParts
 from distill_kernels import reverse_kl
 
@@ -58,11 +59,12 @@ def _row(
     for start in range(0, count, CHUNK):
         part = slice(start, start + CHUNK)
         logits = [m.head.logits(h[part])[:, :vocab_size] for m, h in zip((student, teacher), hidden, strict=True)]
-        stats = reverse_kl(*logits, ids[part])
+        stats = HeadPair(student, teacher, 1.0, vocab_size).completed(reverse_kl(*logits, ids[part]), hidden[1][part])
         for name in names:
             view[name] += [_rounded(value) for value in getattr(stats, name).tolist()]
         for name, values in zip(("student_top", "teacher_top"), logits, strict=True):
-            view[name] += _likeliest(tokenizer, values, spelled, start)
+            known = name == "student_top" or not teacher.sampled_only
+            view[name] += _likeliest(tokenizer, values, spelled, start) if known else [[] for _ in values]
     return view
 
 

@@ -1,8 +1,8 @@
 """`python -m distill.train --config FILE [--section.key VALUE ...]`: the command.
 
-Exit status: 0 done; 1 too many steps in a row had no finite loss or gradient; 2 a configuration, an input or a machine
-(disk, memory) that cannot be used, with one message; 130 or 143 after SIGINT or SIGTERM. After 1, 130 and 143 a
-checkpoint is saved. A second SIGINT stops at once.
+Exit status: 0 done; 1 too many steps in a row had no finite loss or gradient; 2 a configuration, an input, a machine
+(disk, memory) or a server that cannot be used, with one message; 130 or 143 after SIGINT or SIGTERM. After 1, 130 and
+143 a checkpoint is saved. A second SIGINT stops at once.
 """
 
 import os
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from distill.output import OutputError
     from distill.prompts import PromptError
     from distill.run import Run
+    from distill.server import ServerError
 
     try:
         return Run(config, console, lambda: signals.received).execute()
@@ -54,7 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     # NotImplementedError: a model that the native rollout engine refuses, with the way out.
-    except (ConfigError, PromptError, ModelError, CheckpointError, OutputError, NotImplementedError) as error:
+    except (
+        ConfigError,
+        PromptError,
+        ModelError,
+        CheckpointError,
+        OutputError,
+        ServerError,
+        NotImplementedError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:

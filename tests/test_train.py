@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import ship_code, tiny_model, tiny_tokenizer
 from rich.console import Console
+from serving import ModelServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill.loss
@@ -22,6 +23,7 @@ from distill.metrics import read_json_lines
 from distill.models import ModelError
 from distill.prompts import PromptError
 from distill.run import Run
+from distill.server import ServerError, UnavailableError
 from distill.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +187,9 @@ EFFECTS = {
     "teacher.chat_template_kwargs": ({}, {"opening": "Well"}, "numbers"),
     "teacher.precision": ({}, "bfloat16", "numbers"),
     "teacher.offload": ({}, True, "refused"),
+    "teacher.server": (SAMPLED, "served", "numbers"),
+    "teacher.timeout_seconds": (SAMPLED | {"teacher.server": "slow", "teacher.retries": 0}, 0.1, "accepted"),
+    "teacher.retries": (SAMPLED | {"teacher.server": "failing"}, 0, "accepted"),
     "prompts.train": ({}, "other", "numbers"),
     "prompts.eval": ({}, "other", lambda run: run.evaluations[0]["reverse_kl"]),
     "prompts.column": ({"prompts.train": "columns"}, "other", lambda run: run.prompts.texts),
@@ -247,7 +252,15 @@ def test_the_walk_below_leaves_out_no_key():
 
 
 @pytest.fixture
-def others(tmp_path, tiny_pair, poisoned):
+def server(tiny_pair):
+    """A teacher that another process could serve."""
+    running = ModelServer(tiny_pair["teacher"])
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def others(tmp_path, tiny_pair, poisoned, server):
     """What `other`, `remote`, `poisoned` and `elsewhere` stand for in the walk, by key."""
     folder = tmp_path / "other"
     tiny_model("llama", vocab_size=270, seed=9).save_pretrained(folder)
@@ -269,6 +282,9 @@ def others(tmp_path, tiny_pair, poisoned):
         if value == "controls":
             (tmp_path / "controls.txt").write_text("Say <|end|>.\nSay <|start|>.\n")
             return str(tmp_path / "controls.txt")
+        if value in ("served", "slow", "failing"):
+            server.faults.extend({"slow": [0.3], "failing": [503]}.get(value, []))
+            return server.url
         if value == "named":
             (tmp_path / "named.jsonl").write_text('{"prompt": "Say one.", "teacher": "two"}\n{"prompt": "Say two."}\n')
             return str(tmp_path / "named.jsonl")
@@ -303,7 +319,7 @@ def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatc
         calls.clear()
         try:
             run = execute(write_config({k: others(k, v) for k, v in changes.items()}))
-        except (ConfigError, ModelError, PromptError, StoppedError) as error:
+        except (ConfigError, ModelError, PromptError, ServerError, StoppedError) as error:
             return type(error)
         if look == "numbers":
             return metrics_of(run.folder)
@@ -320,6 +336,8 @@ def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatc
     assert without != with_key
     if key.endswith("trust_remote_code"):
         assert (without, with_key) == (ModelError, "ran")
+    if key in ("teacher.timeout_seconds", "teacher.retries"):
+        assert (without, with_key) == ("ran", UnavailableError)
     if key == "training.max_bad_steps":
         assert (without, with_key) == ("ran", StoppedError)
 

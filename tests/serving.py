@@ -1,0 +1,106 @@
+"""A small real server of the endpoints that training uses: a tiny transformers model behind HTTP, which can fail."""
+
+import json
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+class ModelServer:
+    """Serves a folder at `url`.
+
+    `faults` are taken from the left, one a request to /v1/completions: a status, `cut` (half an answer), `silent`
+    (without log-probabilities), a number of seconds to sleep, or None for a true answer.
+    """
+
+    def __init__(self, folder: Path, *, echo_only: bool = False, port: int = 0) -> None:
+        self.folder, self.echo_only = Path(folder), echo_only
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.faults: deque = deque()
+        self.calls: list[tuple[str, dict]] = []
+        self._lock = threading.Lock()
+        self.max_model_len: int | None = 256
+        self._start(port)
+
+    def _start(self, port: int) -> None:
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_) -> None: ...
+
+            def do_GET(self) -> None:
+                owner._answer(self, None)
+
+            def do_POST(self) -> None:
+                owner._answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}"))
+
+        ThreadingHTTPServer.allow_reuse_address = True
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._http.daemon_threads = True
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def start_again(self) -> None:
+        """On the same port, with the weights of its folder, as a new process would."""
+        self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self._start(self.port)
+
+    def _answer(self, handler: BaseHTTPRequestHandler, body: dict | None) -> None:
+        path = handler.path.split("?")[0]
+        with self._lock:
+            self.calls.append((path, body))
+            fault = self.faults.popleft() if path == "/v1/completions" and self.faults else None
+        if isinstance(fault, float):
+            time.sleep(fault)
+        route = getattr(self, "_" + path.strip("/").replace("/", "_"), None)
+        status = fault if isinstance(fault, int) else 200 if route else 404
+        try:
+            content = route(body) if status == 200 else {"error": {"message": f"a fault of status {status}"}}
+        except Exception as error:
+            status, content = 400, {"error": {"message": str(error)}}
+        if fault == "silent":
+            content["choices"] = [{**c, "prompt_logprobs": None, "logprobs": None} for c in content["choices"]]
+        data = json.dumps(content).encode()
+        with suppress(OSError):  # whoever asked may have given up
+            handler.send_response(status)
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            handler.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+
+    def _v1_models(self, _: None) -> dict:
+        return {"data": [{"id": "served", "max_model_len": self.max_model_len}]}
+
+    def _tokenize(self, body: dict) -> dict:
+        return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: list[int]) -> list[float]:
+        """Of every token but the first."""
+        if max(token_ids) >= self.model.config.vocab_size:
+            raise ValueError(f"token id {max(token_ids)} is out of vocabulary")
+        ids = torch.tensor([token_ids])
+        with self._lock:
+            known = self.model(ids[:, :-1]).logits[0].log_softmax(-1)
+        return known.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+    def _v1_completions(self, body: dict) -> dict:
+        prompt = body["prompt"]
+        found = self.logprobs(prompt)
+        if body.get("echo"):
+            return {"choices": [{"logprobs": {"token_logprobs": [None, *found, -1.0]}}]}
+        if self.echo_only:  # SGLang passes over what it does not know
+            return {"choices": [{"text": "", "logprobs": None}]}
+        said = [None, *({str(token): {"logprob": p}} for token, p in zip(prompt[1:], found, strict=True))]
+        return {"choices": [{"text": "", "prompt_logprobs": said}]}

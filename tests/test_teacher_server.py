@@ -1,0 +1,226 @@
+"""`teacher.server`: against a real small server that scores, fails, stops and starts again."""
+
+import threading
+import time
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from serving import ModelServer
+from test_train import execute, metrics_of, weights_of
+
+from distill.config import ConfigError, load_config
+from distill.metrics import read_json_lines
+from distill.server import Server, ServerError, in_parallel
+from distill.teacher_server import connect
+from distill.train import main
+
+SAMPLED = {"loss.objective": "sampled_reverse_kl"}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A teacher without padded columns: a server's softmax is over all that the model has."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny_model("qwen3", vocab_size=260, seed=2).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def server(teacher):
+    running = ModelServer(teacher)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr("distill.server.FIRST_PAUSE", 0.02)
+
+
+def served(server: ModelServer, **changes) -> dict:
+    return SAMPLED | {"teacher.server": server.url} | changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training.tokens_per_micro_batch": 40, "training.prompts_per_step": 2},
+        {"loss.baseline": "group", "loss.discount": 0.5, "loss.reward_clip": 1.0},
+        {"teacher.system_prompt": "Be brief."},
+    ],
+    ids=["plain", "micro-batches", "advantages", "system-prompt"],
+)
+def test_a_served_teacher_trains_like_a_loaded_one(server, write_config, tmp_path, changes):
+    """The same losses, gradients and weights; what only the whole distribution tells is null."""
+    local = {"teacher.model": str(server.folder), "training.output_dir": str(tmp_path / "local")}
+    execute(write_config(SAMPLED | changes | local))
+    execute(write_config(served(server, **changes, **{"training.output_dir": str(tmp_path / "served")})))
+    ours, theirs = metrics_of(tmp_path / "served"), metrics_of(tmp_path / "local")
+    for one, other in zip(ours, theirs, strict=True):
+        for key in ("loss", "reverse_kl", "student_entropy", "grad_norm", "completion_tokens"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+        assert one["reverse_kl_exact"] is one["teacher_entropy"] is one["top_token_agreement"] is None
+    local = weights_of(tmp_path / "local")
+    for name, weight in weights_of(tmp_path / "served").items():
+        torch.testing.assert_close(weight, local[name], rtol=1e-3, atol=2e-5)
+
+
+def test_the_evaluation_is_the_mean_of_the_sampled_tokens(server, write_config, tmp_path):
+    execute(write_config(served(server, **{"training.max_steps": 1})))
+    for line, view in zip(
+        read_json_lines(tmp_path / "run" / "evaluations.jsonl"),
+        read_json_lines(tmp_path / "run" / "tokens.jsonl"),
+        strict=True,
+    ):
+        gaps = [
+            student - teacher
+            for sample in view["samples"]  # every token of the evaluation
+            for student, teacher in zip(sample["student_logprob"], sample["teacher_logprob"], strict=True)
+        ]
+        assert len(gaps) == line["completion_tokens"]
+        assert line["reverse_kl"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-3)
+        assert line["teacher_entropy"] is None
+        assert view["samples"][0]["teacher_top"] == [[]] * len(view["samples"][0]["text"])
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_server_that_echoes_does_too(teacher, write_config, server, tmp_path):
+    echoing = ModelServer(teacher, echo_only=True)
+    try:
+        execute(write_config(served(echoing, **{"training.output_dir": str(tmp_path / "echo")})))
+    finally:
+        echoing.stop()
+    execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "plain")})))
+    assert metrics_of(tmp_path / "echo") == metrics_of(tmp_path / "plain")
+
+
+def test_faults_that_pass_change_no_number(server, write_config, tmp_path):
+    """Statuses 500, 503 and 429, a time-out and half an answer, all in one run: each is asked again."""
+    execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "calm")})))
+    server.faults.extend([None, None, 500, "cut", 503, 429, None, 500, 1.5, None, 502, "cut"])
+    changes = {"training.output_dir": str(tmp_path / "rough"), "teacher.timeout_seconds": 1}
+    execute(write_config(served(server, **changes)))
+    assert not server.faults
+    assert metrics_of(tmp_path / "calm") == metrics_of(tmp_path / "rough")
+    events = read_json_lines(tmp_path / "rough" / "events.jsonl")
+    assert {event["event"] for event in events} == {"server"}
+    assert any("status 503" in event["message"] for event in events)
+
+
+def test_a_stopped_server_is_waited_for(server, write_config, tmp_path):
+    execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "calm")})))
+    seen = []
+
+    def interrupt() -> None:
+        while len([path for path, _ in server.calls[seen[0] :] if path == "/v1/completions"]) < 9:
+            time.sleep(0.001)
+        server.stop()
+        time.sleep(0.3)
+        server.start_again()
+
+    seen.append(len(server.calls))
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "rough")})))
+    thread.join()
+    assert metrics_of(tmp_path / "calm") == metrics_of(tmp_path / "rough")
+    assert read_json_lines(tmp_path / "rough" / "events.jsonl")
+
+
+def test_a_server_that_stays_away_ends_the_run_resumably(server, write_config, tmp_path, capsys):
+    """Status 2 and one message; the step is not trained on, and the same command continues to the same numbers."""
+    execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "calm")})))
+    # The probe of the start, 2 evaluated rows, twice as shown, and two steps of 2 rows; then nothing.
+    server.faults.extend([None] * 9 + [503] * 200)
+    path = write_config(served(server, **{"teacher.retries": 2}))
+    assert main(["--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "Given up after 3 attempts" in error
+    assert "Saved after step 2" in error
+    assert "Traceback" not in error
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+    server.faults.clear()
+    assert main(["--config", str(path)]) == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "calm")
+    ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "calm")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_server_without_prompt_logprobs_is_refused(server, write_config, capsys):
+    server.faults.extend(["silent"] * 2)
+    assert main(["--config", str(write_config(served(server)))]) == 2
+    assert "returns no log-probabilities of the prompt's tokens" in capsys.readouterr().err
+
+
+def test_one_that_stops_giving_them_ends_the_run(server, write_config, capsys):
+    server.faults.extend([None] * 7 + ["silent"] * 50)
+    assert main(["--config", str(write_config(served(server)))]) == 2
+    error = capsys.readouterr().err
+    assert "returns no log-probabilities" in error
+    assert "Saved after step 1" in error
+
+
+def test_other_vocabularies_are_refused(server, tmp_path):
+    tokenizer = tiny_tokenizer()
+    client = Server(server.url, "teacher.server", timeout_seconds=9, retries=0)
+    server.tokenizer.add_tokens(["Paris"])
+    with pytest.raises(ServerError, match="has another vocabulary"):
+        connect(client, "x", tokenizer, torch.device("cpu"))
+    server.tokenizer = tiny_tokenizer()
+    server.model = tiny_model("qwen3", vocab_size=200)  # too small for the probe's last token
+    with pytest.raises(ServerError, match="out of vocabulary"):
+        connect(client, "x", tokenizer, torch.device("cpu"))
+
+
+def test_a_short_context_limits_the_prompts(server, write_config, capsys):
+    server.max_model_len = 5
+    assert main(["--config", str(write_config(served(server)))]) == 2
+    assert "less than the models' context of 5 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"loss.objective": "reverse_kl"}, "loss.objective is 'reverse_kl'"),
+        ({"loss.temperature": 2.0, "loss.importance_clip": None}, "loss.temperature is 2.0"),
+        ({"teacher.others": {"two": "x"}}, "teacher.others"),
+        ({"teacher.precision": "int8"}, "teacher.precision is 'int8'"),
+        ({"loss.baseline": "exact"}, "loss.baseline exact needs"),
+        ({"student.drop_layers": "auto:1"}, "measures the exact reverse KL"),
+        ({"teacher.server": "file:///etc/passwd"}, "teacher.server"),
+        ({"teacher.server": "127.0.0.1:8000"}, "teacher.server"),
+    ],
+)
+def test_what_a_served_teacher_cannot_do_is_refused_with_the_reason(write_config, changes, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load_config(write_config(SAMPLED | {"teacher.server": "http://127.0.0.1:9"} | changes))
+
+
+def test_the_time_out_and_the_key_of_the_server_arrive(server, monkeypatch):
+    client = Server(server.url + "/v1/", "teacher.server", timeout_seconds=0.2, retries=1)
+    said = []
+    client.report = said.append
+    server.faults.extend([1.0, 1.0])
+    with pytest.raises(ServerError, match=r"timed out.*Given up after 2 attempts.*raise teacher\.retries"):
+        client.call("/v1/completions", {"prompt": [5, 6]})
+    assert len(said) == 1
+    with pytest.raises(ServerError, match="status 404"):
+        client.call("/nowhere", {})
+
+
+def test_the_first_failure_of_many_requests_ends_them():
+    done = []
+
+    def work(item: int) -> int:
+        if item == 0:
+            raise ServerError("away")
+        time.sleep(0.05)
+        done.append(item)
+        return item
+
+    with pytest.raises(ServerError, match="away"):
+        in_parallel(work, range(10_000))
+    assert len(done) < 1000
