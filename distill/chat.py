@@ -126,11 +126,12 @@ def _speakers(run: Path, config: Config, options: argparse.Namespace) -> dict[st
     seen = {"system": teacher.system_prompt, "template": teacher.chat_template_kwargs}
     # As in the run: the teacher sees what the student sees, unless it has a prompt of its own.
     theirs = own if not any(seen.values()) else load_tokenizer(frozen, trust_remote_code=trusted)
-    return {
+    found = {
         "student before": speaker(student.model, own, student.trust_remote_code, dropped),
         "student after": speaker(str(run / "final"), own, student.trust_remote_code),
-        "teacher": speaker(frozen, theirs, trusted, **seen),
     }
+    # One on a server may be too large for this machine.
+    return found if teacher.server else found | {"teacher": speaker(frozen, theirs, trusted, **seen)}
 
 
 def _one(options: argparse.Namespace) -> Any:

@@ -33,6 +33,9 @@ def step_metrics(
     """
     stats, device = result.stats, result.loss.device
     lengths = group.completion_lengths.to(device, non_blocking=True)
+    gap = (stats.student_logprob - group.valid(group.logprob, torch.arange(len(lengths)))).abs()
+    if options.temperature != 1:  # then the loss's log-probabilities are others than the sampler's
+        gap = torch.full_like(gap, torch.nan)
     clipped = torch.nan if options.reward_clip is None else (stats.reward.abs() > options.reward_clip).float().mean()
     found = to_host(
         {
@@ -45,6 +48,8 @@ def step_metrics(
             "student_entropy": stats.student_entropy.mean(),
             "teacher_entropy": stats.teacher_entropy.mean(),
             "top_token_agreement": result.agreement,
+            "sampler_logprob_gap": gap.mean(),
+            "sampler_logprob_gap_max": gap.max(),
             "reward_clipped_fraction": torch.as_tensor(clipped, device=device),
             "grad_norm": grad_norm,
             "truncated_fraction": 1 - group.finished.to(device, non_blocking=True).float().mean(),

@@ -15,7 +15,11 @@ from distill.memory import MemoryLimits
 from distill.models import check_pair, eos_ids, load_model, load_tokenizer, split_head, without_layers
 from distill.prompts import PromptSet, left_pad, load_prompts
 from distill.rollout import RolloutEngine
+from distill.server import Server
 from distill.teachers import Teacher, TeacherPrompts, context_of, load_teachers, teacher_prompts
+from distill.vllm_engine import ServedWeights, VllmEngine
+
+SERVED = "rollout-model"  # folder of a run through which a server gets the student's weights
 
 
 class Pair(NamedTuple):
@@ -72,21 +76,29 @@ def make_engine(
     vocab_size: int,
     precision: str,
     limits: MemoryLimits,
-) -> RolloutEngine:
+) -> RolloutEngine | VllmEngine:
     """What samples from `model` as `rollout` says, in a precision that may be decided already."""
     rollout = config.rollout
-    return RolloutEngine(
-        model,
-        sampling=SamplingOptions(
+    common = {
+        "sampling": SamplingOptions(
             rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p
         ),
-        eos_token_ids=eos_ids(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
+        "eos_token_ids": eos_ids(model, tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "seed": config.training.seed,
+        "vocab_size": vocab_size,
+    }
+    if rollout.engine == "vllm":
+        limit = {"timeout_seconds": rollout.timeout_seconds, "retries": rollout.retries}
+        server, folder = Server(rollout.server, "rollout.server", **limit), config.training.output_dir / SERVED
+        weights = ServedWeights(model, server, folder, tokenizer, precision)
+        return VllmEngine(weights, **common, corrects_sampler=config.loss.importance_sampling == "sampler")
+    return RolloutEngine(
+        model,
+        **common,
         precision=precision,
         engine=rollout.engine,
         memory_budget_bytes=None if rollout.memory_gib is None else int(rollout.memory_gib * 2**30),
-        seed=config.training.seed,
-        vocab_size=vocab_size,
         limits=limits,
     )
 

@@ -191,6 +191,8 @@ class Run:
         training = config.training
         self.limits = MemoryLimits(training.tokens_per_micro_batch)
         self.engine = make_engine(self.student, config, self.tokenizer, self.vocab_size, rollout_precision, self.limits)
+        if config.rollout.server:
+            self.servers.append(self.engine.server)
 
         def prompt_batches(epoch: int) -> list[list[int]]:
             order = epoch_order(len(self.prompts), seed=training.seed, epoch=epoch, shuffle=config.prompts.shuffle)

@@ -145,12 +145,28 @@ class RolloutConfig(Section):
     """Prompts sampled in one generate call; `training.prompts_per_step` if absent."""
     mask_truncated: bool = False
     """Leave completions that were cut by length out of the loss; they still count in every statistic."""
-    engine: Literal["native", "transformers"] = "native"
-    """`native`: our decode loop; `transformers`: its own, for comparison and for models the native one refuses."""
+    engine: Literal["native", "transformers", "vllm"] = "native"
+    """`native`: our decode loop; `transformers`: its own, for comparison and for models the native one refuses; `vllm`:
+    a vLLM server, which gets the weights again after each step."""
+    server: Url | None = None
+    """The server of the engine `vllm`."""
+    timeout_seconds: Number = Field(600, gt=0)
+    """Longest wait for one answer of `rollout.server`."""
+    retries: Integer = Field(8, ge=0)
+    """Further attempts at a batch of `rollout.server`, after pauses of 1, 2, 4, ... and at most 60 seconds."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the sampling student; `auto`: bfloat16 on a GPU, on a CPU the faster, measured at start."""
+    """Precision of the sampling student; `auto`: bfloat16 on a GPU, on a CPU the faster, measured at start; of a
+    server, its own."""
     memory_gib: Number | None = Field(None, gt=0)
     """Memory for the key-value cache, in GiB; what does not fit is sampled in waves. Absent: most of what is free."""
+
+    @model_validator(mode="after")
+    def _served(self) -> "RolloutConfig":
+        if (self.engine == "vllm") != (self.server is not None):
+            raise ValueError(f"rollout.engine is {self.engine} and rollout.server {self.server}: vllm needs a server")
+        if self.engine == "vllm" and self.memory_gib is not None:
+            raise ValueError("rollout.memory_gib is for the engine native: give the server its limit when it starts")
+        return self
 
 
 class TrainingConfig(Section):

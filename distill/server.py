@@ -36,7 +36,7 @@ class Server:
     def __init__(self, url: str, key: str, *, timeout_seconds: float, retries: int) -> None:
         self.url, self.key = url.rstrip("/").removesuffix("/v1"), key
         self.timeout_seconds, self.retries = timeout_seconds, retries
-        self.pause = FIRST_PAUSE
+        self.pause, self.hint = FIRST_PAUSE, "start the server"
         self.report: Callable[[str], None] = lambda message: print(message, file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
@@ -70,11 +70,12 @@ class Server:
             except UnavailableError as error:
                 if attempt == self.retries:
                     raise UnavailableError(
-                        f"{error}. Given up after {attempt + 1} attempts; start the server and give the same command "
+                        f"{error}. Given up after {attempt + 1} attempts; {self.hint}, and give the same command "
                         f"again, or raise {self.key.split('.')[0]}.retries"
                     ) from None
                 seconds = min(self.pause * 2**attempt, LONGEST_PAUSE)
-                self.report(f"{error}; again in {seconds:.0f} s ({attempt + 1} of {self.retries})")
+                again = f"again in {seconds:.0f} s ({attempt + 1} of {self.retries})"
+                self.report(f"{error}; {self.hint}; {again}")
                 time.sleep(seconds)
         raise AssertionError
 

@@ -27,6 +27,7 @@ class ModelServer:
         self.calls: list[tuple[str, dict]] = []
         self._lock = threading.Lock()
         self.max_model_len: int | None = 256
+        self.dtype, self.logprobs_mode, self.deaf = "torch.float32", "raw_logprobs", False
         self._start(port)
 
     def _start(self, port: int) -> None:
@@ -88,8 +89,6 @@ class ModelServer:
     @torch.no_grad()
     def logprobs(self, token_ids: list[int]) -> list[float]:
         """Of every token but the first."""
-        if max(token_ids) >= self.model.config.vocab_size:
-            raise ValueError(f"token id {max(token_ids)} is out of vocabulary")
         ids = torch.tensor([token_ids])
         with self._lock:
             known = self.model(ids[:, :-1]).logits[0].log_softmax(-1)
@@ -97,6 +96,10 @@ class ModelServer:
 
     def _v1_completions(self, body: dict) -> dict:
         prompt = body["prompt"]
+        if max(prompt) >= self.model.config.vocab_size:
+            raise ValueError(f"token id {max(prompt)} is out of vocabulary")
+        if "n" in body:
+            return {"choices": [self._sampled(body, number) for number in reversed(range(body["n"]))]}
         found = self.logprobs(prompt)
         if body.get("echo"):
             return {"choices": [{"logprobs": {"token_logprobs": [None, *found, -1.0]}}]}
@@ -104,3 +107,34 @@ class ModelServer:
             return {"choices": [{"text": "", "logprobs": None}]}
         said = [None, *({str(token): {"logprob": p}} for token, p in zip(prompt[1:], found, strict=True))]
         return {"choices": [{"text": "", "prompt_logprobs": said}]}
+
+    @torch.no_grad()
+    def _sampled(self, body: dict, number: int) -> dict:
+        """A completion, drawn with temperature alone, and the plain or the tempered log-probabilities of its tokens."""
+        generator = torch.Generator().manual_seed(body["seed"] + number)
+        ids, logprobs, count = list(body["prompt"]), [], len(body["prompt"])
+        while len(ids) < count + body["max_tokens"] and (not logprobs or ids[-1] not in body["stop_token_ids"]):
+            with self._lock:
+                logits = self.model(torch.tensor([ids])).logits[0, -1]
+            tempered = logits / body["temperature"]
+            for token, bias in (body["logit_bias"] or {}).items():
+                tempered[int(token)] += bias
+            ids.append(int(torch.multinomial(tempered.softmax(-1), 1, generator=generator)))
+            shown = logits if self.logprobs_mode == "raw_logprobs" else tempered
+            logprobs.append(float(shown.log_softmax(-1)[ids[-1]]))
+        return {"index": number, "token_ids": ids[count:], "logprobs": {"token_logprobs": logprobs}}
+
+    def _server_info(self, _: None) -> dict:
+        return {"vllm_config": {"model_config": {"dtype": self.dtype, "logprobs_mode": self.logprobs_mode}}}
+
+    def _collective_rpc(self, body: dict) -> dict:
+        assert body["method"] == "reload_weights"
+        model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"], dtype=torch.float32).eval()
+        assert model.config.num_hidden_layers == self.model.config.num_hidden_layers, "another architecture"
+        assert not model.config.tie_word_embeddings, "the head would stay as it was"
+        if not self.deaf:
+            self.model = model
+        return {"results": [None]}
+
+    def _reset_prefix_cache(self, _: dict) -> dict:
+        return {}

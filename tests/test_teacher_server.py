@@ -112,22 +112,21 @@ def test_faults_that_pass_change_no_number(server, write_config, tmp_path):
 
 def test_a_stopped_server_is_waited_for(server, write_config, tmp_path):
     execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "calm")})))
-    seen = []
+    seen, noticed = len(server.calls), tmp_path / "rough" / "events.jsonl"
 
     def interrupt() -> None:
-        while len([path for path, _ in server.calls[seen[0] :] if path == "/v1/completions"]) < 9:
+        while len([path for path, _ in server.calls[seen:] if path == "/v1/completions"]) < 9:
             time.sleep(0.001)
         server.stop()
-        time.sleep(0.3)
+        while not noticed.stat().st_size:
+            time.sleep(0.001)
         server.start_again()
 
-    seen.append(len(server.calls))
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "rough")})))
     thread.join()
     assert metrics_of(tmp_path / "calm") == metrics_of(tmp_path / "rough")
-    assert read_json_lines(tmp_path / "rough" / "events.jsonl")
 
 
 def test_a_server_that_stays_away_ends_the_run_resumably(server, write_config, tmp_path, capsys):

@@ -1,0 +1,243 @@
+"""`rollout.engine: vllm`: rollouts from a vLLM server that is given the student's weights again after each step.
+
+A request for each prompt, all under way at once: the server makes one batch of them, and only so has each prompt a seed
+of its own. Prompts travel as token ids, so the chat template is always ours. The weights go through a folder that both
+processes see; a probe, the log-probabilities of a fixed text, shows before each batch that the server uses them.
+Left out on purpose: an engine in this process, since vLLM pins other versions of torch and transformers.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.decode import Completions, SamplingOptions
+from distill.lora import merged
+from distill.rollout import Rollouts
+from distill.server import PromptScores, Server, ServerError, UnavailableError, in_parallel
+from distill.teacher_server import PROBE
+
+# Mean absolute difference of the probe's log-probabilities, in nats. A head that was left behind is off by more.
+TOLERANCE = {"float32": 5e-3, "bfloat16": 0.15, "float16": 0.05}
+
+
+class ServedWeights:
+    """The student's weights on a server; `stale` says that they have changed here."""
+
+    def __init__(
+        self, model: PreTrainedModel, server: Server, folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str
+    ) -> None:
+        """Writes the folder, which a server can be started on, and checks the one that is there.
+
+        Raises `ServerError` for another precision or vocabulary, or where weights cannot be exchanged.
+        """
+        self.model, self.server, self.folder, self.tokenizer = model, server, folder.absolute(), tokenizer
+        self.stale, self.dtype = True, model.dtype if precision == "auto" else getattr(torch, precision)
+        server.hint = (
+            f"serve it with VLLM_SERVER_DEV_MODE=1 vllm serve {self.folder} --generation-config vllm "
+            f"--dtype {str(self.dtype).removeprefix('torch.')}"
+        )
+        self._write()
+        self.name = server.model()["id"]
+        config = self._server_info()
+        self.precision, self.logprobs_mode = config["dtype"].removeprefix("torch."), config["logprobs_mode"]
+        if precision not in ("auto", self.precision) or self.precision not in TOLERANCE:
+            raise ServerError(f"{server}: computes in {self.precision}, and rollout.precision is {precision}")
+        self.dtype = getattr(torch, self.precision)
+        self._probe_ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        server.check_tokenizer(self.name, PROBE, self._probe_ids)
+        self._scores = PromptScores(server, self.name)
+
+    def ensure(self) -> None:
+        """Returns when the server has the student's weights. Raises `ServerError`, or `UnavailableError` once."""
+        if not self.stale and self._gap() <= TOLERANCE[self.precision]:
+            return
+        self._write()
+        try:
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+            self.server.request("/collective_rpc", body)
+            self.server.request("/reset_prefix_cache", {})  # its keys and values are the old weights'
+        except UnavailableError:
+            raise
+        except ServerError as error:
+            raise ServerError(f"{error}: it did not take the student's weights; {self.server.hint}") from None
+        gap = self._gap()
+        if not gap <= TOLERANCE[self.precision]:
+            raise ServerError(
+                f"{self.server}: after it was given the student's weights, its log-probabilities of a fixed text are "
+                f"off by {gap:.3g} nats a token, where {TOLERANCE[self.precision]} is allowed: it serves another "
+                f"model, or kept some weights; {self.server.hint}"
+            )
+        self.stale = False
+
+    @torch.no_grad()
+    def _gap(self) -> float:
+        """Mean absolute difference between the server's log-probabilities of the probe and the student's own."""
+        ids = torch.tensor([self._probe_ids], device=self.model.device)
+        # FlashAttention takes no float32, which the student's weights are.
+        flash = "flash" in self.model.config._attn_implementation
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=flash):
+            logits = self.model(ids[:, :-1]).logits
+        own = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0].cpu()
+        return (own - torch.tensor(self._scores.score(self._probe_ids, attempts=False))).abs().mean().item()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        """The student as an ordinary model folder, whose files appear whole.
+
+        Its head is never tied: a server that loads tied weights into a running model leaves its head as it was.
+        """
+        plain, partial = merged(self.model), self.folder.with_name(f".{self.folder.name}.partial")
+        embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+        if head.weight is embedding.weight:
+            own = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+            own.weight, own.bias = nn.Parameter(head.weight.clone(), requires_grad=False), head.bias
+            plain.set_output_embeddings(own)
+            for config in (plain.config, plain.config.get_text_config()):
+                config.tie_word_embeddings = False
+        shutil.rmtree(partial, ignore_errors=True)
+        plain.config.dtype = self.dtype
+        plain.save_pretrained(partial, state_dict={k: v.to(self.dtype) for k, v in plain.state_dict().items()})
+        self.tokenizer.save_pretrained(partial)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file in partial.iterdir():
+            os.replace(file, self.folder / file.name)
+        partial.rmdir()
+
+    def _server_info(self) -> dict[str, Any]:
+        try:
+            return self.server.call("/server_info?config_format=json")["vllm_config"]["model_config"]
+        except UnavailableError:
+            raise
+        except (ServerError, KeyError, TypeError):
+            raise ServerError(
+                f"{self.server}: takes no weights: a vLLM server does when it is started with VLLM_SERVER_DEV_MODE=1 "
+                f"(on a network that only you reach); {self.server.hint}"
+            ) from None
+
+
+class VllmEngine:
+    """Makes rollouts of one student like `RolloutEngine`; `refresh` after its weights have changed."""
+
+    engine = "vllm"
+
+    def __init__(
+        self,
+        weights: ServedWeights,
+        *,
+        sampling: SamplingOptions,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        seed: int,
+        vocab_size: int,
+        corrects_sampler: bool,
+    ) -> None:
+        """`corrects_sampler`: the loss needs log-probabilities of the distribution sampled from, not the plain ones.
+
+        Raises `ServerError` where the two differ and the server gives the other.
+        """
+        self.weights, self.server = weights, weights.server
+        self.sampling, self.seed, self.vocab_size = sampling, seed, vocab_size
+        self.eos_token_ids, self.pad_token_id = list(eos_token_ids), pad_token_id
+        self._plain = sampling.warp() == SamplingOptions(1).warp()
+        needed = "processed_logprobs" if corrects_sampler else "raw_logprobs"
+        given = weights.logprobs_mode
+        if not given.endswith("_logprobs") or (given != needed and not self._plain):
+            raise ServerError(f"{self.server}: gives {given}, and this run needs --logprobs-mode {needed}")
+
+    @property
+    def precision(self) -> str:
+        """The precision in use, the server's."""
+        return self.weights.precision
+
+    def refresh(self) -> None:
+        """Says that the student's weights have changed; the server gets them when they are next needed."""
+        self.weights.stale = True
+
+    def variant(self, *, seed: int, max_new_tokens: int) -> "VllmEngine":
+        """The same engine, weights included, with another seed and length: for evaluations between two steps."""
+        other = copy.copy(self)
+        other.seed, other.sampling = seed, dataclasses.replace(self.sampling, max_new_tokens=max_new_tokens)
+        return other
+
+    def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, num_rollouts: int, prompt_keys: Tensor) -> Rollouts:
+        """Samples `num_rollouts` completions of each prompt: int64 [B, P] left-padded, bool [B, P].
+
+        What a rollout says depends on the seed, its prompt's key (int64 [B]), its number among the prompt's rollouts
+        and the weights; of the batch it depends as far as the server's arithmetic does. A server that went away
+        meanwhile gets the weights and the whole batch again.
+        """
+        prompts = [ids[mask].tolist() for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
+        bodies = [self._body(ids, key, num_rollouts) for ids, key in zip(prompts, prompt_keys.tolist(), strict=True)]
+
+        def attempt() -> list[dict[str, Any]]:
+            try:
+                self.weights.ensure()
+                return in_parallel(lambda body: self.server.request("/v1/completions", body), bodies)
+            except UnavailableError:
+                self.weights.stale = True
+                raise
+
+        choices = [choice for answer in self.server.again(attempt) for choice in _in_order(answer)]
+        rows = [self._read(choice) for choice in choices]
+        if len(rows) != len(prompts) * num_rollouts:
+            raise ServerError(f"{self.server}: gave {len(rows)} of {len(prompts) * num_rollouts} completions")
+        device, longest = prompt_ids.device, max(len(ids) for ids, _ in rows)
+        out = Completions.empty(len(rows), longest, self.pad_token_id, torch.device("cpu"))
+        for row, (ids, logprobs) in enumerate(rows):
+            out.token_ids[row, : len(ids)], out.logprob[row, : len(ids)] = torch.tensor(ids), torch.tensor(logprobs)
+            out.lengths[row], out.finished[row] = len(ids), ids[-1] in self.eos_token_ids
+        unknown = torch.full_like(out.logprob, torch.nan).masked_fill(out.logprob == 0, 0)
+        raw = self.weights.logprobs_mode == "raw_logprobs"
+        return Rollouts(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=out.token_ids.to(device),
+            completion_lengths=out.lengths.to(device),
+            logprob=(out.logprob if raw or self._plain else unknown).to(device),
+            sampling_logprob=(out.logprob if self._plain or not raw else unknown).to(device),
+            finished=out.finished.to(device),
+            num_rollouts=num_rollouts,
+        )
+
+    def _body(self, token_ids: list[int], key: int, num_rollouts: int) -> dict[str, Any]:
+        digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=7).digest()
+        padded = range(self.vocab_size, self.weights.model.config.get_text_config().vocab_size)
+        return {
+            "model": self.weights.name,
+            "prompt": token_ids,
+            "n": num_rollouts,  # the server adds a rollout's number to the seed
+            "seed": int.from_bytes(digest),
+            "max_tokens": self.sampling.max_new_tokens,
+            **self.sampling.warp(),
+            "logprobs": 0,  # of the sampled token alone
+            "return_token_ids": True,
+            "ignore_eos": True,  # it may know of one only: ours are these
+            "stop_token_ids": self.eos_token_ids,
+            "logit_bias": {str(token): -100 for token in padded} or None,
+        }
+
+    def _read(self, choice: dict[str, Any]) -> tuple[list[int], list[float]]:
+        """A completion's token ids and their log-probabilities."""
+        try:
+            ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            if len(ids) != len(logprobs) or not ids or max(ids) >= self.vocab_size:
+                raise ValueError
+            return ids, [float(value) for value in logprobs]
+        except (KeyError, TypeError, ValueError):
+            raise ServerError(
+                f"{self.server}: a completion came without token_ids and their log-probabilities, or with a token "
+                f"past the vocabulary: this needs vLLM 0.11 or newer"
+            ) from None
+
+
+def _in_order(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(answer["choices"], key=lambda choice: choice["index"])
