@@ -10,7 +10,7 @@ import time
 import pytest
 
 from benchmarks.harness import Row, interleave
-from benchmarks.test_rollout import SMOLLM2, TOKENS, engine_of, model_of, native, prompts_of
+from benchmarks.test_rollout import SMOLLM2, TOKENS, check_logprobs, engine_of, model_of, native, prompts_of
 from benchmarks.vllm_server import PYTHON, VllmServer
 from distill.decode import SamplingOptions
 from distill.models import load_tokenizer
@@ -46,13 +46,15 @@ def test_vllm_beside_the_native_engine(precision: str, record, tmp_path) -> None
         weights.ensure()
         refresh = time.perf_counter() - start
         prompt_ids, ours = prompts_of("SmolLM2-135M", B, P), engine_of("SmolLM2-135M", precision)
+        for engine in (ours, served):
+            check_logprobs(model, engine, prompt_ids[:1], 0.2 if precision == "bfloat16" else 1e-3)
         body = served._body([], 0, N) | {"prompt": prompt_ids.tolist(), "seed": None}
         made = {
             "ours": lambda: native(ours, prompt_ids, N),
             "vllm": lambda: native(served, prompt_ids, N),
             "vllm, one request": lambda: client.request("/v1/completions", body),
         }
-        timings = interleave(made, rounds=5)
+        timings = interleave(made, rounds=3)
     finally:
         server.stop()
     group = f"vLLM, SmolLM2-135M, {precision}: {B} prompts of {P} tokens, {N} rollouts of {TOKENS} tokens each"

@@ -45,18 +45,20 @@ class Display:
     def update(self, metrics: dict[str, Any], sample: str) -> None:
         """Shows a finished optimizer step."""
         self.step, self._metrics, self._sample = metrics["step"], metrics, " ".join(sample.split())
-        # The exact figure: the sampled one is too noisy for a trend to be seen.
-        if math.isfinite(metrics["reverse_kl_exact"]):
-            self._history.append(metrics["reverse_kl_exact"])
+        # The exact figure where there is one: the sampled one is too noisy for a trend to be seen.
+        exact = metrics["reverse_kl_exact"]
+        self._reverse_kl = exact if math.isfinite(exact) else metrics["reverse_kl"]
+        if math.isfinite(self._reverse_kl):
+            self._history.append(self._reverse_kl)
         self._seconds += sum(value for key, value in metrics.items() if key.startswith("seconds_"))
         self._shown += 1
         if not self.console.is_terminal:
             self.message(f"step {self.step:>{len(str(self.total))}}/{self.total}  {self._figures()}")
 
     def _figures(self) -> str:
-        kl, norm, speed = (self._metrics[key] for key in ("reverse_kl_exact", "grad_norm", "tokens_per_second"))
+        norm, speed = (self._metrics[key] for key in ("grad_norm", "tokens_per_second"))
         return (
-            f"reverse KL {kl:.3f} (trend {trend(list(self._history)):+.3f})  gradient {norm:.2f}  "
+            f"reverse KL {self._reverse_kl:.3f} (trend {trend(list(self._history)):+.3f})  gradient {norm:.2f}  "
             f"{speed:.0f} tokens/s  {self._time_left()} left"
         )
 

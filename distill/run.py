@@ -165,8 +165,7 @@ class Run:
         self.prompts, self.teacher_prompts = train
         self.held_out, self.eval_prompts = held_out, held_out and held_out.student
         for teacher in self.teachers:
-            if not teacher.sampled_only:
-                check_against_itself(teacher, self.prompts.token_ids[0], self.vocab_size)
+            check_against_itself(teacher, self.prompts.token_ids[0], self.vocab_size)
         self.dropped_layers = self._choose_layers(pair)
         self.student = make_student(pair.student, self.config, self.dropped_layers)
         self.student_parts = ModelParts(*split_head(self.student), self.dtype)
@@ -211,6 +210,7 @@ class Run:
             vocab_size=self.vocab_size,
             teacher_view=lambda indices: self.teacher_prompts and self.teacher_prompts.view(indices),
             limits=self.limits,
+            async_batches=config.rollout.async_batches,
         )
 
     def _find_checkpoint(self) -> Checkpoint | None:

@@ -160,10 +160,15 @@ class RolloutConfig(Section):
     memory_gib: Number | None = Field(None, gt=0)
     """Memory for the key-value cache, in GiB; what does not fit is sampled in waves. Absent: most of what is free."""
 
+    async_batches: Integer = Field(0, ge=0, le=1)
+    """1: the engine `vllm` samples the next batch while this one is trained on, from the weights before this one."""
+
     @model_validator(mode="after")
     def _served(self) -> "RolloutConfig":
         if (self.engine == "vllm") != (self.server is not None):
             raise ValueError(f"rollout.engine is {self.engine} and rollout.server {self.server}: vllm needs a server")
+        if self.async_batches and self.engine != "vllm":
+            raise ValueError(f"rollout.async_batches needs the engine vllm: {self.engine} uses what training needs")
         if self.engine == "vllm" and self.memory_gib is not None:
             raise ValueError("rollout.memory_gib is for the engine native: give the server its limit when it starts")
         return self

@@ -6,6 +6,7 @@ Weights, gradients and Adam's moments are float32 whatever precision the passes 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ class Trainer:
         vocab_size: int,
         teacher_view: Callable[[Sequence[int]], TeacherView | None] = lambda indices: None,
         limits: MemoryLimits | None = None,
+        async_batches: int = 0,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.student, self.student_parts, self.teachers = student, student_parts, teachers
@@ -97,6 +99,9 @@ class Trainer:
         self.skipped_steps, self.bad_in_row = 0, 0
         self._rollouts: Rollouts | None = None
         self._rollout_seconds = 0.0
+        # With `async_batches`, the batch after the one in hand; and at which steps the weights were taken that sampled.
+        self.async_batches, self._next = async_batches, None  # type: int, Future[Rollouts] | None
+        self._sampled_at, self._next_sampled_at = 0, 0
         # Batches have the same sizes in every epoch, so the first one's tell how many steps there are.
         sizes = [len(batch) for batch in prompt_batches(0)]
         steps = options.num_epochs * sum(math.ceil(size / options.prompts_per_step) for size in sizes)
@@ -125,6 +130,7 @@ class Trainer:
             self.bad_in_row = 0 if sound else self.bad_in_row + 1
             self.skipped_steps += not sound
             line = {"step": at.step + 1, "epoch": at.epoch, **metrics, "skipped_steps": self.skipped_steps}
+            line["rollout_staleness"] = at.step - self._sampled_at
             yield StepResult(line, list(prompts[chosen]), rollouts, row_reverse_kl, sound)
 
     def learning_rate(self, step: int) -> float:
@@ -144,16 +150,16 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items()
         }
         tensors = {"student": self.parameters, "optimizer": moments}
-        if self._rollouts is not None:
-            tensors["rollouts"] = {
-                field.name: getattr(self._rollouts, field.name)
-                for field in fields(Rollouts)
-                if isinstance(getattr(self._rollouts, field.name), Tensor)
-            }
+        # A batch that is being sampled is waited for: its weights would not be there again.
+        for name, rollouts in (("rollouts", self._rollouts), ("next_rollouts", self._next and self._next.result())):
+            if rollouts is not None:
+                found = {field.name: getattr(rollouts, field.name) for field in fields(Rollouts)}
+                tensors[name] = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         state = {
             "position": vars(self.position),
             "total_steps": self.total_steps,
             "rollout_seconds": self._rollout_seconds,
+            "sampled_at": [self._sampled_at, self._next_sampled_at],
             "skipped_steps": self.skipped_steps,
             "bad_in_row": self.bad_in_row,
             "limits": self.limits.state(),
@@ -174,9 +180,16 @@ class Trainer:
         self.skipped_steps, self.bad_in_row = state.get("skipped_steps", 0), state.get("bad_in_row", 0)
         if "limits" in state:
             self.limits.restore(state["limits"])
-        if "rollouts" in tensors:
-            saved = {name: value.to(self.device) for name, value in tensors["rollouts"].items()}
-            self._rollouts = _lengths_on_host(Rollouts(num_rollouts=self.options.num_rollouts_per_prompt, **saved))
+        begun = self.position.step - self.position.group
+        self._sampled_at, self._next_sampled_at = state.get("sampled_at", (begun, begun))
+        for name in {"rollouts", "next_rollouts"} & set(tensors):
+            saved = {key: value.to(self.device) for key, value in tensors[name].items()}
+            rollouts = _lengths_on_host(Rollouts(num_rollouts=self.options.num_rollouts_per_prompt, **saved))
+            if name == "rollouts":
+                self._rollouts = rollouts
+            else:
+                self._next = Future()
+                self._next.set_result(rollouts)
         self.engine.refresh()
 
     def _after(self, at: Position, batches: Sequence[Sequence[int]]) -> Position:
@@ -189,18 +202,34 @@ class Trainer:
 
     def _sample(self, epoch: int, batches: Sequence[Sequence[int]], batch: int) -> None:
         self.on_phase("rollout")
-        prompt_ids, prompt_mask = (tensor.to(self.device) for tensor in self.encode(batches[batch]))
-        # A prompt's draw is numbered over the whole run, so that no two draws share random numbers.
-        first = epoch * sum(map(len, batches)) + sum(map(len, batches[:batch]))
-        keys = torch.arange(first, first + len(batches[batch]))
+        step = self.position.step
         with self.clock.phase("rollout"):
-            rollouts = self.engine.generate(
-                prompt_ids, prompt_mask, num_rollouts=self.options.num_rollouts_per_prompt, prompt_keys=keys
-            )
+            if self._next is None:
+                rollouts, self._sampled_at = self.engine.generate(**self._request(epoch, batch)), step
+            else:
+                rollouts, self._sampled_at = self._next.result(), self._next_sampled_at
+            self._next = None
+            following = step + math.ceil(len(batches[batch]) / self.options.prompts_per_step)
+            if self.async_batches and following < self.total_steps:
+                place = (epoch, batch + 1) if batch + 1 < len(batches) else (epoch + 1, 0)
+                self._next, self._next_sampled_at = self.engine.begin(**self._request(*place)), step
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._rollouts = _lengths_on_host(rollouts)
         self._rollout_seconds = self.clock.read()["rollout"]
+
+    def _request(self, epoch: int, batch: int) -> dict[str, Any]:
+        """What the engine is asked for a batch."""
+        batches = self.prompt_batches(epoch)
+        prompt_ids, prompt_mask = (tensor.to(self.device) for tensor in self.encode(batches[batch]))
+        # A prompt's draw is numbered over the whole run, so that no two draws share random numbers.
+        first = epoch * sum(map(len, batches)) + sum(map(len, batches[:batch]))
+        return {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "num_rollouts": self.options.num_rollouts_per_prompt,
+            "prompt_keys": torch.arange(first, first + len(batches[batch])),
+        }
 
     def _step(self, group: Group, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
         """Scores a group, updates the student, and returns the metrics and each row's mean token reverse KL."""

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ TOLERANCE = {"float32": 5e-3, "bfloat16": 0.15, "float16": 0.05}
 
 
 class ServedWeights:
-    """The student's weights on a server; `stale` says that they have changed here."""
+    """The student's weights on a server; `stale` says that they have changed here.
+
+    `snapshot` keeps those of now, in the folder and as the probe that shows them, and `ensure` gives the server the
+    snapshot, also from another thread while the student is trained on.
+    """
 
     def __init__(
         self, model: PreTrainedModel, server: Server, folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str
@@ -40,7 +45,8 @@ class ServedWeights:
         Raises `ServerError` for another precision or vocabulary, or where weights cannot be exchanged.
         """
         self.model, self.server, self.folder, self.tokenizer = model, server, folder.absolute(), tokenizer
-        self.stale, self.dtype = True, model.dtype if precision == "auto" else getattr(torch, precision)
+        self.stale, self.loaded = True, False
+        self.dtype = model.dtype if precision == "auto" else getattr(torch, precision)
         server.hint = (
             f"serve it with VLLM_SERVER_DEV_MODE=1 vllm serve {self.folder} --generation-config vllm "
             f"--dtype {str(self.dtype).removeprefix('torch.')}"
@@ -56,11 +62,17 @@ class ServedWeights:
         server.check_tokenizer(self.name, PROBE, self._probe_ids)
         self._scores = PromptScores(server, self.name)
 
+    def snapshot(self) -> None:
+        """Keeps the student's weights of now."""
+        if self.stale:
+            self._write()
+            self._own, self.stale, self.loaded = self._probe(), False, False
+
     def ensure(self) -> None:
-        """Returns when the server has the student's weights. Raises `ServerError`, or `UnavailableError` once."""
-        if not self.stale and self._gap() <= TOLERANCE[self.precision]:
+        """Returns when the server has the snapshot. Raises `ServerError`; an `UnavailableError` may pass."""
+        if self.loaded and self._gap() <= TOLERANCE[self.precision]:
             return
-        self._write()
+        self.loaded = False
         try:
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
             self.server.request("/collective_rpc", body)
@@ -71,23 +83,27 @@ class ServedWeights:
             raise ServerError(f"{error}: it did not take the student's weights; {self.server.hint}") from None
         gap = self._gap()
         if not gap <= TOLERANCE[self.precision]:
+            self.stale = True
             raise ServerError(
                 f"{self.server}: after it was given the student's weights, its log-probabilities of a fixed text are "
                 f"off by {gap:.3g} nats a token, where {TOLERANCE[self.precision]} is allowed: it serves another "
                 f"model, or kept some weights; {self.server.hint}"
             )
-        self.stale = False
+        self.loaded = True
+
+    def _gap(self) -> float:
+        """Mean absolute difference between the server's log-probabilities of the probe and the snapshot's."""
+        return (self._own - torch.tensor(self._scores.score(self._probe_ids, attempts=False))).abs().mean().item()
 
     @torch.no_grad()
-    def _gap(self) -> float:
-        """Mean absolute difference between the server's log-probabilities of the probe and the student's own."""
+    def _probe(self) -> Tensor:
+        """The student's own log-probabilities of the probe."""
         ids = torch.tensor([self._probe_ids], device=self.model.device)
         # FlashAttention takes no float32, which the student's weights are.
         flash = "flash" in self.model.config._attn_implementation
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=flash):
             logits = self.model(ids[:, :-1]).logits
-        own = logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0].cpu()
-        return (own - torch.tensor(self._scores.score(self._probe_ids, attempts=False))).abs().mean().item()
+        return logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0].cpu()
 
     @torch.no_grad()
     def _write(self) -> None:
@@ -147,6 +163,8 @@ class VllmEngine:
         self.weights, self.server = weights, weights.server
         self.sampling, self.seed, self.vocab_size = sampling, seed, vocab_size
         self.eos_token_ids, self.pad_token_id = list(eos_token_ids), pad_token_id
+        self._background, self._under_way = ThreadPoolExecutor(1), [Future()]
+        self._under_way[0].set_result(None)
         self._plain = sampling.warp() == SamplingOptions(1).warp()
         needed = "processed_logprobs" if corrects_sampler else "raw_logprobs"
         given = weights.logprobs_mode
@@ -175,6 +193,18 @@ class VllmEngine:
         and the weights; of the batch it depends as far as the server's arithmetic does. A server that went away
         meanwhile gets the weights and the whole batch again.
         """
+        return self.begin(prompt_ids, prompt_mask, num_rollouts=num_rollouts, prompt_keys=prompt_keys).result()
+
+    def begin(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, *, num_rollouts: int, prompt_keys: Tensor
+    ) -> "Future[Rollouts]":
+        """`generate` in the background, from the weights of now whatever becomes of them; one batch at a time."""
+        wait(self._under_way)  # it may still need the snapshot before
+        self.weights.snapshot()
+        self._under_way[0] = self._background.submit(self._complete, prompt_ids, prompt_mask, num_rollouts, prompt_keys)
+        return self._under_way[0]
+
+    def _complete(self, prompt_ids: Tensor, prompt_mask: Tensor, num_rollouts: int, prompt_keys: Tensor) -> Rollouts:
         prompts = [ids[mask].tolist() for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
         bodies = [self._body(ids, key, num_rollouts) for ids, key in zip(prompts, prompt_keys.tolist(), strict=True)]
 
@@ -183,7 +213,7 @@ class VllmEngine:
                 self.weights.ensure()
                 return in_parallel(lambda body: self.server.request("/v1/completions", body), bodies)
             except UnavailableError:
-                self.weights.stale = True
+                self.weights.loaded = False
                 raise
 
         choices = [choice for answer in self.server.again(attempt) for choice in _in_order(answer)]
@@ -203,7 +233,9 @@ class VllmEngine:
             completion_ids=out.token_ids.to(device),
             completion_lengths=out.lengths.to(device),
             logprob=(out.logprob if raw or self._plain else unknown).to(device),
-            sampling_logprob=(out.logprob if self._plain or not raw else unknown).to(device),
+            sampling_logprob=(out.logprob.clone() if self._plain or not raw else unknown).to(
+                device
+            ),  # no shared memory
             finished=out.finished.to(device),
             num_rollouts=num_rollouts,
         )

@@ -173,6 +173,7 @@ def test_tokenizers_without_chat_template_or_pad_token(write_config, tiny_pair, 
 
 # key: (changes before and after the key is set, its value, what is looked at). "numbers": the metrics differ.
 SAMPLED = {"loss.objective": "sampled_reverse_kl"}
+ON_VLLM = {"rollout.engine": "vllm", "rollout.precision": "auto", "prompts.eval": None}
 EFFECTS = {
     "student.model": ({}, "other", "numbers"),
     "student.drop_layers": ({}, [1], "numbers"),
@@ -207,6 +208,10 @@ EFFECTS = {
     "rollout.min_p": ({}, 0.5, "numbers"),
     "rollout.prompts_per_batch": ({}, 5, "numbers"),
     "rollout.engine": ({}, "transformers", lambda run: run.engine.engine),
+    "rollout.server": ({}, "http://127.0.0.1:9", "refused"),
+    "rollout.timeout_seconds": (ON_VLLM | {"rollout.server": "slow", "rollout.retries": 0}, 0.1, "accepted"),
+    "rollout.retries": (ON_VLLM | {"rollout.server": "failing"}, 0, "accepted"),
+    "rollout.async_batches": (ON_VLLM | {"rollout.server": "student"}, 1, "numbers"),
     "rollout.precision": ({}, "bfloat16", lambda run: run.engine.precision),
     "rollout.memory_gib": ({}, 0.5, lambda run: run.engine._memory_budget_bytes),
     "rollout.mask_truncated": ({}, True, "numbers"),
@@ -251,16 +256,20 @@ def test_the_walk_below_leaves_out_no_key():
     assert set(EFFECTS) == set(known_keys())
 
 
+PARTS = {"teacher": "teacher", "rollout": "student"}
+
+
 @pytest.fixture
-def server(tiny_pair):
-    """A teacher that another process could serve."""
-    running = ModelServer(tiny_pair["teacher"])
+def servers(tiny_pair):
+    """What other processes could serve, by the key that names the server."""
+    running = {f"{part}.server": ModelServer(tiny_pair[name]) for part, name in PARTS.items()}
     yield running
-    running.stop()
+    for server in running.values():
+        server.stop()
 
 
 @pytest.fixture
-def others(tmp_path, tiny_pair, poisoned, server):
+def others(tmp_path, tiny_pair, poisoned, servers):
     """What `other`, `remote`, `poisoned` and `elsewhere` stand for in the walk, by key."""
     folder = tmp_path / "other"
     tiny_model("llama", vocab_size=270, seed=9).save_pretrained(folder)
@@ -282,7 +291,8 @@ def others(tmp_path, tiny_pair, poisoned, server):
         if value == "controls":
             (tmp_path / "controls.txt").write_text("Say <|end|>.\nSay <|start|>.\n")
             return str(tmp_path / "controls.txt")
-        if value in ("served", "slow", "failing"):
+        if value in ("served", "slow", "failing", "student"):
+            server = servers[key]
             server.faults.extend({"slow": [0.3], "failing": [503]}.get(value, []))
             return server.url
         if value == "named":
@@ -336,7 +346,7 @@ def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatc
     assert without != with_key
     if key.endswith("trust_remote_code"):
         assert (without, with_key) == (ModelError, "ran")
-    if key in ("teacher.timeout_seconds", "teacher.retries"):
+    if key.endswith((".timeout_seconds", ".retries")):
         assert (without, with_key) == ("ran", UnavailableError)
     if key == "training.max_bad_steps":
         assert (without, with_key) == ("ran", StoppedError)

@@ -3,19 +3,24 @@
 tests/vllm/ runs the same against vLLM itself.
 """
 
+import io
 import json
 import threading
 import time
+from concurrent.futures import wait
+from signal import SIGTERM, Signals
 
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from rich.console import Console
 from serving import ModelServer
 from test_train import execute, metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from distill.config import ConfigError, load_config
 from distill.metrics import read_json_lines
+from distill.run import Run
 from distill.server import ServerError
 from distill.train import main
 
@@ -196,6 +201,63 @@ def test_the_sampler_is_corrected_for(server, write_config, tmp_path):
     assert all(line["sampler_logprob_gap"] is None and line["loss"] is not None for line in metrics_of(run.folder))
 
 
+AHEAD = {"rollout.prompts_per_batch": 2, "rollout.async_batches": 1, "training.save_every": 2, "prompts.eval": None}
+
+
+def test_the_next_batch_is_sampled_while_this_one_is_trained_on(server, write_config, tmp_path):
+    path = write_config(served(server, **AHEAD))
+    run = Run(load_config(path), Console(file=io.StringIO()), lambda: None)
+    first = next(run.trainer.steps())
+    wait([run.trainer._next])
+    prompts = [body["prompt"] for path, body in server.calls if path == "/v1/completions" and "n" in body]
+    assert len(prompts) == 4  # of two batches, after one step
+    ids = torch.tensor([prompts[-1]])
+    before = AutoModelForCausalLM.from_pretrained(server.folder)
+    torch.testing.assert_close(server.model(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-4)
+    assert first.metrics["sampler_logprob_gap"] < 0.05
+    run.output.release()
+    execute(path)
+    lines = metrics_of(tmp_path / "run")
+    assert [line["rollout_staleness"] for line in lines] == [0, 1, 2, 3, 2]
+    assert min(line["sampler_logprob_gap"] for line in lines[1:]) > 3 * lines[0]["sampler_logprob_gap"]
+
+
+def test_evaluations_do_not_disturb_the_batch_under_way(server, write_config, tmp_path):
+    changes = AHEAD | {"prompts.eval": str(tmp_path / "eval.txt"), "training.output_dir": str(tmp_path / "often")}
+    execute(write_config(served(server, **AHEAD)))
+    execute(write_config(served(server, **changes, **{"training.eval_every": 1})))
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "often")
+
+
+@pytest.mark.parametrize("stop_after", [2, 3], ids=["between-batches", "within-a-batch"])
+def test_a_run_stopped_with_a_batch_under_way_continues_to_the_same_numbers(server, write_config, tmp_path, stop_after):
+    execute(write_config(served(server, **AHEAD, **{"training.output_dir": str(tmp_path / "calm")})))
+    config = load_config(write_config(served(server, **AHEAD)))
+
+    def signal() -> Signals | None:
+        return SIGTERM if run.trainer.position.step == stop_after else None
+
+    run = Run(config, Console(file=io.StringIO()), signal)
+    assert run.execute() == 128 + SIGTERM
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == list(range(1, stop_after + 1))
+    execute(write_config(served(server, **AHEAD)))
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "calm")
+    ours, theirs = weights_of(tmp_path / "run"), weights_of(tmp_path / "calm")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_batch_under_way_that_fails_continues_from_the_checkpoint_before(server, write_config, tmp_path, capsys):
+    execute(write_config(served(server, **AHEAD, **{"training.output_dir": str(tmp_path / "calm")})))
+    # Probe and rows of the first two batches are answered; the third batch, begun after step 2, is not.
+    server.faults.extend([None] * 6 + [503] * 50)
+    path = write_config(served(server, **AHEAD, **{"rollout.retries": 2}))
+    assert main(["--config", str(path)]) == 2
+    assert "Given up after 3 attempts" in capsys.readouterr().err
+    server.faults.clear()
+    assert main(["--config", str(path)]) == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "calm")
+
+
 def test_adapters_are_merged_into_what_is_served(server, write_config):
     run = execute(write_config(served(server, **{"student.lora.rank": 4})))
     ids = torch.tensor([[5, 6, 7]])
@@ -207,6 +269,7 @@ def test_adapters_are_merged_into_what_is_served(server, write_config):
     [
         ({"rollout.engine": "vllm"}, "vllm needs a server"),
         ({"rollout.server": "http://127.0.0.1:9"}, "vllm needs a server"),
+        ({"rollout.async_batches": 1}, r"async_batches needs the engine vllm"),
         ({"rollout.engine": "vllm", "rollout.server": "http://x", "rollout.memory_gib": 1}, r"rollout\.memory_gib"),
     ],
 )

@@ -3,6 +3,7 @@
 tests/test_teacher_server.py and tests/test_vllm_engine.py go through the ways to fail, with a server made for that.
 """
 
+import socket
 import threading
 import time
 from pathlib import Path
@@ -142,15 +143,15 @@ def test_new_weights_change_what_is_said(server, engine, model, tokenizer, monke
         assert torch.equal(rollouts_of(engine, tokenizer).completion_ids, before.completion_ids)
 
 
-def config_of(tmp_path: Path, name: str, changes: dict) -> str:
-    """Four steps of context distillation with small adapters: student and teacher share their weights."""
-    (tmp_path / "prompts.txt").write_text("Say red.\nName a bird.\nCount to three.\nSay no.\n")
+def config_of(tmp_path: Path, name: str, changes: dict[str, dict]) -> str:
+    """Three steps of a student of four layers: small, and with an architecture of its own."""
+    (tmp_path / "prompts.txt").write_text("Say red.\nName a bird.\nCount to three.\n")
     content = {
-        "student": {"model": SMOLLM2, "lora": {"rank": 4}},
-        "teacher": {"model": "base", "system_prompt": "Answer in French."},
+        "student": {"model": SMOLLM2, "drop_layers": list(range(2, 28))},
+        "teacher": {"model": SMOLLM2},
         "prompts": {"train": str(tmp_path / "prompts.txt")},
         "rollout": {"max_new_tokens": 8, "precision": "float32"},
-        "training": {"num_rollouts_per_prompt": 2, "learning_rate": 1e-3, "output_dir": str(tmp_path / name)},
+        "training": {"num_rollouts_per_prompt": 2, "output_dir": str(tmp_path / name)},
     }
     for section, values in changes.items():
         content[section] |= values
@@ -158,12 +159,8 @@ def config_of(tmp_path: Path, name: str, changes: dict) -> str:
     return str(tmp_path / f"{name}.yaml")
 
 
-@pytest.mark.parametrize("part", ["teacher", "rollout"])
-def test_a_run_outlives_its_server(server, tmp_path, part):
-    """Killed after the first step and started again, with the weights that it began with."""
-    if server.dtype != "float32":
-        pytest.skip("once is enough")
-    changes = {part: {"server": server.url, "retries": 12} | ({"engine": "vllm"} if part == "rollout" else {})}
+def assert_outlived(server: VllmServer, tmp_path: Path, changes: dict[str, dict]) -> None:
+    """The server is killed after the first step and started again, with the weights that it began with."""
     assert main(["--config", config_of(tmp_path, "calm", changes)]) == 0
 
     def interrupt() -> None:
@@ -180,7 +177,7 @@ def test_a_run_outlives_its_server(server, tmp_path, part):
     assert main(["--config", config_of(tmp_path, "rough", changes)]) == 0
     thread.join()
     calm, rough = (read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("calm", "rough"))
-    assert len(calm) == len(rough) == 4
+    assert len(calm) == len(rough) == 3
     said = [
         [line["completion"] for line in read_json_lines(tmp_path / name / "rollouts.jsonl")]
         for name in ("calm", "rough")
@@ -190,5 +187,30 @@ def test_a_run_outlives_its_server(server, tmp_path, part):
         assert one["reverse_kl"] == pytest.approx(other["reverse_kl"], abs=1e-3)
         assert one["sampler_logprob_gap_max"] < 1e-2
     events = read_json_lines(tmp_path / "rough" / "events.jsonl")
-    print(f"{part}: {len(events)} pauses; gap of the last step {rough[-1]['sampler_logprob_gap_max']:.1e}")
+    for key in ("reverse_kl", "sampler_logprob_gap_max"):
+        print(f"{len(events)} pauses; {key} of the last step {calm[-1][key]:.6f} and {rough[-1][key]:.6f}")
     assert {event["event"] for event in events} == {"server"}
+
+
+def test_a_run_outlives_its_teachers_server(server, tmp_path):
+    if server.dtype != "float32":
+        pytest.skip("once is enough")
+    assert_outlived(server, tmp_path, {"teacher": {"server": server.url, "retries": 12}})
+
+
+def test_a_run_outlives_its_rollout_server(tmp_path, capsys):
+    """As the page on serving has it: the run says what to serve, and its student has dropped layers."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    changes = {"rollout": {"engine": "vllm", "server": nowhere, "retries": 0}}
+    assert main(["--config", config_of(tmp_path, "first", changes)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    folder = tmp_path / "first" / "rollout-model"
+    assert f"VLLM_SERVER_DEV_MODE=1 vllm serve {folder} --generation-config vllm --dtype float32" in said
+    running = VllmServer(folder, "float32", tmp_path / "server.log")
+    running.start()
+    try:
+        assert_outlived(running, tmp_path, {"rollout": {"engine": "vllm", "server": running.url, "retries": 12}})
+    finally:
+        running.stop()
