@@ -95,7 +95,7 @@ def comparison_charts(runs: dict[str, tuple[Records, Records]]) -> list[Chart]:
     for title, (key, unit) in curves.items():
         chart = _figure(unit, "optimizer step")
         for index, (label, (metrics, evaluations)) in enumerate(runs.items()):
-            values = column(metrics, key)
+            values = _divergence(metrics) if key == "reverse_kl_exact" else column(metrics, key)
             if np.isfinite(values).any():
                 mean = rolling(values, rolling_window(len(values)))[0]
                 source = _source(step=column(metrics, "step"), value=mean, run=[label] * len(mean))
@@ -110,6 +110,12 @@ def comparison_charts(runs: dict[str, tuple[Records, Records]]) -> list[Chart]:
 
 
 # ---- Figures from records ------------------------------------------------------------------------------------------
+
+
+def _divergence(metrics: Records) -> np.ndarray:
+    """The exact reverse KL, or the sampled one of a teacher on a server."""
+    exact = column(metrics, "reverse_kl_exact")
+    return exact if np.isfinite(exact).any() else column(metrics, "reverse_kl")
 
 
 def column(records: Records, key: str) -> np.ndarray:
@@ -151,7 +157,7 @@ def _windows(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _reverse_kl(metrics: Records, evaluations: Records, window: int) -> Chart | None:
-    values = column(metrics, "reverse_kl_exact")
+    values = _divergence(metrics)
     if not np.isfinite(values).any():
         return None
     chart = _figure("nats per token", "optimizer step")
@@ -198,7 +204,7 @@ def _held_out(chart: figure, evaluations: Records, index: int, label: str | None
 
 
 def _fluctuation(metrics: Records, window: int) -> Chart | None:
-    spread = fluctuation(column(metrics, "reverse_kl_exact"), window)
+    spread = fluctuation(_divergence(metrics), window)
     records = [{"step": r["step"], "spread": value} for r, value in zip(metrics, spread, strict=True)]
     caption = f"Standard deviation of {window} steps' reverse KL about their own straight line: noise, not trend."
     labels = {"spread": "reverse KL, without its trend"}

@@ -36,7 +36,7 @@ class Server:
     def __init__(self, url: str, key: str, *, timeout_seconds: float, retries: int) -> None:
         self.url, self.key = url.rstrip("/").removesuffix("/v1"), key
         self.timeout_seconds, self.retries = timeout_seconds, retries
-        self.pause, self.hint = FIRST_PAUSE, "start the server"
+        self.pause, self.hint, self._reported = FIRST_PAUSE, "start the server", ""
         self.report: Callable[[str], None] = lambda message: print(message, file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
@@ -75,7 +75,9 @@ class Server:
                     ) from None
                 seconds = min(self.pause * 2**attempt, LONGEST_PAUSE)
                 again = f"again in {seconds:.0f} s ({attempt + 1} of {self.retries})"
-                self.report(f"{error}; {self.hint}; {again}")
+                if self._reported != (message := f"{error}; {self.hint}; {again}"):  # of many requests at once
+                    self._reported = message
+                    self.report(message)
                 time.sleep(seconds)
         raise AssertionError
 

@@ -227,15 +227,15 @@ class VllmEngine:
             out.lengths[row], out.finished[row] = len(ids), ids[-1] in self.eos_token_ids
         unknown = torch.full_like(out.logprob, torch.nan).masked_fill(out.logprob == 0, 0)
         raw = self.weights.logprobs_mode == "raw_logprobs"
+        # A checkpoint takes no two tensors of one memory.
+        sampling_logprob = out.logprob.clone() if self._plain or not raw else unknown
         return Rollouts(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             completion_ids=out.token_ids.to(device),
             completion_lengths=out.lengths.to(device),
             logprob=(out.logprob if raw or self._plain else unknown).to(device),
-            sampling_logprob=(out.logprob.clone() if self._plain or not raw else unknown).to(
-                device
-            ),  # no shared memory
+            sampling_logprob=sampling_logprob.to(device),
             finished=out.finished.to(device),
             num_rollouts=num_rollouts,
         )

@@ -9,6 +9,7 @@ from conftest import tiny_model, tiny_tokenizer
 from serving import ModelServer
 from test_train import execute, metrics_of, weights_of
 
+from distill.charts import run_charts
 from distill.config import ConfigError, load_config
 from distill.metrics import read_json_lines
 from distill.server import Server, ServerError, in_parallel
@@ -84,7 +85,8 @@ def test_the_evaluation_is_the_mean_of_the_sampled_tokens(server, write_config, 
         assert line["reverse_kl"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-3)
         assert line["teacher_entropy"] is None
         assert view["samples"][0]["teacher_top"] == [[]] * len(view["samples"][0]["text"])
-    assert (tmp_path / "run" / "report.html").exists()
+    charts = run_charts(read_json_lines(tmp_path / "run" / "metrics.jsonl"), [])
+    assert charts[0].title == "Reverse KL"
 
 
 def test_a_server_that_echoes_does_too(teacher, write_config, server, tmp_path):
