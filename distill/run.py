@@ -15,10 +15,12 @@ from rich.console import Console
 
 from distill import checkpoint
 from distill.card import write_card
-from distill.checkpoint import Checkpoint, CheckpointError
+from distill.checkpoint import Checkpoint
 from distill.config import Config, to_yaml
 from distill.display import Display
+from distill.distributed import Ranks
 from distill.evaluate import check_against_itself, decode_samples, evaluate
+from distill.generation_copy import choose_dtype as choose_rollout_dtype
 from distill.health import GradientWatch, StoppedError, suspects
 from distill.layer_choice import choose_layers
 from distill.loading import (
@@ -36,7 +38,7 @@ from distill.loss import LossOptions, ModelParts
 from distill.memory import MemoryLimitError, MemoryLimits
 from distill.metrics import read_json_lines
 from distill.models import split_head
-from distill.output import OutputFolder
+from distill.output import NoOutput, OutputFolder
 from distill.prompts import epoch_order, left_pad
 from distill.report import LiveReport
 from distill.summary import NUM_SAMPLES, environment, show_summary, summarise
@@ -48,17 +50,24 @@ from distill.trainer import StepResult, Trainer
 class Run:
     """A run's models, files and progress; `execute` does it all."""
 
-    def __init__(self, config: Config, console: Console, received_signal: Callable[[], Signals | None]) -> None:
-        self.config, self.console, self.received_signal = config, console, received_signal
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        received_signal: Callable[[], Signals | None],
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.config, self.console, self.ranks = config, console, ranks or Ranks()
+        self.received_signal = lambda: self.ranks.signal(received_signal())
         self.started, self.cpu_started = time.monotonic(), time.process_time()
-        self.device = choose_device(config.training.device)
+        self.device = choose_device(config.training.device, self.ranks)
         self.dtype = choose_dtype(config.training.precision, self.device)
         self.evaluations: list[dict[str, Any]] = []
         self.samples: dict[str, list[str]] = {}
         check_installed(config.training.report_to)
         self.layer_choice: dict[str, Any] | None = None
         # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
-        self.output = OutputFolder(config.training.output_dir)
+        self.output = (NoOutput if self.ranks.rank else OutputFolder)(config.training.output_dir)
         self.report = LiveReport(self.output)
         try:
             self.start = self._find_checkpoint()
@@ -66,6 +75,8 @@ class Run:
             if self.start:
                 checkpoint.accept(self.start, self.config, self.prompts.digest, self.student)
             precision = self.start.state["rollout_precision"] if self.start else config.rollout.precision
+            if self.ranks.size > 1 and precision == "auto":  # each rank would measure for itself
+                precision = self.ranks.of_first(str(choose_rollout_dtype(self.student, precision))[len("torch.") :])
             self.trainer = self._make_trainer(precision)
             if self.start:
                 self._restore(self.start)
@@ -83,9 +94,10 @@ class Run:
         self.trainer.on_phase = display.phase
         self.limits.report = lambda message: self._notice("memory", self.trainer.position.step + 1, message, display)
         try:
+            self.ranks.meet()  # all have read what may be set aside
             self._open_folder()
             self.trackers = Trackers(
-                self.config.training.report_to,
+                () if self.ranks.rank else self.config.training.report_to,
                 self.folder,
                 self.config.model_dump(mode="json"),
                 self.start is not None,
@@ -107,6 +119,8 @@ class Run:
                     self.output.replace("adapter", self._write_adapter)
                 self.output.replace("final", self._write_model)
                 self.trackers.complete = True
+            if self.ranks.rank:
+                return 0
             summary = summarise(self)
             self.output.write_text("summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
             self.report.finish()
@@ -178,7 +192,8 @@ class Run:
         if self.start:  # of a run with another configuration, which is refused when all is loaded
             self.layer_choice = self.start.state.get("layer_choice") or {"dropped": ()}
         else:
-            self.layer_choice = choose_layers(self.config, pair, self.held_out, self.dtype, self.console)
+            found = choose_layers(self.config, pair, self.held_out, self.dtype, self.console)
+            self.layer_choice = self.ranks.of_first(found)
         return self.layer_choice["dropped"]
 
     def _make_trainer(self, rollout_precision: str) -> Trainer:
@@ -204,24 +219,16 @@ class Run:
             vocab_size=self.vocab_size,
             teacher_view=lambda indices: self.teacher_prompts and self.teacher_prompts.view(indices),
             limits=self.limits,
+            ranks=self.ranks,
         )
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to continue from, if there is one."""
-        resume, own = self.config.training.resume, self.output.checkpoints
-        if resume == "never":
-            return None
-        if resume == "auto":
-            found = checkpoint.load_newest(own)
-        else:
-            found = checkpoint.load(Path(resume))
-            newer = checkpoint.newer_than(own, found.step)
-            if newer:
-                raise CheckpointError(
-                    f"training.resume: {found.path} is older than {newer[-1]}, which would be overwritten. Set "
-                    f"training.resume to auto to continue from the newest, or name another training.output_dir"
-                )
-        return found
+        """The checkpoint to continue from, which rank 0 decides."""
+        ranks, found = self.ranks, None
+        if ranks.rank == 0:
+            found = checkpoint.find(self.config.training.resume, self.output.checkpoints)
+        path = ranks.of_first(found and str(found.path))
+        return checkpoint.load(Path(path)) if path and ranks.rank else found
 
     def _restore(self, start: Checkpoint) -> None:
         self.trainer.restore(start.tensors, start.state["trainer"])
@@ -231,11 +238,10 @@ class Run:
         now = environment(self)
         for name, before in start.state.get("environment", {}).items():
             if now[name] != before:
-                self.console.print(
-                    f"{name} was {before}, now {now[name]}: the last digits of the numbers can differ from now on",
-                    highlight=False,
+                self._tell(
+                    f"{name} was {before}, now {now[name]}: the last digits of the numbers can differ from now on"
                 )
-        self.console.print(f"continuing after step {start.step} of {self.trainer.total_steps}", highlight=False)
+        self._tell(f"continuing after step {start.step} of {self.trainer.total_steps}")
 
     def _open_folder(self) -> None:
         """Sets an earlier run's folder aside where this one starts over, and opens the files that grow."""
@@ -244,7 +250,7 @@ class Run:
         over = began.exists() if self.config.training.resume == "never" else finished.exists()
         if self.start is None and over:
             kept = self.output.set_aside()
-            self.console.print(f"the earlier run's folder is now {kept}", highlight=False, soft_wrap=True)
+            self._tell(f"the earlier run's folder is now {kept}")
         if self.start:
             with self.output.writing("the damaged checkpoints' new names"):
                 checkpoint.set_aside_newer(self.output.checkpoints, self.start.step)
@@ -252,7 +258,8 @@ class Run:
         self.output.write_text("config.yaml", to_yaml(self.config))
         if self.layer_choice:
             self.output.write_text("layers.json", json.dumps(self.layer_choice, indent=1))
-        self.gradients = GradientWatch(line["grad_norm"] for line in read_json_lines(self.folder / "metrics.jsonl"))
+        metrics = [] if self.ranks.rank else read_json_lines(self.folder / "metrics.jsonl")
+        self.gradients = GradientWatch(line["grad_norm"] for line in metrics)
 
     def _evaluate(self, display: Display) -> None:
         if self.eval_prompts is None:
@@ -265,6 +272,7 @@ class Run:
             self.teachers,
             vocab_size=self.vocab_size,
             limits=self.limits,
+            ranks=self.ranks,
             **evaluation_arguments(self.config, self.held_out, self.tokenizer.pad_token_id),
         )
         record = {"step": step, **result.record()}
@@ -281,6 +289,8 @@ class Run:
         )
 
     def _record(self, result: StepResult, display: Display) -> None:
+        if self.ranks.rank:
+            return
         texts = decode_samples(self.tokenizer, result.rollouts, range(len(result.rollouts.finished)))
         self.output.log("metrics", [result.metrics])
         self.trackers.log(result.metrics)
@@ -333,6 +343,7 @@ class Run:
         }
         step, keep_last = self.trainer.position.step, self.config.training.keep_last
         self.output.save(step, tensors, state, keep_last=keep_last, best=self.best_step)
+        self.ranks.meet()  # none leaves, and has the others ended, before it is written
 
     def _write_model(self, folder: Path) -> None:
         merged(self.student).save_pretrained(folder)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.loss import Group, ModelParts
+from distill.group import Group
+from distill.loss import ModelParts
 from distill_kernels import reverse_kl
 
 MAX_TOKENS = 128  # of a completion that are kept

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.diagnostics import step_metrics
-from distill.loss import Group, GroupGradient, LossOptions, ModelParts, TeacherView, accumulate_gradients, score
+from distill.distributed import Ranks
+from distill.group import Group, TeacherView
+from distill.loss import GroupGradient, LossOptions, ModelParts, accumulate_gradients, score
 from distill.memory import MemoryLimits
 from distill.metrics import PhaseClock, peak_memory_bytes
 from distill.rollout import RolloutEngine, Rollouts
@@ -80,6 +82,7 @@ class Trainer:
         vocab_size: int,
         teacher_view: Callable[[Sequence[int]], TeacherView | None] = lambda indices: None,
         limits: MemoryLimits | None = None,
+        ranks: Ranks | None = None,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.student, self.student_parts, self.teachers = student, student_parts, teachers
@@ -87,6 +90,7 @@ class Trainer:
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
         self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
         self.limits, self.on_phase = limits or MemoryLimits(options.tokens_per_micro_batch), on_phase
+        self.ranks = ranks or Ranks()
         self.device = student_parts.head.weight.device
         self.clock = PhaseClock(self.device)
         self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
@@ -194,8 +198,12 @@ class Trainer:
         first = epoch * sum(map(len, batches)) + sum(map(len, batches[:batch]))
         keys = torch.arange(first, first + len(batches[batch]))
         with self.clock.phase("rollout"):
-            rollouts = self.engine.generate(
-                prompt_ids, prompt_mask, num_rollouts=self.options.num_rollouts_per_prompt, prompt_keys=keys
+            rollouts = self.ranks.generate(
+                self.engine,
+                prompt_ids,
+                prompt_mask,
+                num_rollouts=self.options.num_rollouts_per_prompt,
+                prompt_keys=keys,
             )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -205,16 +213,18 @@ class Trainer:
     def _step(self, group: Group, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
         """Scores a group, updates the student, and returns the metrics and each row's mean token reverse KL."""
         self.on_phase("score")
+        own = self.ranks.own_rows(group)
         with self.clock.phase("score"):
-            teacher_hidden = self.limits.in_micro_batches(
-                "score", group.for_teachers.lengths, lambda parts: score(self.teachers, group, parts)
+            teacher_hidden = self.ranks.in_micro_batches(
+                self.limits, "score", group.for_teachers, own, lambda parts: score(self.teachers, group, parts)
             )
         self.on_phase("update")
         learning_rate = self.learning_rate(self.position.step)
         with self.clock.phase("update"):
-            result = self.limits.in_micro_batches(
-                "update", group.lengths, lambda parts: self._gradients(teacher_hidden, group, parts)
+            result = self.ranks.in_micro_batches(
+                self.limits, "update", group, own, lambda parts: self._gradients(teacher_hidden, group, parts)
             )
+            result = self._of_all_ranks(result, group, own)
             grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
             # Where this is 1, Adam's fused step leaves everything as it was, without the host having to look.
             self.optimizer.found_inf = 1 - (result.loss.isfinite() & grad_norm.isfinite()).float()
@@ -236,7 +246,24 @@ class Trainer:
         }
         return metrics, row_reverse_kl
 
-    def _gradients(self, teacher_hidden: Sequence[Tensor], group: Group, parts: list[Tensor]) -> GroupGradient:
+    def _of_all_ranks(self, result: GroupGradient, group: Group, own: Tensor) -> GroupGradient:
+        """What all ranks found, on every rank; the sum of their gradients is then in the parameters."""
+        if self.ranks.size == 1:
+            return result
+        self.ranks.meet()
+        self.ranks.add_gradients(self.parameters.values())
+        total, shifts = self.ranks.total, result.row_gradients
+        if shifts is None:
+            shifts = result.loss.new_zeros(len(own), self.student_parts.head.weight.shape[1])
+        tokens = own.repeat_interleave(group.completion_lengths)
+        return GroupGradient(
+            total(result.loss),
+            result.stats._make(total(torch.stack(list(result.stats)), tokens)),
+            total(shifts, own[:, None]),
+            total(result.agreement),
+        )
+
+    def _gradients(self, teacher_hidden: Sequence[Tensor | None], group: Group, parts: list[Tensor]) -> GroupGradient:
         # Before every attempt: what a failed one added must not count twice.
         self.optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(
