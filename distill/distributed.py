@@ -2,7 +2,8 @@
 
 Every rank holds all rollouts of a group and computes the rows of its own prompts; what it does not know it leaves zero,
 so that a sum over the ranks is what one process would have, in the same order. The weights of tokens are made over the
-whole group, so gradients are summed too, never averaged.
+whole group, so gradients are summed too, never averaged. Where the weights of a model are shared out as well, a layer
+is gathered for each of its passes (FSDP2), so all ranks must make equally many of them.
 Left out on purpose: dividing the tokens of a sequence or the layers of a model, which longer contexts and larger
 students than these would need.
 """
@@ -10,17 +11,23 @@ students than these would need.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from signal import Signals
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+
+from distill.forward import refuse_like
+from distill.models import Head, alias, layer_stack, whole
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from distill.group import Group
+    from distill.loss import ModelParts
     from distill.memory import MemoryLimits
     from distill.rollout import RolloutEngine, Rollouts
 
@@ -35,10 +42,12 @@ class Ranks:
     """This process among those of its run; alone, every method does nothing."""
 
     rank, local_rank, size = 0, 0, 1
+    sharded = False
+    """Whether models' weights are shared out."""
 
     @classmethod
-    def join(cls, device: str, timeout_s: float) -> "Ranks":
-        """Finds the others where `torchrun` started this process; `device` and `timeout_s` as in `training`.
+    def join(cls, device: str, timeout_s: float, parallel: str = "replicate") -> "Ranks":
+        """Finds the others where `torchrun` started this process; the arguments are those of `training`.
 
         Raises `RankError`.
         """
@@ -46,32 +55,33 @@ class Ranks:
         if "WORLD_SIZE" not in os.environ:
             return ranks
         ranks.rank, ranks.local_rank, ranks.size = (int(os.environ[n]) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        # Half of the time to wait, half to find out whom for; what a GPU waits for is then looked into before NCCL,
-        # which could only abort, gives up.
-        ranks._timeout_s, patience = timeout_s, timedelta(seconds=timeout_s / 2)
+        ranks.sharded = parallel == "shard" and ranks.size > 1
+        # A third of the time to wait, the rest to find out whom for: all who wait have to give up before that. NCCL,
+        # which could only abort, comes last.
+        ranks._timeout_s, patience = timeout_s, timedelta(seconds=timeout_s / 3)
         try:
             distributed.init_process_group("gloo", timeout=patience)
         except RuntimeError as error:
             raise RankError(
-                f"rank {ranks.rank} did not find all {ranks.size} ranks within half of training.rank_timeout_s "
+                f"rank {ranks.rank} did not find all {ranks.size} ranks within a third of training.rank_timeout_s "
                 f"({timeout_s:g} s): {error}"
             ) from error
         ranks._group = distributed.group.WORLD
         if device != "cpu" and torch.cuda.is_available():
             torch.cuda.set_device(ranks.local_rank)
-            ranks._group = distributed.new_group(backend="nccl", timeout=2 * patience)
+            ranks._group = distributed.new_group(backend="nccl", timeout=3 * patience)
         return ranks
 
     def leave(self) -> None:
         if self.size > 1:
             distributed.destroy_process_group()
 
-    def meet(self) -> None:
-        """Waits until all ranks are here. Raises `RankError`."""
+    def meet(self, patience: float = 1 / 3) -> None:
+        """Waits until all ranks are here, for `patience` of the time-out. Raises `RankError`."""
         if self.size == 1:
             return
         try:
-            distributed.monitored_barrier(wait_all_ranks=True)
+            distributed.monitored_barrier(timeout=timedelta(seconds=patience * self._timeout_s), wait_all_ranks=True)
         except RuntimeError as error:
             missing = re.search(r"Ranks? ([\d, ]+?) failed to pass", str(error))
             who = f"rank {missing[1]}" if missing else "rank 0, or one that rank 0 names,"
@@ -93,7 +103,7 @@ class Ranks:
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sums the gradients of `parameters` over the ranks; one that a rank has none of counts as 0."""
-        if self.size == 1:
+        if self.size == 1 or self.sharded:  # then the backward pass has summed them
             return
         pending = []
         for parameter in parameters:
@@ -145,9 +155,85 @@ class Ranks:
         """`limits.in_micro_batches` of the rows of `group` that are this rank's `own` [R]."""
         prompts, completions, index = group.lengths
         rows = own.nonzero()[:, 0]
-        return limits.in_micro_batches(
-            phase, (prompts, completions[rows], index[rows]), lambda parts: work([rows[part] for part in parts])
-        )
+
+        def of_group(parts: list[Tensor]) -> T:
+            parts = [rows[part] for part in parts]
+            return work(self._evened(group, own, parts) if self.sharded else parts)
+
+        return limits.in_micro_batches(phase, (prompts, completions[rows], index[rows]), of_group)
+
+    def _evened(self, group: "Group", own: Tensor, parts: list[Tensor]) -> list[Tensor]:
+        """As many micro-batches for each teacher on every rank, filled up with a row that is another rank's."""
+        parts, view = group.by_teacher(parts), group.teacher_view
+        of_row = own.new_zeros(len(own), dtype=torch.int64) if view is None else view.teacher[group.prompt_index]
+        for teacher in of_row.unique().tolist():
+            count = sum(group.teacher_of(rows) == teacher for rows in parts)
+            others = (~own & (of_row == teacher)).nonzero()[:, 0]
+            parts += [others[:1]] * (self.largest(count) - count)
+        return group.by_teacher(parts)
+
+    def shard(self, model: "PreTrainedModel", parts: "ModelParts") -> "ModelParts":
+        """Shares the weights of `model` out over the ranks; returns what takes the place of its `parts`.
+
+        The model keeps its structure, with the shards as its parameters, for optimizers and copies; it cannot be
+        called any more. Without effect unless `sharded`. Raises `ModelError`.
+        """
+        if not self.sharded:
+            return parts
+        # What one process never needs takes a second to import.
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        device = parts.head.weight.device.type
+        mesh = DeviceMesh.from_group(self._group if device == "cuda" else distributed.group.WORLD, device)
+        called = _Called(alias(model))
+        # Whether it can share prompts is tried where the others need not do the same.
+        prompt = torch.ones(1, 8, dtype=torch.int64, device=parts.head.weight.device)
+        with torch.no_grad():
+            parts.hidden(prompt, prompt.cpu() > 0, prompt[:, :2].expand(4, 2), [2] * 4, [0] * 4)
+        refuse_like(parts.body, called)
+        # Inputs stay the very objects that they are: our attention counts its calls in one of them.
+        policy = MixedPrecisionPolicy(parts.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        parent, name = layer_stack(called.model, "training.parallel shard")
+        for module in (*getattr(parent, name), called):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            # Weights of tokens are global: ranks add up.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        shards = dict(called.model.named_parameters(remove_duplicate=False))
+        for path, module in model.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = shards[f"{path}.{name}".lstrip(".")]
+        return parts._replace(body=called, head=_GatheredHead(called.model, parts.head), one_call=True)
+
+    def shard_of(self, saved: Tensor, parameter: Tensor) -> Tensor:
+        """What this rank keeps of a whole tensor that belongs to `parameter`, on its device."""
+        saved = saved.to(parameter.device)
+        if not self.sharded or not saved.dim():
+            return saved
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(saved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` in one piece, for rank 0 to write; on the other ranks nothing of those that are shared out."""
+        if not self.sharded:
+            return dict(tensors)
+        pieces = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+        return {name: tensor.cpu() if self.rank == 0 else tensor.new_empty(0) for name, tensor in pieces}
+
+    def gathered_model(self, model: "PreTrainedModel") -> "PreTrainedModel":
+        """`model` with its weights in one piece on rank 0."""
+        if not self.sharded:
+            return model
+        found, plain = self.gathered(dict(model.named_parameters())), alias(model)
+        kept = {id(shard): nn.Parameter(found[name], shard.requires_grad) for name, shard in model.named_parameters()}
+        for module in plain.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = kept[id(parameter)]
+        return plain
 
     def generate(
         self,
@@ -196,6 +282,35 @@ class Ranks:
 
     def _group_of(self, tensor: Tensor) -> distributed.ProcessGroup:
         return distributed.group.WORLD if tensor.device.type == "cpu" else self._group
+
+
+class _Called(nn.Module):
+    """A model of which the body is called, and the head gathered with it: one FSDP root holds what no layer does."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self._supports_attention_backend = getattr(model.base_model, "_supports_attention_backend", False)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model.base_model(**inputs)
+
+
+class _GatheredHead:
+    """A `models.Head` whose weight is in one piece from a call of the body to the end of the backward pass."""
+
+    def __init__(self, model: "PreTrainedModel", head: Head) -> None:
+        self._output, self.softcap, self.scale = model.get_output_embeddings(), head.softcap, head.scale
+
+    @property
+    def weight(self) -> Tensor:
+        return self._output.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self._output, "bias", None)
+
+    logits = Head.logits
 
 
 def divide(costs: Sequence[int], parts: int) -> list[list[int]]:

@@ -51,13 +51,16 @@ class ModelParts(NamedTuple):
     dtype: torch.dtype
     present: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     """Surrounds a phase in which the body computes: it may live elsewhere the rest of the time."""
+    one_call: bool = False
+    """Whether `hidden` has to call the body once, as where its weights are gathered from other ranks for a call."""
 
     def hidden(self, *rollouts, **options) -> Tensor:
         """`completion_hidden` of this model in its precision, whatever the precision of its weights."""
         mixed = self.head.weight.dtype != self.dtype
         context = torch.autocast(self.head.weight.device.type, self.dtype) if mixed else contextlib.nullcontext()
         with context:
-            return completion_hidden(self.body, *rollouts, **options).to(self.dtype)
+            hidden = completion_hidden(self.body, *rollouts, one_call=self.one_call, **options)
+        return hidden.to(self.dtype)
 
     def head_arguments(self, name: str) -> dict:
         """The head as keyword arguments of the fused operations, each beginning with `name`."""
@@ -111,15 +114,18 @@ def accumulate_gradients(
     *,
     vocab_size: int | None = None,
     checkpointing: bool = False,
+    own: Tensor | None = None,
 ) -> GroupGradient:
     """Adds the gradient of a group's loss to the student's `.grad`, one micro-batch at a time.
 
     `teacher_hidden` is what `score` gave for the group. Rows that are in no micro-batch are another rank's: they add
-    nothing, and their figures are 0.
+    nothing, and their figures are 0. Nor do rows add anything that are not this rank's `own` [R] bool on the host.
     """
     weights = token_weights(
         group.completion_lengths, options.reduction, group.finished if options.mask_truncated else None
     )
+    if own is not None:
+        weights = weights.where(own.repeat_interleave(group.completion_lengths), 0)
     pairs = [HeadPair(student, teacher, options.temperature, vocab_size) for teacher in teachers]
     micro_batches = group.by_teacher(micro_batches)
     ratio_to, advantage, hidden = options.ratio_to(group), None, None
@@ -132,7 +138,7 @@ def accumulate_gradients(
         if hidden is None:
             hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
         device, heads = hidden.device, pairs[group.teacher_of(rows)]
-        theirs = torch.cat([teacher_hidden[row] for row in rows])
+        theirs = heads.theirs(teacher_hidden, rows, hidden)
         loss, stats = linear_distill_loss(
             *heads.inputs(hidden, theirs),
             group.valid(group.completion_ids, rows),
@@ -144,6 +150,8 @@ def accumulate_gradients(
             beta=options.beta,
             **heads.options(),
         )
+        counts = own is None or own[rows[0]]
+        agreements.append(heads.agreement(hidden.detach(), theirs)[: None if counts else 0])
         if hidden.requires_grad:
             hidden.retain_grad()
         loss.backward()
@@ -153,7 +161,6 @@ def accumulate_gradients(
             lengths = group.completion_lengths[rows].to(device, non_blocking=True)
             # The lengths are ours; to check them, it would wait for the device.
             shifts.append(torch.segment_reduce(hidden.grad.float(), "sum", lengths=lengths, unsafe=True))
-        agreements.append(heads.agreement(hidden.detach(), theirs))
         hidden = None
     return _summed(losses, parts, shifts, agreements, group, micro_batches)
 
@@ -201,6 +208,12 @@ class HeadPair(NamedTuple):
         heads = self.student.head_arguments("student") | self.teacher.head_arguments("teacher")
         return {"temperature": self.temperature, "vocab_size": self.vocab_size, **heads}
 
+    def theirs(self, teacher_hidden: Sequence[Tensor | None], rows: Tensor, student_hidden: Tensor) -> Tensor:
+        """[k, Ht] of what `score` gave; 0 for a row that is computed only to take part, and counts for nothing."""
+        if teacher_hidden[rows[0]] is None:
+            return student_hidden.new_zeros(len(student_hidden), self.teacher.head.weight.shape[1])
+        return torch.cat([teacher_hidden[row] for row in rows])
+
     @torch.no_grad()
     def agreement(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """[k] bool, k at most AGREEMENT_TOKENS: whether evenly spaced tokens have the same likeliest token."""
@@ -229,7 +242,7 @@ def _score_first(
         heads = pairs[group.teacher_of(rows)]
         with torch.set_grad_enabled(whole):
             hidden = heads.student.hidden(*group.inputs(rows), checkpointing=checkpointing and whole)
-        inputs = heads.inputs(hidden.detach(), torch.cat([teacher_hidden[row] for row in rows]))
+        inputs = heads.inputs(hidden.detach(), heads.theirs(teacher_hidden, rows, hidden))
         parts.append(linear_reverse_kl(*inputs, group.valid(group.completion_ids, rows), **heads.options()))
     return _merged(parts, group, micro_batches), hidden if whole else None
 

@@ -107,14 +107,16 @@ class Run:
                 try:
                     stop = self._train(display)
                 except MemoryLimitError as error:
+                    if self.ranks.size > 1:  # of which the others do not know
+                        raise
                     # Nothing of the step at hand has been applied.
                     self.trainer.optimizer.zero_grad(set_to_none=True)
                     self._save(display)
-                    step = self.trainer.position.step
-                    raise MemoryLimitError(f"{error}. Saved after step {step}") from None
+                    raise MemoryLimitError(f"{error}. Saved after step {self.trainer.position.step}") from None
                 if stop:
                     return 128 + stop
                 display.phase("writing the model")
+                self.student = self.ranks.gathered_model(self.student)
                 if self.config.student.lora:
                     self.output.replace("adapter", self._write_adapter)
                 self.output.replace("final", self._write_model)
@@ -157,8 +159,8 @@ class Run:
     def _stopped(self, stop: Signals, display: Display) -> Signals:
         self._save(display)
         self.report.finish()
-        step = self.trainer.position.step
-        display.message(f"{stop.name}: saved after step {step}; the same command continues from there")
+        saved = f"{stop.name}: saved after step {self.trainer.position.step}"
+        display.message(f"{saved}; the same command continues from there")
         return stop
 
     @property
@@ -178,7 +180,8 @@ class Run:
             check_against_itself(teacher, self.prompts.token_ids[0], self.vocab_size)
         self.dropped_layers = self._choose_layers(pair)
         self.student = make_student(pair.student, self.config, self.dropped_layers)
-        self.student_parts = ModelParts(*split_head(self.student), self.dtype)
+        self.student_parts = self.ranks.shard(self.student, ModelParts(*split_head(self.student), self.dtype))
+        self.teachers = [self.ranks.shard(teacher.model, teacher.parts) for teacher in pair.teachers]
         if self.config.student.lora:
             self._tell(describe(self.student))
 
@@ -192,14 +195,14 @@ class Run:
         if self.start:  # of a run with another configuration, which is refused when all is loaded
             self.layer_choice = self.start.state.get("layer_choice") or {"dropped": ()}
         else:
-            found = choose_layers(self.config, pair, self.held_out, self.dtype, self.console)
-            self.layer_choice = self.ranks.of_first(found)
+            self.layer_choice = choose_layers(self.config, pair, self.held_out, self.dtype, self.console)
+            self.layer_choice = self.ranks.of_first(self.layer_choice)
         return self.layer_choice["dropped"]
 
     def _make_trainer(self, rollout_precision: str) -> Trainer:
         config = self.config
         training = config.training
-        self.limits = MemoryLimits(training.tokens_per_micro_batch)
+        self.limits = MemoryLimits(training.tokens_per_micro_batch, fixed=self.ranks.sharded)
         self.engine = make_engine(self.student, config, self.tokenizer, self.vocab_size, rollout_precision, self.limits)
 
         def prompt_batches(epoch: int) -> list[list[int]]:
@@ -238,9 +241,7 @@ class Run:
         now = environment(self)
         for name, before in start.state.get("environment", {}).items():
             if now[name] != before:
-                self._tell(
-                    f"{name} was {before}, now {now[name]}: the last digits of the numbers can differ from now on"
-                )
+                self._tell(f"{name} was {before}, now {now[name]}: the numbers' last digits can differ from now on")
         self._tell(f"continuing after step {start.step} of {self.trainer.total_steps}")
 
     def _open_folder(self) -> None:
@@ -309,17 +310,12 @@ class Run:
         if result.sound:
             return
         figures = f"loss {metrics['loss']:.3g}, gradient norm {metrics['grad_norm']:.3g}"
-        named = suspects(prompts, result.row_reverse_kl)
-        self._notice("skipped", step, f"step {step} skipped: {figures}; prompts: {named}", display)
+        named = f"prompts: {suspects(prompts, result.row_reverse_kl)}"
+        self._notice("skipped", step, f"step {step} skipped: {figures}; {named}", display)
         in_row, allowed = self.trainer.bad_in_row, self.config.training.max_bad_steps
         if in_row > allowed:
             self._save(display)
-            raise StoppedError(
-                f"{in_row} steps in a row had no finite loss and gradient (training.max_bad_steps: {allowed}), the "
-                f"last with {figures}; prompts: {named}. The weights of step {step - in_row}, the last good one, are "
-                f"saved in {self.output.checkpoints}. Look at these prompts and at the teacher, or set a lower "
-                f"training.learning_rate or training.precision: float32 in a new training.output_dir"
-            )
+            raise StoppedError.after(in_row, allowed, step - in_row, self.output.checkpoints, f"{figures}; {named}")
 
     def _notice(self, event: str, step: int, message: str, display: Display) -> None:
         display.message(message)

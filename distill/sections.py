@@ -177,8 +177,8 @@ class TrainingConfig(Section):
     parallel: Literal["replicate", "shard"] = "replicate"
     """Over several ranks (`torchrun`): every rank holds the student and the teachers whole, or its part of each layer.
     Without effect on one process."""
-    rank_timeout_s: Number = Field(600.0, gt=0)
-    """A rank for which the others wait this many seconds ends the run."""
+    rank_timeout_s: Number = Field(1800.0, gt=0)
+    """Seconds within which the other ranks stop when one dies or hangs; one may keep them waiting for a third of it."""
     attention: str = Field("auto", pattern=r"^[a-z0-9_]+$")
     """Attention implementation: `auto` (the best FlashAttention installed, else sdpa), or a name transformers knows."""
     seed: Integer = Field(0, ge=0, lt=2**31)

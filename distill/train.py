@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ranks = Ranks()
     try:
-        ranks = Ranks.join(config.training.device, config.training.rank_timeout_s)
+        training = config.training
+        ranks = Ranks.join(training.device, training.rank_timeout_s, training.parallel)
         status = Run(config, console, lambda: signals.received, ranks).execute()
         ranks.leave()
         return status
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {what}", file=sys.stderr)
             return 2
         try:
-            ranks.meet()  # where the others are gone, this says which
+            ranks.meet(2 / 3)  # where the others are gone, this says which
         except RankError as lost:
             return _given_up(lost)
         raise

@@ -18,6 +18,7 @@ from distill.group import Group, TeacherView
 from distill.loss import GroupGradient, LossOptions, ModelParts, accumulate_gradients, score
 from distill.memory import MemoryLimits
 from distill.metrics import PhaseClock, peak_memory_bytes
+from distill.models import whole
 from distill.rollout import RolloutEngine, Rollouts
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Trainer:
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }
-        tensors = {"student": self.parameters, "optimizer": moments}
+        tensors = {"student": self.ranks.gathered(self.parameters), "optimizer": self.ranks.gathered(moments)}
         if self._rollouts is not None:
             tensors["rollouts"] = {
                 field.name: getattr(self._rollouts, field.name)
@@ -168,11 +169,11 @@ class Trainer:
         """Continues from what `state` gave."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(tensors["student"][name])
+                parameter.copy_(self.ranks.shard_of(tensors["student"][name], parameter))
         for key, value in tensors["optimizer"].items():
             name, _, moment = key.rpartition("/")
             parameter = self.parameters[name]
-            self.optimizer.state[parameter][moment] = value.to(parameter.device)
+            self.optimizer.state[parameter][moment] = self.ranks.shard_of(value, parameter)
         self.position = Position(**state["position"])
         self._rollout_seconds = state["rollout_seconds"]
         self.skipped_steps, self.bad_in_row = state.get("skipped_steps", 0), state.get("bad_in_row", 0)
@@ -222,10 +223,10 @@ class Trainer:
         learning_rate = self.learning_rate(self.position.step)
         with self.clock.phase("update"):
             result = self.ranks.in_micro_batches(
-                self.limits, "update", group, own, lambda parts: self._gradients(teacher_hidden, group, parts)
+                self.limits, "update", group, own, lambda parts: self._gradients(teacher_hidden, group, parts, own)
             )
             result = self._of_all_ranks(result, group, own)
-            grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
+            grad_norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm))
             # Where this is 1, Adam's fused step leaves everything as it was, without the host having to look.
             self.optimizer.found_inf = 1 - (result.loss.isfinite() & grad_norm.isfinite()).float()
             for settings in self.optimizer.param_groups:
@@ -263,7 +264,9 @@ class Trainer:
             total(result.agreement),
         )
 
-    def _gradients(self, teacher_hidden: Sequence[Tensor | None], group: Group, parts: list[Tensor]) -> GroupGradient:
+    def _gradients(
+        self, teacher_hidden: Sequence[Tensor | None], group: Group, parts: list[Tensor], own: Tensor | None = None
+    ) -> GroupGradient:
         # Before every attempt: what a failed one added must not count twice.
         self.optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(
@@ -275,6 +278,7 @@ class Trainer:
             self.loss_options,
             vocab_size=self.vocab_size,
             checkpointing=self.options.activation_checkpointing,
+            own=own,
         )
 
 

@@ -1,9 +1,14 @@
 """Training over ranks: the same numbers as on one process, ranks that die, hang or are told to stop, other numbers."""
 
+import itertools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,15 +43,36 @@ KINDS = {
 }
 
 
-def run_over_ranks(tmp_path, jobs) -> None:
+def over_ranks(tmp_path, *jobs) -> tuple[list[dict], str]:
+    """What came of each job (see over_ranks.py), and what all of them said on stderr."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(ROOT / "tests/over_ranks.py"), str(tmp_path / "jobs.json")]
     result = subprocess.run(command, cwd=ROOT, env=quiet(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"statuses"')]
+    return found, result.stderr
+
+
+def job(config, folder, ranks, parallel="replicate", *, signal=(), words=()) -> dict:
+    words = ["--training.parallel", parallel, "--training.output_dir", str(folder), *words]
+    made = {"config": str(config), "ranks": ranks, "folder": str(folder), "words": words}
+    return made | ({"signal": signal} if signal else {})
 
 
 def quiet() -> dict[str, str]:
     return environment() | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def uneven(write_config, tmp_path):
+    """Writes the configuration of a run whose steps have three prompts, three, or one."""
+
+    def write(changes=KINDS["all weights"]):
+        path = write_config(UNEVEN | changes)
+        (tmp_path / "prompts.txt").write_text(SEVEN)
+        return path
+
+    return write
 
 
 def assert_close_runs(one, other) -> None:
@@ -66,18 +92,79 @@ def assert_close_runs(one, other) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_and_four_ranks_do_what_one_does(kind, write_config, tmp_path, tiny_pair):
-    path = write_config(UNEVEN | KINDS[kind])
-    (tmp_path / "prompts.txt").write_text(SEVEN)
-    runs = [(1, "replicate"), (2, "replicate"), (4, "replicate")]
+def test_two_and_four_ranks_do_what_one_does(kind, uneven, tmp_path):
+    path = uneven(KINDS[kind])
+    runs = [(1, "replicate"), *itertools.product((2, 4), ("replicate", "shard"))]
     folders = [tmp_path / f"{size}-{parallel}" for size, parallel in runs]
-    jobs = [
-        [str(path), size, "--training.parallel", parallel, "--training.output_dir", str(folder)]
-        for (size, parallel), folder in zip(runs, folders, strict=True)
-    ]
-    run_over_ranks(tmp_path, jobs)
+    jobs = [job(path, folder, *run) for run, folder in zip(runs, folders, strict=True)]
+    results, said = over_ranks(tmp_path, *jobs)
+    assert [set(result["statuses"]) for result in results] == [{0}] * len(runs), said
     for folder in folders[1:]:
         assert_close_runs(folders[0], folder)
+
+
+def test_a_signal_to_one_of_four_ranks_stops_all_and_two_continue(uneven, tmp_path):
+    """The four share the weights out, the two have all of them."""
+    path, whole, run = uneven(), tmp_path / "whole", tmp_path / "run"
+    stopped, *others = over_ranks(
+        tmp_path, job(path, run, 4, "shard", signal=("SIGTERM", 3, 2)), job(path, run, 2), job(path, whole, 1)
+    )[0]
+    assert stopped["statuses"] == [143] * 4
+    assert [result["statuses"] for result in others] == [[0, 0], [0]]
+    assert_close_runs(whole, run)
+
+
+@pytest.mark.parametrize(("name", "parallel"), [("SIGKILL", "shard"), ("SIGSTOP", "replicate")])
+def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(name, parallel, uneven, tmp_path):
+    words = ["--training.rank_timeout_s", "30", "--training.max_steps", "10000", "--training.num_epochs", "10000"]
+    (result,), said = over_ranks(
+        tmp_path, job(uneven(), tmp_path / "run", 3, parallel, signal=(name, 2, 2), words=words)
+    )
+    assert result["statuses"] == [1, 1, {"SIGKILL": -9, "SIGSTOP": None}[name]], said
+    assert result["seconds"] < 30
+    assert "error: rank 2 died or hangs: rank 0 of 3 has waited for it (training.rank_timeout_s: 30)" in said
+    assert "Traceback" not in said
+
+
+def test_torchrun_starts_the_ranks_again_from_the_last_checkpoint(uneven, tmp_path):
+    path, whole, run = uneven({**KINDS["all weights"], "training.save_every": 1}), tmp_path / "whole", tmp_path / "run"
+    over_ranks(tmp_path, job(path, whole, 1))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "distill.train", "--config", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=quiet(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: metrics_lines(run) >= 3, process)
+        os.kill(worker(process.pid, 1), signal.SIGKILL)
+        output = process.communicate(timeout=300)[0].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "error: rank 1 died or hangs" in output
+    assert "continuing after step" in output
+    assert_close_runs(whole, run)
+
+
+def metrics_lines(run) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition, process) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def worker(agent: int, rank: int) -> int:
+    """The process of a rank that torchrun has started."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return next(int(pid) for pid in children if f"RANK={rank}".encode() in environ(pid))
+
+
+def environ(pid: str) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def test_prompts_are_divided_by_their_tokens():

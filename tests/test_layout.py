@@ -27,7 +27,7 @@ ALLOWED = {
     "generation_copy": {"lora", "models"},
     "memory": {"forward"},
     "group": set(),
-    "distributed": {"models"},
+    "distributed": {"forward", "models"},
     "health": set(),
     "rollout": {"models", "decode", "kv_cache", "generation_copy", "memory"},
     "forward": {"models", "cpu_linear", "packing", "prefix_attention"},
