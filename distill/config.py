@@ -59,6 +59,11 @@ class Config(BaseSettings):
                 "number of steps"
             )
         self._check_loss()
+        if self.training.parallel == "shard" and (self.teacher.offload or self.teacher.precision == "int8"):
+            raise ValueError(
+                "training.parallel shard gives each rank a part of the teacher as it is loaded: leave teacher.offload "
+                "and teacher.precision int8 out, or set training.parallel to replicate"
+            )
         if self.training.eval_every and self.prompts.eval is None:
             raise ValueError("training.eval_every is set, but prompts.eval names no file")
         if isinstance(self.student.drop_layers, str) and self.prompts.eval is None:

@@ -207,6 +207,14 @@ class Ranks:
                     module._parameters[name] = shards[f"{path}.{name}".lstrip(".")]
         return parts._replace(body=called, head=_GatheredHead(called.model, parts.head), one_call=True)
 
+    def describe(self, model: "PreTrainedModel") -> str:
+        """How many ranks there are and what each keeps of `model`, as a line to print."""
+        tensors = [*model.parameters()]
+        held = sum((tensor.to_local() if self.sharded else tensor).numel() for tensor in tensors)
+        return (
+            f"{self.size} ranks; rank 0 keeps {held:,} of the student's {sum(t.numel() for t in tensors):,} parameters"
+        )
+
     def shard_of(self, saved: Tensor, parameter: Tensor) -> Tensor:
         """What this rank keeps of a whole tensor that belongs to `parameter`, on its device."""
         saved = saved.to(parameter.device)
@@ -252,7 +260,7 @@ class Ranks:
         # A rank without a prompt has to take part in what the engine does, so it samples one for nothing.
         share = divide([1] * B, self.size)[self.rank]
         own = torch.tensor(share or [0])
-        first = int(prompt_mask[own].any(0).int().argmax())
+        first = int(prompt_mask[own].any(0).int().cpu().argmax())
         part = engine.generate(
             prompt_ids[own, first:], prompt_mask[own, first:], prompt_keys=prompt_keys[own], **options
         )

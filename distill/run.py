@@ -68,7 +68,7 @@ class Run:
         self.layer_choice: dict[str, Any] | None = None
         # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
         self.output = (NoOutput if self.ranks.rank else OutputFolder)(config.training.output_dir)
-        self.report = LiveReport(self.output)
+        self.folder, self.report = self.output.path, LiveReport(self.output)
         try:
             self.start = self._find_checkpoint()
             self._load()
@@ -83,10 +83,6 @@ class Run:
         except BaseException:
             self.output.release()
             raise
-
-    @property
-    def folder(self) -> Path:
-        return self.output.path
 
     def execute(self) -> int:
         """Trains, evaluates and writes everything; returns the exit status."""

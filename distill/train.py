@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         training = config.training
         ranks = Ranks.join(training.device, training.rank_timeout_s, training.parallel)
-        status = Run(config, console, lambda: signals.received, ranks).execute()
+        run = Run(config, console, lambda: signals.received, ranks)
+        if ranks.size > 1:
+            console.print(ranks.describe(run.student), highlight=False, soft_wrap=True)
+        status = run.execute()
         ranks.leave()
         return status
     except StoppedError as error:

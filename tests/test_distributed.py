@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from test_train import ROOT, environment, weights_of
 
+from distill.config import ConfigError, load_config
 from distill.distributed import divide
 from distill.metrics import read_json_lines
 
@@ -32,6 +34,7 @@ UNEVEN = {
     "training.learning_rate": 1e-4,
     "training.tokens_per_micro_batch": 64,
 }
+KEPT = re.compile(r"rank 0 keeps ([\d,]+) of the student's ([\d,]+) parameters")
 KINDS = {
     "all weights": {"loss.objective": "reverse_kl"},
     "frozen weights": {
@@ -44,13 +47,13 @@ KINDS = {
 
 
 def over_ranks(tmp_path, *jobs) -> tuple[list[dict], str]:
-    """What came of each job (see over_ranks.py), and what all of them said on stderr."""
+    """What came of each job (see over_ranks.py), and what all of them said."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(ROOT / "tests/over_ranks.py"), str(tmp_path / "jobs.json")]
     result = subprocess.run(command, cwd=ROOT, env=quiet(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"statuses"')]
-    return found, result.stderr
+    return found, result.stdout + result.stderr
 
 
 def job(config, folder, ranks, parallel="replicate", *, signal=(), words=()) -> dict:
@@ -101,6 +104,9 @@ def test_two_and_four_ranks_do_what_one_does(kind, uneven, tmp_path):
     assert [set(result["statuses"]) for result in results] == [{0}] * len(runs), said
     for folder in folders[1:]:
         assert_close_runs(folders[0], folder)
+    # Rank 0 keeps, of one weight or another, the larger part where they do not come out even.
+    shares = [int(kept.replace(",", "")) / int(of.replace(",", "")) for kept, of in KEPT.findall(said)]
+    assert shares == [1, pytest.approx(1 / 2, rel=0.02), 1, pytest.approx(1 / 4, rel=0.02)]
 
 
 def test_a_signal_to_one_of_four_ranks_stops_all_and_two_continue(uneven, tmp_path):
@@ -165,6 +171,12 @@ def worker(agent: int, rank: int) -> int:
 
 def environ(pid: str) -> list[bytes]:
     return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+@pytest.mark.parametrize("changes", [{"teacher.precision": "int8"}, {"teacher.offload": True}])
+def test_teachers_that_cannot_be_shared_out_are_refused(changes, uneven):
+    with pytest.raises(ConfigError, match=r"training\.parallel shard .* set training\.parallel to replicate"):
+        load_config(uneven({"training.parallel": "shard", **changes}))
 
 
 def test_prompts_are_divided_by_their_tokens():
