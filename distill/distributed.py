@@ -52,10 +52,10 @@ class Ranks:
         Raises `RankError`.
         """
         ranks = cls()
-        if "WORLD_SIZE" not in os.environ:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return ranks
         ranks.rank, ranks.local_rank, ranks.size = (int(os.environ[n]) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        ranks.sharded = parallel == "shard" and ranks.size > 1
+        ranks.sharded = parallel == "shard"
         # A third of the time to wait, the rest to find out whom for: all who wait have to give up before that. NCCL,
         # which could only abort, comes last.
         ranks._timeout_s, patience = timeout_s, timedelta(seconds=timeout_s / 3)
