@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import ROOT, environment, weights_of
+from test_train import ROOT, environment, execute, weights_of
 
 from distill.config import ConfigError, load_config
 from distill.distributed import divide
@@ -35,14 +35,13 @@ UNEVEN = {
     "training.tokens_per_micro_batch": 64,
 }
 KEPT = re.compile(r"rank 0 keeps ([\d,]+) of the student's ([\d,]+) parameters")
-KINDS = {
-    "all weights": {"loss.objective": "reverse_kl"},
-    "frozen weights": {
-        "student.lora.rank": 4,
-        "loss.objective": "sampled_reverse_kl",
-        "loss.baseline": "group",
-        "loss.reduction": "token",
-    },
+TIMEOUT = ["--training.rank_timeout_s", "30"]
+ALL_WEIGHTS = {"loss.objective": "reverse_kl"}
+FROZEN_WEIGHTS = {
+    "student.lora.rank": 4,
+    "loss.objective": "sampled_reverse_kl",
+    "loss.baseline": "group",
+    "loss.reduction": "token",
 }
 
 
@@ -70,12 +69,23 @@ def quiet() -> dict[str, str]:
 def uneven(write_config, tmp_path):
     """Writes the configuration of a run whose steps have three prompts, three, or one."""
 
-    def write(changes=KINDS["all weights"]):
-        path = write_config(UNEVEN | changes)
+    def write(changes, name="config.yaml"):
+        path = write_config(UNEVEN | changes, name)
         (tmp_path / "prompts.txt").write_text(SEVEN)
         return path
 
     return write
+
+
+@pytest.fixture
+def whole(uneven, tmp_path):
+    """Makes that run here, on one process; returns its folder."""
+
+    def make(changes):
+        execute(uneven({**changes, "training.output_dir": str(tmp_path / "whole")}, "whole.yaml"))
+        return tmp_path / "whole"
+
+    return make
 
 
 def assert_close_runs(one, other) -> None:
@@ -94,47 +104,54 @@ def assert_close_runs(one, other) -> None:
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_and_four_ranks_do_what_one_does(kind, uneven, tmp_path):
-    path = uneven(KINDS[kind])
-    runs = [(1, "replicate"), *itertools.product((2, 4), ("replicate", "shard"))]
+@pytest.mark.parametrize(
+    ("changes", "runs"),
+    [
+        (ALL_WEIGHTS, list(itertools.product((2, 4), ("replicate", "shard")))),
+        (FROZEN_WEIGHTS, [(2, "replicate"), (4, "shard")]),
+    ],
+    ids=["all weights", "frozen weights"],
+)
+def test_two_and_four_ranks_do_what_one_does(changes, runs, uneven, whole, tmp_path):
+    path = uneven(changes)
     folders = [tmp_path / f"{size}-{parallel}" for size, parallel in runs]
-    jobs = [job(path, folder, *run) for run, folder in zip(runs, folders, strict=True)]
-    results, said = over_ranks(tmp_path, *jobs)
+    results, said = over_ranks(tmp_path, *(job(path, folder, *run) for run, folder in zip(runs, folders, strict=True)))
     assert [set(result["statuses"]) for result in results] == [{0}] * len(runs), said
-    for folder in folders[1:]:
-        assert_close_runs(folders[0], folder)
+    one = whole(changes)
+    for folder in folders:
+        assert_close_runs(one, folder)
     # Rank 0 keeps, of one weight or another, the larger part where they do not come out even.
     shares = [int(kept.replace(",", "")) / int(of.replace(",", "")) for kept, of in KEPT.findall(said)]
-    assert shares == [1, pytest.approx(1 / 2, rel=0.02), 1, pytest.approx(1 / 4, rel=0.02)]
+    expected = [1 / size if parallel == "shard" else 1 for size, parallel in runs]
+    assert shares == pytest.approx(expected, rel=0.02)
 
 
-def test_a_signal_to_one_of_four_ranks_stops_all_and_two_continue(uneven, tmp_path):
+def test_a_signal_to_one_of_four_ranks_stops_all_and_two_continue(uneven, whole, tmp_path):
     """The four share the weights out, the two have all of them."""
-    path, whole, run = uneven(), tmp_path / "whole", tmp_path / "run"
-    stopped, *others = over_ranks(
-        tmp_path, job(path, run, 4, "shard", signal=("SIGTERM", 3, 2)), job(path, run, 2), job(path, whole, 1)
-    )[0]
-    assert stopped["statuses"] == [143] * 4
-    assert [result["statuses"] for result in others] == [[0, 0], [0]]
-    assert_close_runs(whole, run)
-
-
-@pytest.mark.parametrize(("name", "parallel"), [("SIGKILL", "shard"), ("SIGSTOP", "replicate")])
-def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(name, parallel, uneven, tmp_path):
-    words = ["--training.rank_timeout_s", "30", "--training.max_steps", "10000", "--training.num_epochs", "10000"]
-    (result,), said = over_ranks(
-        tmp_path, job(uneven(), tmp_path / "run", 3, parallel, signal=(name, 2, 2), words=words)
+    path, run = uneven(ALL_WEIGHTS), tmp_path / "run"
+    (stopped, continued), said = over_ranks(
+        tmp_path, job(path, run, 4, "shard", signal=("SIGTERM", 3, 2)), job(path, run, 2)
     )
-    assert result["statuses"] == [1, 1, {"SIGKILL": -9, "SIGSTOP": None}[name]], said
-    assert result["seconds"] < 30
-    assert "error: rank 2 died or hangs: rank 0 of 3 has waited for it (training.rank_timeout_s: 30)" in said
+    assert (stopped["statuses"], continued["statuses"]) == ([143] * 4, [0, 0]), said
+    assert_close_runs(whole(ALL_WEIGHTS), run)
+
+
+def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(uneven, tmp_path):
+    path, words = uneven(ALL_WEIGHTS | {"training.max_steps": 10_000, "training.num_epochs": 10_000}), TIMEOUT
+    (killed, hung), said = over_ranks(
+        tmp_path,
+        job(path, tmp_path / "killed", 3, "shard", signal=("SIGKILL", 2, 2), words=words),
+        job(path, tmp_path / "hung", 3, signal=("SIGSTOP", 1, 2), words=words),
+    )
+    assert (killed["statuses"], hung["statuses"]) == ([1, 1, -9], [1, None, 1]), said
+    assert max(killed["seconds"], hung["seconds"]) < 30
+    for rank in (2, 1):
+        assert f"error: rank {rank} died or hangs: rank 0 of 3 has waited for it (training.rank_timeout_s: 30)" in said
     assert "Traceback" not in said
 
 
-def test_torchrun_starts_the_ranks_again_from_the_last_checkpoint(uneven, tmp_path):
-    path, whole, run = uneven({**KINDS["all weights"], "training.save_every": 1}), tmp_path / "whole", tmp_path / "run"
-    over_ranks(tmp_path, job(path, whole, 1))
+def test_torchrun_starts_the_ranks_again_from_the_last_checkpoint(uneven, whole, tmp_path):
+    path, run = uneven(ALL_WEIGHTS | {"training.save_every": 1}), tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "-m", "distill.train", "--config", str(path)]
     process = subprocess.Popen(command, cwd=ROOT, env=quiet(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -147,7 +164,7 @@ def test_torchrun_starts_the_ranks_again_from_the_last_checkpoint(uneven, tmp_pa
     assert process.returncode == 0, output
     assert "error: rank 1 died or hangs" in output
     assert "continuing after step" in output
-    assert_close_runs(whole, run)
+    assert_close_runs(whole(ALL_WEIGHTS), run)
 
 
 def metrics_lines(run) -> int:
