@@ -34,7 +34,7 @@ HARMLESS = {
     "training.eval_every",
     "training.max_bad_steps",
     "training.report_to",
-    "training.parallel",
+    "training.parallel",  # but for rounding, as for the number of ranks
     "training.rank_timeout_s",
 }
 # Harmless unless the learning rate depends on where the run ends.

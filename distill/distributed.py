@@ -66,6 +66,8 @@ class Ranks:
                 f"rank {ranks.rank} did not find all {ranks.size} ranks within a third of training.rank_timeout_s "
                 f"({timeout_s:g} s): {error}"
             ) from error
+        # A group of its own to meet in: a wait that has timed out closes a connection for good.
+        ranks._meeting = distributed.new_group(backend="gloo", timeout=patience)
         ranks._group = distributed.group.WORLD
         if device != "cpu" and torch.cuda.is_available():
             torch.cuda.set_device(ranks.local_rank)
@@ -81,15 +83,36 @@ class Ranks:
         if self.size == 1:
             return
         try:
-            distributed.monitored_barrier(timeout=timedelta(seconds=patience * self._timeout_s), wait_all_ranks=True)
+            seconds = timedelta(seconds=patience * self._timeout_s)
+            distributed.monitored_barrier(self._meeting, seconds, wait_all_ranks=True)
         except RuntimeError as error:
-            missing = re.search(r"Ranks? ([\d, ]+?) failed to pass", str(error))
-            who = f"rank {missing[1]}" if missing else "rank 0, or one that rank 0 names,"
-            raise RankError(
-                f"{who} died or hangs: rank {self.rank} of {self.size} has waited for it (training.rank_timeout_s: "
-                f"{self._timeout_s:g}). The newest checkpoint is whole: the same command continues from there, by "
-                f"itself under torchrun --max-restarts"
-            ) from error
+            named = re.search(r"Ranks? ([\d, ]+?) failed to pass", str(error))
+            raise self._without(named[1] if named else self._dead()) from error
+
+    def roll_call(self) -> None:
+        """Raises `RankError` where another rank is gone, which may be why an exchange has failed."""
+        if self.size > 1:
+            if dead := self._dead():
+                raise self._without(dead)
+            self.meet(1 / 2)
+
+    def _dead(self) -> str:
+        """The ranks whose connection has closed. Only rank 0 knows: the others leave after it."""
+        dead = []
+        for rank in range(1, self.size) if self.rank == 0 else ():
+            try:
+                distributed.isend(torch.zeros(1), rank, self._meeting)
+            except RuntimeError:
+                dead.append(str(rank))
+        return ", ".join(dead)
+
+    def _without(self, ranks: str) -> RankError:
+        who = f"rank {ranks}" if ranks else "rank 0, or one that rank 0 names,"
+        return RankError(
+            f"{who} died or hangs: rank {self.rank} of {self.size} has waited for it (training.rank_timeout_s: "
+            f"{self._timeout_s:g}). The newest checkpoint is whole: the same command continues from there, by "
+            f"itself under torchrun --max-restarts"
+        )
 
     def total(self, tensor: Tensor, mask: Tensor | None = None) -> Tensor:
         """The sum over ranks of what each holds, where its `mask` holds; the last dimensions are the mask's."""

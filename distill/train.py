@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {what}", file=sys.stderr)
             return 2
         try:
-            ranks.meet(2 / 3)  # where the others are gone, this says which
+            ranks.roll_call()
         except RankError as lost:
             return _given_up(lost)
         raise

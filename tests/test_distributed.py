@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 OF_THE_MACHINE = {"top_token_agreement", "tokens_per_second", "peak_memory_bytes"}
 # Seven prompts in batches of six, three a step: a step has three prompts, three, or one, so that ranks have two or one
 # or none.
-SEVEN = "Say red.\nSay green.\nSay a long word.\nSay blue.\nSay grey.\nSay pink and more.\nSay ochre.\n"
+SEVEN = ("Say red.", "Say green.", "Say a long word.", "Say blue.", "Say grey.", "Say pink and more.", "Say ochre.")
 UNEVEN = {
     "rollout.prompts_per_batch": 6,
     "training.prompts_per_step": 3,
@@ -42,6 +42,7 @@ FROZEN_WEIGHTS = {
     "loss.objective": "sampled_reverse_kl",
     "loss.baseline": "group",
     "loss.reduction": "token",
+    "training.activation_checkpointing": True,
 }
 
 
@@ -66,13 +67,14 @@ def quiet() -> dict[str, str]:
 
 
 @pytest.fixture
-def uneven(write_config, tmp_path):
-    """Writes the configuration of a run whose steps have three prompts, three, or one."""
+def uneven(write_config, tmp_path, tiny_pair):
+    """Writes the configuration of a run whose steps have three prompts, three, or one; a third has another teacher."""
+    records = [{"prompt": prompt} | ({} if at % 3 else {"teacher": "two"}) for at, prompt in enumerate(SEVEN)]
+    (tmp_path / "seven.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    teachers = {"prompts.train": str(tmp_path / "seven.jsonl"), "teacher.others": {"two": str(tiny_pair["student"])}}
 
     def write(changes, name="config.yaml"):
-        path = write_config(UNEVEN | changes, name)
-        (tmp_path / "prompts.txt").write_text(SEVEN)
-        return path
+        return write_config(UNEVEN | teachers | changes, name)
 
     return write
 
