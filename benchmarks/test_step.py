@@ -20,7 +20,8 @@ from benchmarks.harness import Row, Timing, gemm_rate, interleave, memory_mark, 
 from benchmarks.kernel_candidates import peer
 from distill.config import TrainingConfig
 from distill.decode import SamplingOptions
-from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score
+from distill.group import Group
+from distill.loss import LossOptions, ModelParts, accumulate_gradients, score
 from distill.models import load_model, load_tokenizer, split_head
 from distill.rollout import RolloutEngine
 from distill.trainer import StepResult, Trainer

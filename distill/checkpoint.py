@@ -40,6 +40,8 @@ HARMLESS = {
     "training.eval_every",
     "training.max_bad_steps",
     "training.report_to",
+    "training.parallel",  # but for rounding, as for the number of ranks
+    "training.rank_timeout_s",
 }
 # Harmless unless the learning rate depends on where the run ends.
 LENGTH = {"training.max_steps", "training.num_epochs"}
@@ -155,6 +157,21 @@ def load_newest(folder: Path) -> Checkpoint | None:
             f"training.resume to never: that starts over and keeps this folder under another name"
         )
     return None
+
+
+def find(resume: str, own: Path) -> Checkpoint | None:
+    """The checkpoint to continue from, of `training.resume` and a run's own checkpoints, if there is one."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return load_newest(own)
+    found = load(Path(resume))
+    if newer := newer_than(own, found.step):
+        raise CheckpointError(
+            f"training.resume: {found.path} is older than {newer[-1]}, which would be overwritten. Set "
+            f"training.resume to auto to continue from the newest, or name another training.output_dir"
+        )
+    return found
 
 
 def newer_than(folder: Path, step: int) -> list[Path]:

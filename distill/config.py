@@ -60,6 +60,13 @@ class Config(BaseSettings):
             )
         self._check_loss()
         self._check_served_teacher()
+        if self.training.parallel == "shard" and (
+            self.teacher.offload or self.teacher.precision == "int8" or self.teacher.server
+        ):
+            raise ValueError(
+                "training.parallel shard gives each rank a part of the teacher as it is loaded: leave teacher.offload, "
+                "teacher.precision int8 and teacher.server out, or set training.parallel to replicate"
+            )
         if self.training.eval_every and self.prompts.eval is None:
             raise ValueError("training.eval_every is set, but prompts.eval names no file")
         if isinstance(self.student.drop_layers, str) and self.prompts.eval is None:

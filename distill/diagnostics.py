@@ -19,7 +19,8 @@ from torch import Tensor
 from distill.metrics import to_host
 
 if TYPE_CHECKING:
-    from distill.loss import Group, GroupGradient, LossOptions
+    from distill.group import Group
+    from distill.loss import GroupGradient, LossOptions
 
 Metrics = dict[str, float | list[float | None]]
 
@@ -47,7 +48,7 @@ def step_metrics(
             "reverse_kl_by_position": _by_position(stats.reverse_kl, group.completion_lengths),
             "student_entropy": stats.student_entropy.mean(),
             "teacher_entropy": stats.teacher_entropy.mean(),
-            "top_token_agreement": result.agreement,
+            "top_token_agreement": result.agreement[0] / result.agreement[1],
             "sampler_logprob_gap": gap.mean(),
             "sampler_logprob_gap_max": gap.max(),
             "reward_clipped_fraction": torch.as_tensor(clipped, device=device),

@@ -18,9 +18,11 @@ from rich.table import Table
 from torch import Tensor
 
 from distill.config import Config, ConfigError
+from distill.distributed import Ranks
+from distill.group import Group, TeacherView
 from distill.head_pair import AGREEMENT_TOKENS, HeadPair
 from distill.loading import Pair, choose_device, choose_dtype, load_pair, load_prompt_sets, make_engine
-from distill.loss import Group, ModelParts, TeacherView, statistics
+from distill.loss import ModelParts, statistics
 from distill.memory import MemoryLimitError, MemoryLimits
 from distill.models import ModelError
 from distill.prompts import PromptError, left_pad
@@ -60,22 +62,32 @@ def evaluate(
     vocab_size: int,
     limits: MemoryLimits,
     teacher_view: TeacherView | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Samples from the student on the left-padded `prompts` (ids and mask [B, P]) and scores every token exactly.
 
     The same seed draws with the same random numbers whatever the training run has sampled in between.
     """
-    device = student.head.weight.device
+    device, ranks = student.head.weight.device, ranks or Ranks()
     prompt_ids, prompt_mask = (tensor.to(device) for tensor in prompts)
-    rollouts = engine.variant(seed=seed, max_new_tokens=max_new_tokens).generate(
-        prompt_ids, prompt_mask, num_rollouts=num_rollouts, prompt_keys=torch.arange(len(prompt_ids))
+    rollouts = ranks.generate(
+        engine.variant(seed=seed, max_new_tokens=max_new_tokens),
+        prompt_ids,
+        prompt_mask,
+        num_rollouts=num_rollouts,
+        prompt_keys=torch.arange(len(prompt_ids)),
     )
     group = Group.of(rollouts, teacher_view)
-    stats = limits.in_micro_batches(
+    own = ranks.own_rows(group)
+    stats = ranks.in_micro_batches(
+        limits,
         "evaluation",
-        group.for_teachers.lengths,
+        group.for_teachers,
+        own,
         lambda parts: statistics(student, teachers, group, parts, vocab_size=vocab_size),
     )
+    ranks.meet()
+    stats = stats._make(ranks.total(torch.stack(list(stats)), own.repeat_interleave(group.completion_lengths)))
     cluster = _clusters(group).repeat_interleave(group.completion_lengths)
     # Of a teacher on a server, the sampled tokens' own: the same in the mean, with more noise.
     sampled = any(teacher.sampled_only for teacher in teachers)

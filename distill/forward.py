@@ -9,6 +9,7 @@ losses, which live behind the head, and any change to the model that outlasts a 
 
 import contextlib
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from distill.cpu_linear import OneDnnLinears
-from distill.packing import Rows, host_rows, length_buckets, micro_batches, pack, pad
+from distill.packing import MAX_PADDING, Rows, host_rows, length_buckets, micro_batches, pack, pad
 from distill.prefix_attention import PrefixLayout, prefix_attention
 
 __all__ = ["completion_hidden", "micro_batches", "padded_hidden", "shared_hidden"]
@@ -50,6 +51,7 @@ def completion_hidden(
     prompt_index: Tensor | Sequence[int],
     *,
     checkpointing: bool = False,
+    one_call: bool = False,
 ) -> Tensor:
     """Hidden states [K, H] from which each valid completion token is predicted, row 0's tokens first.
 
@@ -57,22 +59,26 @@ def completion_hidden(
     int64 is right-padded and `completion_lengths` [R] counts its tokens; `prompt_index` [R] names each row's prompt.
     The first token's state is that of the last prompt token; gradients flow when grad mode is on. Mask, lengths and
     index are read on the host: keep them on the CPU (or as lists) and an accelerator is never waited for.
-    `checkpointing` keeps only each layer's input and computes the layer again in the backward.
+    `checkpointing` keeps only each layer's input and computes the layer again in the backward. `one_call` calls the
+    body once, whatever the rows: ranks that share a model's weights out have to call it equally often.
     Raises ValueError when the arguments do not fit together. Warns, once a model type, when the model's attention is
     not plain causal, so that every row has to compute its own prompt.
     """
     rows = host_rows(prompt_ids, prompt_mask, completion_ids, completion_lengths, prompt_index)
     # A recomputation runs outside this context, and has to save what the first forward saved.
     with _nothing() if checkpointing else OneDnnLinears():
-        return _hidden(body, prompt_ids, completion_ids, rows, checkpointing=checkpointing)
+        return _hidden(body, prompt_ids, completion_ids, rows, checkpointing, one_call)
 
 
-def _hidden(body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: Rows, *, checkpointing: bool) -> Tensor:
+def _hidden(
+    body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: Rows, checkpointing: bool, one_call: bool
+) -> Tensor:
     """`completion_hidden` by sharing prompts, or plainly where that is cheaper or the model does not allow it."""
     inputs = (body, prompt_ids, completion_ids, rows)
-    buckets = length_buckets(rows)
+    buckets = length_buckets(rows, math.inf if one_call else MAX_PADDING)
+    plainly = functools.partial(padded_hidden, *inputs, checkpointing=checkpointing, buckets=buckets)
     if sum(len(bucket) * rows.length(bucket[0]) for bucket in buckets) <= WORTH_SHARING * rows.packed_tokens():
-        return padded_hidden(*inputs, checkpointing=checkpointing)
+        return plainly()
     reason = _REFUSED.get(body) or _refusal(body, rows)
     if reason is None:
         try:
@@ -80,7 +86,7 @@ def _hidden(body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: R
         except NotShareableError as error:
             reason = _REFUSED[body] = str(error)
     _warn_once(body.config.model_type, reason)
-    return padded_hidden(*inputs, checkpointing=checkpointing)
+    return plainly()
 
 
 def shared_hidden(
@@ -110,13 +116,19 @@ def shared_hidden(
 
 
 def padded_hidden(
-    body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: Rows, *, checkpointing: bool = False
+    body: nn.Module,
+    prompt_ids: Tensor,
+    completion_ids: Tensor,
+    rows: Rows,
+    *,
+    checkpointing: bool = False,
+    buckets: list[list[int]] | None = None,
 ) -> Tensor:
     """`completion_hidden` the plain way: each row is its prompt and completion, computed by the model as it is.
 
     Rows are padded on the right, where no causal layer looks, so the model needs neither mask nor position ids.
     """
-    batches, order = pad(rows, length_buckets(rows), prompt_ids.shape[1], completion_ids.shape[1])
+    batches, order = pad(rows, buckets or length_buckets(rows), prompt_ids.shape[1], completion_ids.shape[1])
     token_ids = torch.cat([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
     found = []
     for batch in batches:
@@ -126,6 +138,12 @@ def padded_hidden(
         found.append(hidden.flatten(0, 1)[states])
     (order,) = _to_device([order], prompt_ids.device)
     return torch.cat(found)[order]
+
+
+def refuse_like(body: nn.Module, other: nn.Module) -> None:
+    """Has `other`, which computes what `body` does, share no prompts where `body` was found unable to."""
+    if body in _REFUSED:
+        _REFUSED[other] = _REFUSED[body]
 
 
 def _to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -3,6 +3,7 @@
 The copy has the student's structure and its own configuration, so the student's mode, gradients, attention and
 generation settings are never touched. Weights that need no other form are shared with the student; the others are
 brought up to date by `refresh`. The head always gives float32 logits.
+Weights that are shared out over ranks are gathered into it, one at a time, once for all rollouts of a batch.
 Left out on purpose: quantised weights, which would sample from a policy too far from the one that is trained.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from distill.lora import is_adapted, linear_layers, merged_weight
-from distill.models import alias
+from distill.models import alias, whole
 
 # A bfloat16 that is barely faster is not worth its rounding, and a choice this wide is the same in every run.
 WORTHWHILE_SPEEDUP = 1.25
@@ -80,10 +81,12 @@ class GenerationCopy:
         copies: dict[int, nn.Parameter] = {}
         for module in self.model.modules():
             for name, source in module._parameters.items():
-                if source is None or not source.is_floating_point() or source.dtype == self.dtype:
+                if source is None or not source.is_floating_point():
+                    continue
+                if source.dtype == self.dtype and not hasattr(source, "full_tensor"):
                     continue
                 if id(source) not in copies:
-                    copies[id(source)] = nn.Parameter(source.detach().to(self.dtype), requires_grad=False)
+                    copies[id(source)] = nn.Parameter(whole(source.detach()).to(self.dtype), requires_grad=False)
                     if source.requires_grad:
                         self._updates.append(_copier(source, copies[id(source)]))
                 module._parameters[name] = copies[id(source)]
@@ -115,7 +118,7 @@ class PackedLinear(nn.Module):
     def update(self) -> None:
         weight = merged_weight(self._source[0])
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype).contiguous())
-        self._bias = None if self.bias is None else self.bias.to(self._dtype)
+        self._bias = None if self.bias is None else whole(self.bias.detach()).to(self._dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(self._dtype)
@@ -139,7 +142,7 @@ class Float32Head(nn.Module):
 
 
 def _copier(source: Tensor, target: Tensor) -> Callable[[], None]:
-    return lambda: target.copy_(source)
+    return lambda: target.copy_(whole(source))
 
 
 def choose_dtype(model: PreTrainedModel, precision: str) -> torch.dtype:

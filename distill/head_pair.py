@@ -4,6 +4,7 @@ A teacher on a server says log q(y) of the sampled tokens and no more: its head 
 operations see equal logits, and `completed` puts what it said in their place.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -28,6 +29,12 @@ class HeadPair(NamedTuple):
     def inputs(self, student_hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weights = (model.head.weight.to(model.dtype) for model in (self.student, self.teacher))
         return student_hidden, next(weights), teacher_hidden, next(weights)
+
+    def theirs(self, teacher_hidden: Sequence[Tensor | None], rows: Tensor, student_hidden: Tensor) -> Tensor:
+        """[k, Ht] of what `score` gave; 0 for a row that is computed only to take part, and counts for nothing."""
+        if teacher_hidden[rows[0]] is None:
+            return student_hidden.new_zeros(len(student_hidden), self.teacher.head.weight.shape[1])
+        return torch.cat([teacher_hidden[row] for row in rows])
 
     def statistics(self, student_hidden: Tensor, teacher_hidden: Tensor, token_ids: Tensor) -> TokenStats:
         """Of K tokens, without gradients."""

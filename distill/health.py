@@ -4,6 +4,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 WINDOW = 50  # steps whose gradient norms a new one is compared with
 ENOUGH = 10  # steps without which there is no comparison
@@ -12,6 +13,16 @@ SPIKE = 10.0  # times their median: noise of single prompts stays below
 
 class StoppedError(RuntimeError):
     """A run that cannot go on by itself, with a checkpoint saved."""
+
+    @classmethod
+    def after(cls, in_row: int, allowed: int, good_step: int, checkpoints: Path, last: str) -> "StoppedError":
+        """More bad steps in a row than allowed; `last` describes the last of them, `good_step` came before them."""
+        return cls(
+            f"{in_row} steps in a row had no finite loss and gradient (training.max_bad_steps: {allowed}), the last "
+            f"with {last}. The weights of step {good_step}, the last good one, are saved in {checkpoints}. Look at "
+            f"these prompts and at the teacher, or set a lower training.learning_rate or training.precision: float32 "
+            f"in a new training.output_dir"
+        )
 
 
 class GradientWatch:

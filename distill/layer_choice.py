@@ -17,8 +17,9 @@ from rich.table import Table
 
 from distill.config import Config
 from distill.evaluate import evaluate
+from distill.group import Group
 from distill.loading import Pair, Prompts, evaluation_arguments, make_engine
-from distill.loss import Group, ModelParts, score, statistics
+from distill.loss import ModelParts, score, statistics
 from distill.memory import MemoryLimits
 from distill.models import ModelError, split_head, without_layers
 from distill.prompts import left_pad

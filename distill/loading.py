@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import Config, ConfigError
 from distill.decode import SamplingOptions
+from distill.distributed import Ranks
 from distill.lora import add_adapters
 from distill.loss import ModelParts
 from distill.memory import MemoryLimits
@@ -169,11 +170,15 @@ def evaluation_arguments(config: Config, prompts: Prompts, pad_token_id: int) ->
     }
 
 
-def choose_device(requested: str) -> torch.device:
-    """The device of `training.device`. Raises `ConfigError` when it is not there."""
+def choose_device(requested: str, ranks: Ranks | None = None) -> torch.device:
+    """The device of `training.device`, over ranks a GPU each. Raises `ConfigError` when it is not there."""
     if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(requested)
+    if ranks and ranks.size > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise ConfigError(f"training.device: found {requested!r}, but every rank has its own GPU: set it to cuda")
+        requested, device = f"cuda:{ranks.local_rank}", torch.device("cuda", ranks.local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"training.device: found {requested!r}, but torch sees {torch.cuda.device_count()} GPUs")
     return device

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.models import ModelError, alias
+from distill.models import ModelError, alias, whole
 from distill.sections import LoraConfig
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
@@ -80,9 +80,9 @@ def describe(model: PreTrainedModel) -> str:
 def merged_weight(linear: nn.Module) -> Tensor:
     """The weight that a linear layer multiplies by, its adapter added."""
     if not is_adapted(linear):
-        return linear.weight.detach()
-    low, high = linear.lora_A[ADAPTER].weight.detach(), linear.lora_B[ADAPTER].weight.detach()
-    return torch.addmm(linear.base_layer.weight.detach(), high, low, alpha=linear.scaling[ADAPTER])
+        return whole(linear.weight.detach())
+    layers = linear.base_layer, linear.lora_B[ADAPTER], linear.lora_A[ADAPTER]
+    return torch.addmm(*(whole(layer.weight.detach()) for layer in layers), alpha=linear.scaling[ADAPTER])
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

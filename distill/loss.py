@@ -8,18 +8,16 @@ import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distill.advantage import advantages, needs_scores
 from distill.forward import completion_hidden
+from distill.group import Group
 from distill.head_pair import HeadPair
 from distill_kernels import TokenStats, linear_distill_loss
-
-if TYPE_CHECKING:
-    from distill.rollout import Rollouts
 
 
 @dataclass(frozen=True)
@@ -55,112 +53,21 @@ class ModelParts(NamedTuple):
     sampled_only = (
         False  # whether `hidden` gives log-probabilities of the sampled tokens [K, 1], and nothing else is known
     )
+    one_call: bool = False
+    """Whether `hidden` has to call the body once, as where its weights are gathered from other ranks for a call."""
 
     def hidden(self, *rollouts, **options) -> Tensor:
         """`completion_hidden` of this model in its precision, whatever the precision of its weights."""
         mixed = self.head.weight.dtype != self.dtype
         context = torch.autocast(self.head.weight.device.type, self.dtype) if mixed else contextlib.nullcontext()
         with context:
-            return completion_hidden(self.body, *rollouts, **options).to(self.dtype)
+            hidden = completion_hidden(self.body, *rollouts, one_call=self.one_call, **options)
+        return hidden.to(self.dtype)
 
     def head_arguments(self, name: str) -> dict:
         """The head as keyword arguments of the fused operations, each beginning with `name`."""
         head = self.head
         return {f"{name}_bias": head.bias, f"{name}_softcap": head.softcap, f"{name}_scale": head.scale}
-
-
-class TeacherView(NamedTuple):
-    """Which teacher scores each of B prompts, and what it sees in the prompt's place."""
-
-    prompt_ids: Tensor  # [B, P'] int64, left-padded
-    prompt_mask: Tensor  # [B, P'] bool, on the host
-    teacher: Tensor  # [B] int64, on the host
-
-
-class Group(NamedTuple):
-    """Rollouts that share one optimizer step. Lengths and index stay on the host, so that nothing waits for them."""
-
-    prompt_ids: Tensor  # [B, P] int64, left-padded
-    prompt_mask: Tensor  # [B, P] bool, on the host
-    completion_ids: Tensor  # [R, T] int64, right-padded
-    completion_lengths: Tensor  # [R] int64, on the host
-    prompt_index: Tensor  # [R] int64, on the host
-    logprob: Tensor  # [R, T] float32: the student's at sampling
-    sampling_logprob: Tensor | None = None  # [R, T] float32: of the distribution sampled from
-    finished: Tensor | None = None  # [R] bool, on the host: not cut by length
-    teacher_view: TeacherView | None = None  # None: the first teacher sees what the student sees
-
-    @classmethod
-    def of(cls, rollouts: "Rollouts", teacher_view: TeacherView | None = None) -> "Group":
-        """The group that some rollouts form."""
-        mask, lengths = rollouts.prompt_mask.cpu(), rollouts.completion_lengths.cpu()
-        index = torch.arange(len(lengths)) // rollouts.num_rollouts
-        return cls(
-            rollouts.prompt_ids,
-            mask,
-            rollouts.completion_ids,
-            lengths,
-            index,
-            rollouts.logprob,
-            rollouts.sampling_logprob,
-            rollouts.finished.cpu(),
-            teacher_view,
-        )
-
-    @property
-    def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the prompts, of the completions, and which prompt each row has: what micro-batches are cut by."""
-        return self.prompt_mask.sum(1), self.completion_lengths, self.prompt_index
-
-    @property
-    def for_teachers(self) -> "Group":
-        """The same completions after the prompts that the teachers see."""
-        if self.teacher_view is None:
-            return self
-        device, (prompt_ids, prompt_mask, _) = self.prompt_ids.device, self.teacher_view
-        return self._replace(prompt_ids=prompt_ids.to(device, non_blocking=True), prompt_mask=prompt_mask)
-
-    def teacher_of(self, rows: Tensor) -> int:
-        """The teacher of some rows that have one teacher."""
-        return 0 if self.teacher_view is None else int(self.teacher_view.teacher[self.prompt_index[rows[0]]])
-
-    def by_teacher(self, micro_batches: Sequence[Tensor]) -> list[Tensor]:
-        """Micro-batches cut where teachers differ, those of the first teacher first."""
-        if self.teacher_view is None:
-            return list(micro_batches)
-        of_row = self.teacher_view.teacher[self.prompt_index]
-        parts = (rows[of_row[rows] == teacher] for teacher in of_row.unique() for rows in micro_batches)
-        return [rows for rows in parts if len(rows)]
-
-    @property
-    def starts(self) -> Tensor:
-        """[R + 1] int64: where each row begins among the K valid tokens."""
-        return torch.cat([torch.zeros(1, dtype=torch.int64), self.completion_lengths.cumsum(0)])
-
-    def tokens_of(self, rows: Tensor) -> Tensor:
-        """Indices among the K valid tokens of the given rows' tokens, in the order of `rows`."""
-        starts = self.starts
-        return torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-
-    def valid(self, values: Tensor, rows: Tensor) -> Tensor:
-        """[R, T] to the valid entries of `rows`, flattened: masked by length, never by the padding id."""
-        lengths = self.completion_lengths[rows]
-        mask = torch.arange(values.shape[1]) < lengths[:, None]
-        index = (rows[:, None] * values.shape[1] + torch.arange(values.shape[1]))[mask]
-        return values.flatten()[index.to(values.device, non_blocking=True)]
-
-    def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """What `completion_hidden` takes, for some rows and the prompts they need."""
-        prompts, index = self.prompt_index[rows].unique(return_inverse=True)
-        lengths = self.completion_lengths[rows]
-        device = self.completion_ids.device
-        return (
-            self.prompt_ids[prompts.to(device)],
-            self.prompt_mask[prompts],
-            self.completion_ids[rows.to(device), : max(1, int(lengths.max()))],
-            lengths,
-            index,
-        )
 
 
 class GroupGradient(NamedTuple):
@@ -173,7 +80,7 @@ class GroupGradient(NamedTuple):
     row_gradients: Tensor | None
     """[R, H] gradient of each row's part of the loss with respect to a shift of all its hidden states."""
     agreement: Tensor
-    """[] fraction of some evenly spaced tokens for which teacher and student have the same likeliest token."""
+    """[2] of some evenly spaced tokens, for how many teacher and student have the same likeliest one, and how many."""
 
 
 def token_weights(completion_lengths: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
@@ -188,8 +95,8 @@ def token_weights(completion_lengths: Tensor, reduction: str, counted: Tensor | 
 
 
 @torch.no_grad()
-def score(teachers: Sequence[ModelParts], group: Group, micro_batches: Sequence[Tensor]) -> list[Tensor]:
-    """Each row's hidden states [T_r, Ht] of its teacher, at every token of its completion."""
+def score(teachers: Sequence[ModelParts], group: Group, micro_batches: Sequence[Tensor]) -> list[Tensor | None]:
+    """Each row's hidden states [T_r, Ht] of its teacher, at every token of its completion; None in no micro-batch."""
     seen, found = group.for_teachers, {}
     for index, parts in itertools.groupby(group.by_teacher(micro_batches), group.teacher_of):
         if teachers[index].sampled_only:  # elsewhere, so nothing here has to be small
@@ -198,27 +105,31 @@ def score(teachers: Sequence[ModelParts], group: Group, micro_batches: Sequence[
             for rows in parts:
                 hidden = teachers[index].hidden(*seen.inputs(rows))
                 found |= zip(rows.tolist(), hidden.split(group.completion_lengths[rows].tolist()), strict=True)
-    return [found[row] for row in range(len(found))]
+    return [found.get(row) for row in range(len(group.completion_lengths))]
 
 
 def accumulate_gradients(
     student: ModelParts,
     teachers: Sequence[ModelParts],
-    teacher_hidden: Sequence[Tensor],
+    teacher_hidden: Sequence[Tensor | None],
     group: Group,
     micro_batches: Sequence[Tensor],
     options: LossOptions,
     *,
     vocab_size: int | None = None,
     checkpointing: bool = False,
+    own: Tensor | None = None,
 ) -> GroupGradient:
     """Adds the gradient of a group's loss to the student's `.grad`, one micro-batch at a time.
 
-    `teacher_hidden` is what `score` gave for the group.
+    `teacher_hidden` is what `score` gave for the group. Rows that are in no micro-batch are another rank's: they add
+    nothing, and their figures are 0. Nor do rows add anything that are not this rank's `own` [R] bool on the host.
     """
     weights = token_weights(
         group.completion_lengths, options.reduction, group.finished if options.mask_truncated else None
     )
+    if own is not None:
+        weights = weights.where(own.repeat_interleave(group.completion_lengths), 0)
     pairs = [HeadPair(student, teacher, options.temperature, vocab_size) for teacher in teachers]
     micro_batches = group.by_teacher(micro_batches)
     ratio_to, advantage, hidden = options.ratio_to(group), None, None
@@ -231,7 +142,7 @@ def accumulate_gradients(
         if hidden is None:
             hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
         device, heads = hidden.device, pairs[group.teacher_of(rows)]
-        theirs, ids = torch.cat([teacher_hidden[row] for row in rows]), group.valid(group.completion_ids, rows)
+        theirs, ids = heads.theirs(teacher_hidden, rows, hidden), group.valid(group.completion_ids, rows)
         credit = None if advantage is None else advantage[tokens.to(device)]
         if credit is None and heads.teacher.sampled_only:
             credit = heads.statistics(hidden.detach(), theirs, ids).reward
@@ -246,6 +157,8 @@ def accumulate_gradients(
             beta=options.beta,
             **heads.options(),
         )
+        counts = own is None or own[rows[0]]
+        agreements.append(heads.agreement(hidden.detach(), theirs)[: None if counts else 0])
         if hidden.requires_grad:
             hidden.retain_grad()
         loss.backward()
@@ -255,15 +168,8 @@ def accumulate_gradients(
             lengths = group.completion_lengths[rows].to(device, non_blocking=True)
             # The lengths are ours; to check them, it would wait for the device.
             shifts.append(torch.segment_reduce(hidden.grad.float(), "sum", lengths=lengths, unsafe=True))
-        agreements.append(heads.agreement(hidden.detach(), theirs))
         hidden = None
-    rows = torch.cat(list(micro_batches)).argsort().to(device, non_blocking=True)
-    return GroupGradient(
-        torch.stack(losses).sum(),
-        _merged(parts, group, micro_batches),
-        torch.cat(shifts)[rows] if shifts else None,
-        torch.cat(agreements).float().mean(),
-    )
+    return _summed(losses, parts, shifts, agreements, group, micro_batches)
 
 
 @torch.no_grad()
@@ -309,17 +215,43 @@ def _score_first(
         heads = pairs[group.teacher_of(rows)]
         with torch.set_grad_enabled(whole):
             hidden = heads.student.hidden(*group.inputs(rows), checkpointing=checkpointing and whole)
-        theirs = torch.cat([teacher_hidden[row] for row in rows])
+        theirs = heads.theirs(teacher_hidden, rows, hidden)
         parts.append(heads.statistics(hidden.detach(), theirs, group.valid(group.completion_ids, rows)))
     return _merged(parts, group, micro_batches), hidden if whole else None
 
 
+def _summed(
+    losses: list[Tensor],
+    parts: list[TokenStats],
+    shifts: list[Tensor],
+    agreements: list[Tensor],
+    group: Group,
+    micro_batches: Sequence[Tensor],
+) -> GroupGradient:
+    """What the micro-batches found, as of the group."""
+    device = group.completion_ids.device
+    if not micro_batches:
+        zero = torch.zeros(2, device=device)
+        return GroupGradient(zero[0], _merged(parts, group, micro_batches), None, zero)
+    agree, rows = torch.cat(agreements).float(), torch.cat(list(micro_batches)).to(device, non_blocking=True)
+    return GroupGradient(
+        torch.stack(losses).sum(),
+        _merged(parts, group, micro_batches),
+        _placed(shifts, rows, len(group.completion_lengths)) if shifts else None,
+        torch.stack([agree.sum(), torch.ones_like(agree).sum()]),
+    )
+
+
 def _merged(parts: list[TokenStats], group: Group, micro_batches: Sequence[Tensor]) -> TokenStats:
-    """The micro-batches' statistics in row order."""
-    order = _inverse(group, micro_batches)
-    return TokenStats(*(torch.cat(columns)[order.to(columns[0].device)] for columns in zip(*parts, strict=True)))
+    """The micro-batches' statistics in row order, 0 for the tokens of rows that are in none."""
+    device, K = group.completion_ids.device, int(group.completion_lengths.sum())
+    if not parts:
+        return TokenStats(*torch.zeros(len(TokenStats._fields), K, device=device))
+    tokens = torch.cat([group.tokens_of(rows) for rows in micro_batches]).to(device, non_blocking=True)
+    return TokenStats(*(_placed(columns, tokens, K) for columns in zip(*parts, strict=True)))
 
 
-def _inverse(group: Group, micro_batches: Sequence[Tensor]) -> Tensor:
-    """The permutation from the micro-batches' token order back to row order."""
-    return torch.cat([group.tokens_of(rows) for rows in micro_batches]).argsort()
+def _placed(values: Sequence[Tensor], index: Tensor, size: int) -> Tensor:
+    """[size, ..] zeros with the concatenated `values` at `index`."""
+    found = torch.cat(list(values))
+    return found.new_zeros(size, *found.shape[1:]).index_copy(0, index, found)

@@ -41,14 +41,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class MemoryLimits:
-    """The sizes in use, which only ever shrink; `report` hears of each change."""
+    """The sizes in use, which only ever shrink; `report` hears of each change.
+
+    Micro-batches stay as they are where they are `fixed`, as other ranks count on them.
+    """
 
     def __init__(
         self,
         tokens_per_micro_batch: int,
         rows_per_wave: int | None = None,
         report: Callable[[str], None] = lambda message: None,
+        *,
+        fixed: bool = False,
     ) -> None:
+        self.fixed = fixed
         self.tokens_per_micro_batch, self.rows_per_wave, self.report = tokens_per_micro_batch, rows_per_wave, report
 
     def state(self) -> dict[str, int | None]:
@@ -95,7 +101,7 @@ class MemoryLimits:
 
         def shrink() -> str | None:
             parts = cut()
-            if all(len(rows) == 1 for rows in parts):
+            if self.fixed or all(len(rows) == 1 for rows in parts):
                 return None
             largest = max(int(prompts[index[rows].unique()].sum() + completions[rows].sum()) for rows in parts)
             self.tokens_per_micro_batch = min(self.tokens_per_micro_batch, largest) // 2

@@ -234,11 +234,30 @@ def alias(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo=tensors)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in one piece; where its rows are shared out over ranks, they are gathered, for which all must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def without_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """`model` without some of its decoder layers, sharing the weights of the others; `model` stays whole."""
     pruned = alias(model)
     _drop_layers(pruned, layers)
     return pruned
+
+
+def layer_stack(model: PreTrainedModel, key: str) -> tuple[nn.Module, str]:
+    """The module that holds the decoder layers, and their list's name there. `key` wants it; raises `ModelError`."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if len(stacks) != 1:
+        raise ModelError(f"{key}: model type {model.config.model_type!r} has no single stack of layers")
+    return stacks[0]
 
 
 def _drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
@@ -250,15 +269,7 @@ def _drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     count = config.num_hidden_layers
     if dropped[0] < 0 or dropped[-1] >= count or len(dropped) >= count:
         raise ModelError(f"student.drop_layers: {dropped} does not fit a model of {count} layers (0 to {count - 1})")
-    stacks = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
-    if len(stacks) != 1:
-        raise ModelError(f"student.drop_layers: model type {model.config.model_type!r} has no single stack of layers")
-    parent, name = stacks[0]
+    parent, name = layer_stack(model, "student.drop_layers")
     kept = [i for i in range(count) if i not in dropped]
     layers = nn.ModuleList(getattr(parent, name)[i] for i in kept)
     for index, layer in enumerate(layers):

@@ -30,6 +30,8 @@ class OutputError(ValueError):
 class OutputFolder:
     """`training.output_dir`, locked from construction to `release`."""
 
+    writes = True
+
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
         self._logs: dict[str, JsonLines] = {}
@@ -150,6 +152,20 @@ class OutputFolder:
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         return lock
+
+
+class NoOutput(OutputFolder):
+    """The same for the ranks that write nothing."""
+
+    writes = False
+
+    def _acquire(self) -> None:
+        return None
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        pass
+
+    set_aside = open_logs = log = save = replace = write_text = _nothing
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -86,15 +86,15 @@ def host_integers(values: Tensor | Sequence[int]) -> list[int]:
     return values.tolist() if isinstance(values, Tensor) else list(values)
 
 
-def length_buckets(rows: Rows) -> list[list[int]]:
-    """Rows sorted by length, longest first, in runs in which padding stays under MAX_PADDING of the tokens."""
+def length_buckets(rows: Rows, max_padding: float = MAX_PADDING) -> list[list[int]]:
+    """Rows sorted by length, longest first, in runs in which padding stays under `max_padding` of the tokens."""
     buckets: list[list[int]] = []
     real = 0
     for row in sorted(range(len(rows.prompt_index)), key=lambda row: -rows.length(row)):
         length = rows.length(row)
         if buckets:
             padded = (len(buckets[-1]) + 1) * rows.length(buckets[-1][0])
-            if padded - (real + length) <= MAX_PADDING * padded:
+            if padded - (real + length) <= max_padding * padded:
                 buckets[-1].append(row)
                 real += length
                 continue

@@ -50,7 +50,7 @@ class LiveReport:
 
     def write(self) -> None:
         """Has it written soon, unless that was done not long ago. What goes wrong then, `finish` meets again."""
-        if time.monotonic() < self._due or (self._process and self._process.poll() is None):
+        if not self._output.writes or time.monotonic() < self._due or (self._process and self._process.poll() is None):
             return
         self._due = time.monotonic() + EVERY
         self._process = subprocess.Popen(
@@ -63,6 +63,8 @@ class LiveReport:
 
     def finish(self) -> None:
         """Writes it, here and now."""
+        if not self._output.writes:
+            return
         if self._process:
             self._process.wait()
         self._output.write_text("report.html", report_page(self._output.path))

@@ -15,10 +15,12 @@ from rich.console import Console
 
 from distill import checkpoint
 from distill.card import write_card
-from distill.checkpoint import Checkpoint, CheckpointError
-from distill.config import Config, to_yaml
+from distill.checkpoint import Checkpoint
+from distill.config import Config, ConfigError, to_yaml
 from distill.display import Display
+from distill.distributed import Ranks
 from distill.evaluate import check_against_itself, decode_samples, evaluate
+from distill.generation_copy import choose_dtype as choose_rollout_dtype
 from distill.health import GradientWatch, StoppedError, suspects
 from distill.layer_choice import choose_layers
 from distill.loading import (
@@ -36,7 +38,7 @@ from distill.loss import LossOptions, ModelParts
 from distill.memory import MemoryLimitError, MemoryLimits
 from distill.metrics import read_json_lines
 from distill.models import split_head
-from distill.output import OutputFolder
+from distill.output import NoOutput, OutputFolder
 from distill.prompts import epoch_order, left_pad
 from distill.report import LiveReport
 from distill.server import ServerError
@@ -49,34 +51,44 @@ from distill.trainer import StepResult, Trainer
 class Run:
     """A run's models, files and progress; `execute` does it all."""
 
-    def __init__(self, config: Config, console: Console, received_signal: Callable[[], Signals | None]) -> None:
-        self.config, self.console, self.received_signal = config, console, received_signal
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        received_signal: Callable[[], Signals | None],
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.config, self.console, self.ranks = config, console, ranks or Ranks()
+        self.received_signal = lambda: self.ranks.signal(received_signal())
         self.started, self.cpu_started = time.monotonic(), time.process_time()
-        self.device = choose_device(config.training.device)
+        if config.rollout.server and self.ranks.size > 1:
+            raise ConfigError(
+                f"rollout.server works for a run on one process, and this one has {self.ranks.size}: leave rollout.engine "
+                "at native, which divides the prompts over the ranks"
+            )
+        self.device = choose_device(config.training.device, self.ranks)
         self.dtype = choose_dtype(config.training.precision, self.device)
         self.evaluations: list[dict[str, Any]] = []
         self.samples: dict[str, list[str]] = {}
         check_installed(config.training.report_to)
         self.layer_choice: dict[str, Any] | None = None
         # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
-        self.output = OutputFolder(config.training.output_dir)
-        self.report = LiveReport(self.output)
+        self.output = (NoOutput if self.ranks.rank else OutputFolder)(config.training.output_dir)
+        self.folder, self.report = self.output.path, LiveReport(self.output)
         try:
             self.start = self._find_checkpoint()
             self._load()
             if self.start:
                 checkpoint.accept(self.start, self.config, self.prompts.digest, self.student)
             precision = self.start.state["rollout_precision"] if self.start else config.rollout.precision
+            if self.ranks.size > 1 and precision == "auto":  # each rank would measure for itself
+                precision = self.ranks.of_first(str(choose_rollout_dtype(self.student, precision))[len("torch.") :])
             self.trainer = self._make_trainer(precision)
             if self.start:
                 self._restore(self.start)
         except BaseException:
             self.output.release()
             raise
-
-    @property
-    def folder(self) -> Path:
-        return self.output.path
 
     def execute(self) -> int:
         """Trains, evaluates and writes everything; returns the exit status."""
@@ -86,9 +98,10 @@ class Run:
         for server in self.servers:
             server.report = lambda message: self._notice("server", self.trainer.position.step + 1, message, display)
         try:
+            self.ranks.meet()  # all have read what may be set aside
             self._open_folder()
             self.trackers = Trackers(
-                self.config.training.report_to,
+                () if self.ranks.rank else self.config.training.report_to,
                 self.folder,
                 self.config.model_dump(mode="json"),
                 self.start is not None,
@@ -98,6 +111,8 @@ class Run:
                 try:
                     stop = self._train(display)
                 except (MemoryLimitError, ServerError) as error:
+                    if self.ranks.size > 1:  # of which the others do not know
+                        raise
                     # Nothing of the step at hand has been applied.
                     self.trainer.optimizer.zero_grad(set_to_none=True)
                     self._save(display)
@@ -106,10 +121,13 @@ class Run:
                 if stop:
                     return 128 + stop
                 display.phase("writing the model")
+                self.student = self.ranks.gathered_model(self.student)
                 if self.config.student.lora:
                     self.output.replace("adapter", self._write_adapter)
                 self.output.replace("final", self._write_model)
                 self.trackers.complete = True
+            if self.ranks.rank:
+                return 0
             summary = summarise(self)
             self.output.write_text("summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
             self.report.finish()
@@ -146,8 +164,8 @@ class Run:
     def _stopped(self, stop: Signals, display: Display) -> Signals:
         self._save(display)
         self.report.finish()
-        step = self.trainer.position.step
-        display.message(f"{stop.name}: saved after step {step}; the same command continues from there")
+        saved = f"{stop.name}: saved after step {self.trainer.position.step}"
+        display.message(f"{saved}; the same command continues from there")
         return stop
 
     @property
@@ -168,7 +186,8 @@ class Run:
             check_against_itself(teacher, self.prompts.token_ids[0], self.vocab_size)
         self.dropped_layers = self._choose_layers(pair)
         self.student = make_student(pair.student, self.config, self.dropped_layers)
-        self.student_parts = ModelParts(*split_head(self.student), self.dtype)
+        self.student_parts = self.ranks.shard(self.student, ModelParts(*split_head(self.student), self.dtype))
+        self.teachers = [self.ranks.shard(teacher.model, teacher.parts) for teacher in pair.teachers]
         if self.config.student.lora:
             self._tell(describe(self.student))
 
@@ -183,12 +202,13 @@ class Run:
             self.layer_choice = self.start.state.get("layer_choice") or {"dropped": ()}
         else:
             self.layer_choice = choose_layers(self.config, pair, self.held_out, self.dtype, self.console)
+            self.layer_choice = self.ranks.of_first(self.layer_choice)
         return self.layer_choice["dropped"]
 
     def _make_trainer(self, rollout_precision: str) -> Trainer:
         config = self.config
         training = config.training
-        self.limits = MemoryLimits(training.tokens_per_micro_batch)
+        self.limits = MemoryLimits(training.tokens_per_micro_batch, fixed=self.ranks.sharded)
         self.engine = make_engine(self.student, config, self.tokenizer, self.vocab_size, rollout_precision, self.limits)
         if config.rollout.server:
             self.servers.append(self.engine.server)
@@ -211,24 +231,16 @@ class Run:
             teacher_view=lambda indices: self.teacher_prompts and self.teacher_prompts.view(indices),
             limits=self.limits,
             async_batches=config.rollout.async_batches,
+            ranks=self.ranks,
         )
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to continue from, if there is one."""
-        resume, own = self.config.training.resume, self.output.checkpoints
-        if resume == "never":
-            return None
-        if resume == "auto":
-            found = checkpoint.load_newest(own)
-        else:
-            found = checkpoint.load(Path(resume))
-            newer = checkpoint.newer_than(own, found.step)
-            if newer:
-                raise CheckpointError(
-                    f"training.resume: {found.path} is older than {newer[-1]}, which would be overwritten. Set "
-                    f"training.resume to auto to continue from the newest, or name another training.output_dir"
-                )
-        return found
+        """The checkpoint to continue from, which rank 0 decides."""
+        ranks, found = self.ranks, None
+        if ranks.rank == 0:
+            found = checkpoint.find(self.config.training.resume, self.output.checkpoints)
+        path = ranks.of_first(found and str(found.path))
+        return checkpoint.load(Path(path)) if path and ranks.rank else found
 
     def _restore(self, start: Checkpoint) -> None:
         self.trainer.restore(start.tensors, start.state["trainer"])
@@ -238,11 +250,8 @@ class Run:
         now = environment(self)
         for name, before in start.state.get("environment", {}).items():
             if now[name] != before:
-                self.console.print(
-                    f"{name} was {before}, now {now[name]}: the last digits of the numbers can differ from now on",
-                    highlight=False,
-                )
-        self.console.print(f"continuing after step {start.step} of {self.trainer.total_steps}", highlight=False)
+                self._tell(f"{name} was {before}, now {now[name]}: the numbers' last digits can differ from now on")
+        self._tell(f"continuing after step {start.step} of {self.trainer.total_steps}")
 
     def _open_folder(self) -> None:
         """Sets an earlier run's folder aside where this one starts over, and opens the files that grow."""
@@ -251,7 +260,7 @@ class Run:
         over = began.exists() if self.config.training.resume == "never" else finished.exists()
         if self.start is None and over:
             kept = self.output.set_aside()
-            self.console.print(f"the earlier run's folder is now {kept}", highlight=False, soft_wrap=True)
+            self._tell(f"the earlier run's folder is now {kept}")
         if self.start:
             with self.output.writing("the damaged checkpoints' new names"):
                 checkpoint.set_aside_newer(self.output.checkpoints, self.start.step)
@@ -259,7 +268,8 @@ class Run:
         self.output.write_text("config.yaml", to_yaml(self.config))
         if self.layer_choice:
             self.output.write_text("layers.json", json.dumps(self.layer_choice, indent=1))
-        self.gradients = GradientWatch(line["grad_norm"] for line in read_json_lines(self.folder / "metrics.jsonl"))
+        metrics = [] if self.ranks.rank else read_json_lines(self.folder / "metrics.jsonl")
+        self.gradients = GradientWatch(line["grad_norm"] for line in metrics)
 
     def _evaluate(self, display: Display) -> None:
         if self.eval_prompts is None:
@@ -272,6 +282,7 @@ class Run:
             self.teachers,
             vocab_size=self.vocab_size,
             limits=self.limits,
+            ranks=self.ranks,
             **evaluation_arguments(self.config, self.held_out, self.tokenizer.pad_token_id),
         )
         record = {"step": step, **result.record()}
@@ -288,6 +299,8 @@ class Run:
         )
 
     def _record(self, result: StepResult, display: Display) -> None:
+        if self.ranks.rank:
+            return
         texts = decode_samples(self.tokenizer, result.rollouts, range(len(result.rollouts.finished)))
         self.output.log("metrics", [result.metrics])
         self.trackers.log(result.metrics)
@@ -306,17 +319,12 @@ class Run:
         if result.sound:
             return
         figures = f"loss {metrics['loss']:.3g}, gradient norm {metrics['grad_norm']:.3g}"
-        named = suspects(prompts, result.row_reverse_kl)
-        self._notice("skipped", step, f"step {step} skipped: {figures}; prompts: {named}", display)
+        named = f"prompts: {suspects(prompts, result.row_reverse_kl)}"
+        self._notice("skipped", step, f"step {step} skipped: {figures}; {named}", display)
         in_row, allowed = self.trainer.bad_in_row, self.config.training.max_bad_steps
         if in_row > allowed:
             self._save(display)
-            raise StoppedError(
-                f"{in_row} steps in a row had no finite loss and gradient (training.max_bad_steps: {allowed}), the "
-                f"last with {figures}; prompts: {named}. The weights of step {step - in_row}, the last good one, are "
-                f"saved in {self.output.checkpoints}. Look at these prompts and at the teacher, or set a lower "
-                f"training.learning_rate or training.precision: float32 in a new training.output_dir"
-            )
+            raise StoppedError.after(in_row, allowed, step - in_row, self.output.checkpoints, f"{figures}; {named}")
 
     def _notice(self, event: str, step: int, message: str, display: Display) -> None:
         display.message(message)
@@ -340,6 +348,7 @@ class Run:
         }
         step, keep_last = self.trainer.position.step, self.config.training.keep_last
         self.output.save(step, tensors, state, keep_last=keep_last, best=self.best_step)
+        self.ranks.meet()  # none leaves, and has the others ended, before it is written
 
     def _write_model(self, folder: Path) -> None:
         merged(self.student).save_pretrained(folder)

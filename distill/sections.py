@@ -204,6 +204,11 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward and backward passes; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights and
     optimizer are always float32."""
+    parallel: Literal["replicate", "shard"] = "replicate"
+    """Over several ranks (`torchrun`): every rank holds the student and the teachers whole, or its part of each layer.
+    Without effect on one process."""
+    rank_timeout_s: Number = Field(1800.0, gt=0)
+    """Seconds within which the other ranks stop when one dies or hangs; one may keep them waiting for a third of it."""
     attention: str = Field("auto", pattern=r"^[a-z0-9_]+$")
     """Attention implementation: `auto` (the best FlashAttention installed, else sdpa), or a name transformers knows."""
     seed: Integer = Field(0, ge=0, lt=2**31)

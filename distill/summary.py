@@ -24,6 +24,7 @@ def environment(run: "Run") -> dict[str, Any]:
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
         "precision": str(run.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "ranks": run.ranks.size,
     }
 
 

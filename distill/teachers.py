@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.loss import ModelParts, TeacherView
+from distill.group import TeacherView
+from distill.loss import ModelParts
 from distill.models import ModelError, load_model, load_tokenizer, split_head
 from distill.prompts import PromptError, left_pad, tokenise
 from distill.server import Server

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.group import Group
 from distill.head_pair import HeadPair
-from distill.loss import Group, ModelParts
+from distill.loss import ModelParts
 from distill_kernels import reverse_kl
 
 MAX_TOKENS = 128  # of a completion that are kept

@@ -1,15 +1,17 @@
 """`python -m distill.train --config FILE [--section.key VALUE ...]`: the command.
 
-Exit status: 0 done; 1 too many steps in a row had no finite loss or gradient; 2 a configuration, an input, a machine
-(disk, memory) or a server that cannot be used, with one message; 130 or 143 after SIGINT or SIGTERM. After 1, 130 and
-143 a checkpoint is saved. A second SIGINT stops at once.
+`torchrun` starts it over several ranks.
+
+Exit status: 0 done; 1 too many steps in a row had no finite loss or gradient, or another rank is gone; 2 a
+configuration, an input, a machine (disk, memory) or a server that cannot be used, with one message; 130 or 143 after
+SIGINT or SIGTERM. After 1, 130 and 143 a checkpoint is saved, unless a rank is gone. A second SIGINT stops at once.
 """
 
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -37,10 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    signals, console = SignalWatch(), Console()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine: the others would say the same
+    signals, console = SignalWatch(), Console(quiet=os.environ.get("RANK", "0") != "0")
     console.print("loading (the first run also fetches and converts the models)", highlight=False)
     # Only now what takes seconds to import: help and a wrong key are answered at once.
     from distill.checkpoint import CheckpointError
+    from distill.distributed import RankError, Ranks
     from distill.health import StoppedError
     from distill.memory import MemoryLimitError, is_out_of_memory
     from distill.models import ModelError
@@ -49,11 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from distill.run import Run
     from distill.server import ServerError
 
+    ranks = Ranks()
     try:
-        return Run(config, console, lambda: signals.received).execute()
+        training = config.training
+        ranks = Ranks.join(training.device, training.rank_timeout_s, training.parallel)
+        run = Run(config, console, lambda: signals.received, ranks)
+        if ranks.size > 1:
+            console.print(ranks.describe(run.student), highlight=False, soft_wrap=True)
+        status = run.execute()
+        ranks.leave()
+        return status
     except StoppedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         return 1
+    except RankError as error:
+        return _given_up(error)
     # NotImplementedError: a model that the native rollout engine refuses, with the way out.
     except (
         ConfigError,
@@ -64,14 +79,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         ServerError,
         NotImplementedError,
     ) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        what = error if isinstance(error, MemoryLimitError) else f"memory ran out: {error}. Take a smaller model"
-        print(f"error: {what}", file=sys.stderr)
-        return 2
+        if is_out_of_memory(error):
+            what = error if isinstance(error, MemoryLimitError) else f"memory ran out: {error}. Take a smaller model"
+            print(f"error: {what}", file=sys.stderr)
+            return 2
+        try:
+            ranks.roll_call()
+        except RankError as lost:
+            return _given_up(lost)
+        raise
+
+
+def _given_up(error: RuntimeError) -> NoReturn:
+    """Ends this process now: what it exchanges with a rank that is gone could not be waited for."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

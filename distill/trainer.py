@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.diagnostics import step_metrics
-from distill.loss import Group, GroupGradient, LossOptions, ModelParts, TeacherView, accumulate_gradients, score
+from distill.distributed import Ranks
+from distill.group import Group, TeacherView
+from distill.loss import GroupGradient, LossOptions, ModelParts, accumulate_gradients, score
 from distill.memory import MemoryLimits
 from distill.metrics import PhaseClock, peak_memory_bytes
+from distill.models import whole
 from distill.rollout import RolloutEngine, Rollouts
 
 if TYPE_CHECKING:
@@ -82,6 +85,7 @@ class Trainer:
         teacher_view: Callable[[Sequence[int]], TeacherView | None] = lambda indices: None,
         limits: MemoryLimits | None = None,
         async_batches: int = 0,
+        ranks: Ranks | None = None,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.student, self.student_parts, self.teachers = student, student_parts, teachers
@@ -89,6 +93,7 @@ class Trainer:
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
         self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
         self.limits, self.on_phase = limits or MemoryLimits(options.tokens_per_micro_batch), on_phase
+        self.ranks = ranks or Ranks()
         self.device = student_parts.head.weight.device
         self.clock = PhaseClock(self.device)
         self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
@@ -149,7 +154,7 @@ class Trainer:
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }
-        tensors = {"student": self.parameters, "optimizer": moments}
+        tensors = {"student": self.ranks.gathered(self.parameters), "optimizer": self.ranks.gathered(moments)}
         # A batch that is being sampled is waited for: its weights would not be there again.
         for name, rollouts in (("rollouts", self._rollouts), ("next_rollouts", self._next and self._next.result())):
             if rollouts is not None:
@@ -170,11 +175,11 @@ class Trainer:
         """Continues from what `state` gave."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(tensors["student"][name])
+                parameter.copy_(self.ranks.shard_of(tensors["student"][name], parameter))
         for key, value in tensors["optimizer"].items():
             name, _, moment = key.rpartition("/")
             parameter = self.parameters[name]
-            self.optimizer.state[parameter][moment] = value.to(parameter.device)
+            self.optimizer.state[parameter][moment] = self.ranks.shard_of(value, parameter)
         self.position = Position(**state["position"])
         self._rollout_seconds = state["rollout_seconds"]
         self.skipped_steps, self.bad_in_row = state.get("skipped_steps", 0), state.get("bad_in_row", 0)
@@ -205,7 +210,8 @@ class Trainer:
         step = self.position.step
         with self.clock.phase("rollout"):
             if self._next is None:
-                rollouts, self._sampled_at = self.engine.generate(**self._request(epoch, batch)), step
+                rollouts = self.ranks.generate(self.engine, **self._request(epoch, batch))
+                self._sampled_at = step
             else:
                 rollouts, self._sampled_at = self._next.result(), self._next_sampled_at
             self._next = None
@@ -234,17 +240,19 @@ class Trainer:
     def _step(self, group: Group, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
         """Scores a group, updates the student, and returns the metrics and each row's mean token reverse KL."""
         self.on_phase("score")
+        own = self.ranks.own_rows(group)
         with self.clock.phase("score"):
-            teacher_hidden = self.limits.in_micro_batches(
-                "score", group.for_teachers.lengths, lambda parts: score(self.teachers, group, parts)
+            teacher_hidden = self.ranks.in_micro_batches(
+                self.limits, "score", group.for_teachers, own, lambda parts: score(self.teachers, group, parts)
             )
         self.on_phase("update")
         learning_rate = self.learning_rate(self.position.step)
         with self.clock.phase("update"):
-            result = self.limits.in_micro_batches(
-                "update", group.lengths, lambda parts: self._gradients(teacher_hidden, group, parts)
+            result = self.ranks.in_micro_batches(
+                self.limits, "update", group, own, lambda parts: self._gradients(teacher_hidden, group, parts, own)
             )
-            grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
+            result = self._of_all_ranks(result, group, own)
+            grad_norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm))
             # Where this is 1, Adam's fused step leaves everything as it was, without the host having to look.
             self.optimizer.found_inf = 1 - (result.loss.isfinite() & grad_norm.isfinite()).float()
             for settings in self.optimizer.param_groups:
@@ -265,7 +273,26 @@ class Trainer:
         }
         return metrics, row_reverse_kl
 
-    def _gradients(self, teacher_hidden: Sequence[Tensor], group: Group, parts: list[Tensor]) -> GroupGradient:
+    def _of_all_ranks(self, result: GroupGradient, group: Group, own: Tensor) -> GroupGradient:
+        """What all ranks found, on every rank; the sum of their gradients is then in the parameters."""
+        if self.ranks.size == 1:
+            return result
+        self.ranks.meet()
+        self.ranks.add_gradients(self.parameters.values())
+        total, shifts = self.ranks.total, result.row_gradients
+        if shifts is None:
+            shifts = result.loss.new_zeros(len(own), self.student_parts.head.weight.shape[1])
+        tokens = own.repeat_interleave(group.completion_lengths)
+        return GroupGradient(
+            total(result.loss),
+            result.stats._make(total(torch.stack(list(result.stats)), tokens)),
+            total(shifts, own[:, None]),
+            total(result.agreement),
+        )
+
+    def _gradients(
+        self, teacher_hidden: Sequence[Tensor | None], group: Group, parts: list[Tensor], own: Tensor | None = None
+    ) -> GroupGradient:
         # Before every attempt: what a failed one added must not count twice.
         self.optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(
@@ -277,6 +304,7 @@ class Trainer:
             self.loss_options,
             vocab_size=self.vocab_size,
             checkpointing=self.options.activation_checkpointing,
+            own=own,
         )
 
 

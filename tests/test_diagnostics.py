@@ -9,7 +9,8 @@ from test_loss import make_rollouts, parts_of
 
 from distill.diagnostics import gradient_noise, step_metrics
 from distill.forward import micro_batches
-from distill.loss import Group, LossOptions, accumulate_gradients, score, token_weights
+from distill.group import Group
+from distill.loss import LossOptions, accumulate_gradients, score, token_weights
 from distill.metrics import to_host
 
 LENGTHS = [3, 7, 1, 5]

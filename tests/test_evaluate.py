@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from distill.config import Config
 from distill.decode import SamplingOptions
 from distill.evaluate import compare, main
+from distill.group import Group
 from distill.loading import load_pair
-from distill.loss import Group
 from distill.memory import MemoryLimits
 from distill.metrics import read_json_lines
 from distill.prompts import left_pad

@@ -10,9 +10,10 @@ from test_train import execute, metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from distill.generation_copy import GenerationCopy
+from distill.group import Group
 from distill.loading import evaluation_arguments
 from distill.lora import ADAPTER, add_adapters, is_adapted, merged
-from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score, statistics
+from distill.loss import LossOptions, ModelParts, accumulate_gradients, score, statistics
 from distill.models import ModelError, load_model, split_head
 from distill.sections import LoraConfig
 from distill.train import main

@@ -13,7 +13,8 @@ from conftest import tiny_model
 
 from distill.decode import SamplingOptions
 from distill.forward import micro_batches
-from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score, statistics, token_weights
+from distill.group import Group
+from distill.loss import LossOptions, ModelParts, accumulate_gradients, score, statistics, token_weights
 from distill.models import split_head
 from distill.prompts import left_pad
 from distill.rollout import RolloutEngine, Rollouts
@@ -235,7 +236,8 @@ sys.path.insert(0, "tests")
 from conftest import tiny_model
 from test_loss import gradients, make_rollouts, parts_of
 from distill.forward import micro_batches
-from distill.loss import Group, LossOptions, statistics
+from distill.group import Group
+from distill.loss import LossOptions, statistics
 
 V = 32_768
 student, teacher = (tiny_model("llama", vocab_size=V, seed=seed) for seed in (1, 2))

@@ -10,7 +10,8 @@ from test_loss import make_rollouts, parts_of
 
 from distill.config import StudentConfig, TeacherConfig, load_config
 from distill.forward import micro_batches
-from distill.loss import Group, LossOptions, TeacherView, accumulate_gradients, score, statistics
+from distill.group import Group, TeacherView
+from distill.loss import LossOptions, accumulate_gradients, score, statistics
 from distill.metrics import read_json_lines
 from distill.models import ModelError
 from distill.prompts import PromptError, left_pad, load_prompts, tokenise

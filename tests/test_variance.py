@@ -14,7 +14,8 @@ from benchmarks.variance.__main__ import main
 from benchmarks.variance.figures import fluctuation, interval
 from benchmarks.variance.pool import PromptPool, Sketch, rollout_gradients, vectors_of
 from benchmarks.variance.training import reach
-from distill.loss import Group, LossOptions
+from distill.group import Group
+from distill.loss import LossOptions
 
 ESTIMATORS = {
     "plain": LossOptions(),

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from distill.advantage import advantages, needs_scores
 from distill.config import Config, ConfigError
-from distill.loss import Group, HeadPair, LossOptions, ModelParts, token_weights
+from distill.group import Group
+from distill.head_pair import HeadPair
+from distill.loss import LossOptions, ModelParts, token_weights
 from distill.prompts import left_pad
 from distill.run import Run
 from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl

@@ -132,14 +132,21 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    # Without materialised zeros, a loss that nothing depends on has no upstream gradient. A factor of one, as of a loss
-    # that is itself differentiated, would only copy the weight's gradient; on CUDA, asking would wait for the device.
-    one = upstream is not None and upstream.device.type == "cpu" and upstream.item() == 1
+    # Without materialised zeros, a loss that nothing depends on has no upstream gradient.
+    one = upstream is not None and _known_to_be_one(upstream)
     scaled = [
         (gradient if one else gradient * upstream).to(dtype) if needed and upstream is not None else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
     return *scaled, *[None] * 18
+
+
+def _known_to_be_one(upstream: Tensor) -> bool:
+    """Whether to multiply by it would only copy the weight's gradient, as of a loss that is itself differentiated.
+
+    Of a tensor elsewhere that is not asked, as the answer would be waited for.
+    """
+    return upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1
 
 
 torch.library.register_autograd("distill_kernels::linear_distill_loss", _scale_gradients, setup_context=_keep_gradients)

@@ -14,7 +14,8 @@ import yaml
 
 from benchmarks.vllm_server import PYTHON, VllmServer
 from distill.decode import SamplingOptions
-from distill.loss import Group, ModelParts
+from distill.group import Group
+from distill.loss import ModelParts
 from distill.metrics import read_json_lines
 from distill.models import eos_ids, load_model, load_tokenizer, split_head
 from distill.prompts import left_pad

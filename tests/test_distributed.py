@@ -1,0 +1,204 @@
+"""Training over ranks: the same numbers as on one process, ranks that die, hang or are told to stop, other numbers."""
+
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import ROOT, environment, execute, weights_of
+
+from distill.config import ConfigError, load_config
+from distill.distributed import divide
+from distill.metrics import read_json_lines
+
+TOLERANCE = 1e-5
+# What depends on how rows are cut into micro-batches, and what clocks and the operating system say.
+OF_THE_MACHINE = {"top_token_agreement", "tokens_per_second", "peak_memory_bytes"}
+# Seven prompts in batches of six, three a step: a step has three prompts, three, or one, so that ranks have two or one
+# or none.
+SEVEN = ("Say red.", "Say green.", "Say a long word.", "Say blue.", "Say grey.", "Say pink and more.", "Say ochre.")
+UNEVEN = {
+    "rollout.prompts_per_batch": 6,
+    "training.prompts_per_step": 3,
+    "training.num_rollouts_per_prompt": 3,
+    "training.num_epochs": 4,
+    "training.max_steps": 10,
+    "training.learning_rate": 1e-4,
+    "training.tokens_per_micro_batch": 64,
+}
+KEPT = re.compile(r"rank 0 keeps ([\d,]+) of the student's ([\d,]+) parameters")
+TIMEOUT = ["--training.rank_timeout_s", "30"]
+ALL_WEIGHTS = {"loss.objective": "reverse_kl"}
+FROZEN_WEIGHTS = {
+    "student.lora.rank": 4,
+    "loss.objective": "sampled_reverse_kl",
+    "loss.baseline": "group",
+    "loss.reduction": "token",
+    "training.activation_checkpointing": True,
+}
+
+
+def over_ranks(tmp_path, *jobs) -> tuple[list[dict], str]:
+    """What came of each job (see over_ranks.py), and what all of them said."""
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(ROOT / "tests/over_ranks.py"), str(tmp_path / "jobs.json")]
+    result = subprocess.run(command, cwd=ROOT, env=quiet(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"statuses"')]
+    return found, result.stdout + result.stderr
+
+
+def job(config, folder, ranks, parallel="replicate", *, signal=(), words=()) -> dict:
+    words = ["--training.parallel", parallel, "--training.output_dir", str(folder), *words]
+    made = {"config": str(config), "ranks": ranks, "folder": str(folder), "words": words}
+    return made | ({"signal": signal} if signal else {})
+
+
+def quiet() -> dict[str, str]:
+    return environment() | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def uneven(write_config, tmp_path, tiny_pair):
+    """Writes the configuration of a run whose steps have three prompts, three, or one; a third has another teacher."""
+    records = [{"prompt": prompt} | ({} if at % 3 else {"teacher": "two"}) for at, prompt in enumerate(SEVEN)]
+    (tmp_path / "seven.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    teachers = {"prompts.train": str(tmp_path / "seven.jsonl"), "teacher.others": {"two": str(tiny_pair["student"])}}
+
+    def write(changes, name="config.yaml"):
+        return write_config(UNEVEN | teachers | changes, name)
+
+    return write
+
+
+@pytest.fixture
+def whole(uneven, tmp_path):
+    """Makes that run here, on one process; returns its folder."""
+
+    def make(changes):
+        execute(uneven({**changes, "training.output_dir": str(tmp_path / "whole")}, "whole.yaml"))
+        return tmp_path / "whole"
+
+    return make
+
+
+def assert_close_runs(one, other) -> None:
+    for ours, theirs in zip(*(read_json_lines(run / "metrics.jsonl") for run in (one, other)), strict=True):
+        for name in set(ours) - OF_THE_MACHINE:
+            if not name.startswith("seconds"):
+                values = [math.nan if each is None else each for each in (ours[name], theirs[name])]
+                torch.testing.assert_close(*map(torch.tensor, values), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+    for ours, theirs in zip(*(read_json_lines(run / "rollouts.jsonl") for run in (one, other)), strict=True):
+        assert ours.pop("reverse_kl_exact") == pytest.approx(theirs.pop("reverse_kl_exact"), abs=TOLERANCE)
+        assert ours == theirs  # the same tokens, in the same order
+    for ours, theirs in zip(*(read_json_lines(run / "evaluations.jsonl") for run in (one, other)), strict=True):
+        assert ours == pytest.approx(theirs, abs=TOLERANCE)
+    ours, theirs = weights_of(one), weights_of(other)
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "runs"),
+    [
+        (ALL_WEIGHTS, list(itertools.product((2, 4), ("replicate", "shard")))),
+        (FROZEN_WEIGHTS, [(2, "replicate"), (4, "shard")]),
+    ],
+    ids=["all weights", "frozen weights"],
+)
+def test_two_and_four_ranks_do_what_one_does(changes, runs, uneven, whole, tmp_path):
+    path = uneven(changes)
+    folders = [tmp_path / f"{size}-{parallel}" for size, parallel in runs]
+    results, said = over_ranks(tmp_path, *(job(path, folder, *run) for run, folder in zip(runs, folders, strict=True)))
+    assert [set(result["statuses"]) for result in results] == [{0}] * len(runs), said
+    one = whole(changes)
+    for folder in folders:
+        assert_close_runs(one, folder)
+    # Rank 0 keeps, of one weight or another, the larger part where they do not come out even.
+    shares = [int(kept.replace(",", "")) / int(of.replace(",", "")) for kept, of in KEPT.findall(said)]
+    expected = [1 / size if parallel == "shard" else 1 for size, parallel in runs]
+    assert shares == pytest.approx(expected, rel=0.02)
+
+
+def test_a_signal_to_one_of_four_ranks_stops_all_and_two_continue(uneven, whole, tmp_path):
+    """The four share the weights out, the two have all of them."""
+    path, run = uneven(ALL_WEIGHTS), tmp_path / "run"
+    (stopped, continued), said = over_ranks(
+        tmp_path, job(path, run, 4, "shard", signal=("SIGTERM", 3, 2)), job(path, run, 2)
+    )
+    assert (stopped["statuses"], continued["statuses"]) == ([143] * 4, [0, 0]), said
+    assert_close_runs(whole(ALL_WEIGHTS), run)
+
+
+def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(uneven, tmp_path):
+    path, words = uneven(ALL_WEIGHTS | {"training.max_steps": 10_000, "training.num_epochs": 10_000}), TIMEOUT
+    (killed, hung), said = over_ranks(
+        tmp_path,
+        job(path, tmp_path / "killed", 3, "shard", signal=("SIGKILL", 2, 2), words=words),
+        job(path, tmp_path / "hung", 3, signal=("SIGSTOP", 1, 2), words=words),
+    )
+    assert (killed["statuses"], hung["statuses"]) == ([1, 1, -9], [1, None, 1]), said
+    assert max(killed["seconds"], hung["seconds"]) < 30
+    for rank in (2, 1):
+        assert f"error: rank {rank} died or hangs: rank 0 of 3 has waited for it (training.rank_timeout_s: 30)" in said
+    assert "Traceback" not in said
+
+
+def test_torchrun_starts_the_ranks_again_from_the_last_checkpoint(uneven, whole, tmp_path):
+    path, run = uneven(ALL_WEIGHTS | {"training.save_every": 1}), tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "distill.train", "--config", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=quiet(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: metrics_lines(run) >= 3, process)
+        os.kill(worker(process.pid, 1), signal.SIGKILL)
+        output = process.communicate(timeout=300)[0].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "error: rank 1 died or hangs" in output
+    assert "continuing after step" in output
+    assert_close_runs(whole(ALL_WEIGHTS), run)
+
+
+def metrics_lines(run) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition, process) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def worker(agent: int, rank: int) -> int:
+    """The process of a rank that torchrun has started."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return next(int(pid) for pid in children if f"RANK={rank}".encode() in environ(pid))
+
+
+def environ(pid: str) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+@pytest.mark.parametrize("changes", [{"teacher.precision": "int8"}, {"teacher.offload": True}])
+def test_teachers_that_cannot_be_shared_out_are_refused(changes, uneven):
+    with pytest.raises(ConfigError, match=r"training\.parallel shard .* set training\.parallel to replicate"):
+        load_config(uneven({"training.parallel": "shard", **changes}))
+
+
+def test_prompts_are_divided_by_their_tokens():
+    assert divide([5, 1, 1, 1, 2], 2) == [[0], [1, 2, 3, 4]]
+    assert divide([1] * 5, 2) == [[0, 2, 4], [1, 3]]
+    assert divide([7], 3) == [[0], [], []]
