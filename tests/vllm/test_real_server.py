@@ -86,6 +86,73 @@ def told(rollouts: Rollouts) -> torch.Tensor:
     return Group.of(rollouts).valid(rollouts.logprob, torch.arange(len(rollouts.finished)))
 
 
+def config_of(tmp_path: Path, name: str, changes: dict[str, dict]) -> str:
+    """Three steps of a student of four layers: small, and with an architecture of its own."""
+    (tmp_path / "prompts.txt").write_text("Say red.\nName a bird.\nCount to three.\n")
+    content = {
+        "student": {"model": SMOLLM2, "drop_layers": list(range(2, 28))},
+        "teacher": {"model": SMOLLM2},
+        "prompts": {"train": str(tmp_path / "prompts.txt")},
+        "rollout": {"max_new_tokens": 8, "precision": "float32"},
+        "training": {"num_rollouts_per_prompt": 2, "output_dir": str(tmp_path / name)},
+    }
+    for section, values in changes.items():
+        content[section] |= values
+    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return str(tmp_path / f"{name}.yaml")
+
+
+def assert_outlived(server: VllmServer, tmp_path: Path, changes: dict[str, dict]) -> None:
+    """The server is killed after the first step and started again, with the weights that it began with."""
+    assert main(["--config", config_of(tmp_path, "calm", changes)]) == 0
+
+    def interrupt() -> None:
+        metrics, events = (tmp_path / "rough" / name for name in ("metrics.jsonl", "events.jsonl"))
+        while not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        server.stop()
+        while not events.stat().st_size:
+            time.sleep(0.01)
+        server.start()
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    assert main(["--config", config_of(tmp_path, "rough", changes)]) == 0
+    thread.join()
+    calm, rough = (read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("calm", "rough"))
+    assert len(calm) == len(rough) == 3
+    said = [
+        [line["completion"] for line in read_json_lines(tmp_path / name / "rollouts.jsonl")]
+        for name in ("calm", "rough")
+    ]
+    assert said[0] == said[1]
+    for one, other in zip(calm, rough, strict=True):
+        assert one["reverse_kl"] == pytest.approx(other["reverse_kl"], abs=1e-3)
+        assert one["sampler_logprob_gap_max"] < 1e-2
+    events = read_json_lines(tmp_path / "rough" / "events.jsonl")
+    for key in ("reverse_kl", "sampler_logprob_gap_max"):
+        print(f"{len(events)} pauses; {key} of the last step {calm[-1][key]:.6f} and {rough[-1][key]:.6f}")
+    assert {event["event"] for event in events} == {"server"}
+
+
+def test_a_run_outlives_its_rollout_server(tmp_path, capsys):
+    """The run says what to serve; its student has dropped layers. First, so that there are never two servers."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    changes = {"rollout": {"engine": "vllm", "server": nowhere, "retries": 0}}
+    assert main(["--config", config_of(tmp_path, "first", changes)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    folder = tmp_path / "first" / "rollout-model"
+    assert f"VLLM_SERVER_DEV_MODE=1 vllm serve {folder} --generation-config vllm --dtype float32" in said
+    running = VllmServer(folder, "float32", tmp_path / "server.log")
+    running.start()
+    try:
+        assert_outlived(running, tmp_path, {"rollout": {"engine": "vllm", "server": running.url, "retries": 12}})
+    finally:
+        running.stop()
+
+
 def test_rollouts_and_scores_have_the_models_own_log_probabilities(server, engine, model, tokenizer):
     rollouts = rollouts_of(engine, tokenizer)
     again = rollouts_of(engine, tokenizer)
@@ -144,74 +211,7 @@ def test_new_weights_change_what_is_said(server, engine, model, tokenizer, monke
         assert torch.equal(rollouts_of(engine, tokenizer).completion_ids, before.completion_ids)
 
 
-def config_of(tmp_path: Path, name: str, changes: dict[str, dict]) -> str:
-    """Three steps of a student of four layers: small, and with an architecture of its own."""
-    (tmp_path / "prompts.txt").write_text("Say red.\nName a bird.\nCount to three.\n")
-    content = {
-        "student": {"model": SMOLLM2, "drop_layers": list(range(2, 28))},
-        "teacher": {"model": SMOLLM2},
-        "prompts": {"train": str(tmp_path / "prompts.txt")},
-        "rollout": {"max_new_tokens": 8, "precision": "float32"},
-        "training": {"num_rollouts_per_prompt": 2, "output_dir": str(tmp_path / name)},
-    }
-    for section, values in changes.items():
-        content[section] |= values
-    (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    return str(tmp_path / f"{name}.yaml")
-
-
-def assert_outlived(server: VllmServer, tmp_path: Path, changes: dict[str, dict]) -> None:
-    """The server is killed after the first step and started again, with the weights that it began with."""
-    assert main(["--config", config_of(tmp_path, "calm", changes)]) == 0
-
-    def interrupt() -> None:
-        metrics, events = (tmp_path / "rough" / name for name in ("metrics.jsonl", "events.jsonl"))
-        while not (metrics.exists() and metrics.stat().st_size):
-            time.sleep(0.01)
-        server.stop()
-        while not events.stat().st_size:
-            time.sleep(0.01)
-        server.start()
-
-    thread = threading.Thread(target=interrupt, daemon=True)
-    thread.start()
-    assert main(["--config", config_of(tmp_path, "rough", changes)]) == 0
-    thread.join()
-    calm, rough = (read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("calm", "rough"))
-    assert len(calm) == len(rough) == 3
-    said = [
-        [line["completion"] for line in read_json_lines(tmp_path / name / "rollouts.jsonl")]
-        for name in ("calm", "rough")
-    ]
-    assert said[0] == said[1]
-    for one, other in zip(calm, rough, strict=True):
-        assert one["reverse_kl"] == pytest.approx(other["reverse_kl"], abs=1e-3)
-        assert one["sampler_logprob_gap_max"] < 1e-2
-    events = read_json_lines(tmp_path / "rough" / "events.jsonl")
-    for key in ("reverse_kl", "sampler_logprob_gap_max"):
-        print(f"{len(events)} pauses; {key} of the last step {calm[-1][key]:.6f} and {rough[-1][key]:.6f}")
-    assert {event["event"] for event in events} == {"server"}
-
-
 def test_a_run_outlives_its_teachers_server(server, tmp_path):
     if server.dtype != "float32":
         pytest.skip("once is enough")
     assert_outlived(server, tmp_path, {"teacher": {"server": server.url, "retries": 12}})
-
-
-def test_a_run_outlives_its_rollout_server(tmp_path, capsys):
-    """As the page on serving has it: the run says what to serve, and its student has dropped layers."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    changes = {"rollout": {"engine": "vllm", "server": nowhere, "retries": 0}}
-    assert main(["--config", config_of(tmp_path, "first", changes)]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    folder = tmp_path / "first" / "rollout-model"
-    assert f"VLLM_SERVER_DEV_MODE=1 vllm serve {folder} --generation-config vllm --dtype float32" in said
-    running = VllmServer(folder, "float32", tmp_path / "server.log")
-    running.start()
-    try:
-        assert_outlived(running, tmp_path, {"rollout": {"engine": "vllm", "server": running.url, "retries": 12}})
-    finally:
-        running.stop()
