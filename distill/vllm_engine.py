@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -119,14 +120,22 @@ class ServedWeights:
             plain.set_output_embeddings(own)
             for config in (plain.config, plain.config.get_text_config()):
                 config.tie_word_embeddings = False
-        shutil.rmtree(partial, ignore_errors=True)
         plain.config.dtype = self.dtype
-        plain.save_pretrained(partial, state_dict={k: v.to(self.dtype) for k, v in plain.state_dict().items()})
-        self.tokenizer.save_pretrained(partial)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for file in partial.iterdir():
-            os.replace(file, self.folder / file.name)
-        partial.rmdir()
+        state = {name: tensor.to(self.dtype) for name, tensor in plain.state_dict().items()}
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            plain.save_pretrained(partial, state_dict=state)
+            self.tokenizer.save_pretrained(partial)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for file in partial.iterdir():
+                os.replace(file, self.folder / file.name)
+            partial.rmdir()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ServerError(
+                f"{self.server}: the student could not be written to {self.folder}, which it reads: {error}. "
+                f"Make room or make it writable, and give the same command again"
+            ) from None
 
     def _server_info(self) -> dict[str, Any]:
         try:

@@ -201,6 +201,15 @@ def test_the_sampler_is_corrected_for(server, write_config, tmp_path):
     assert all(line["sampler_logprob_gap"] is None and line["loss"] is not None for line in metrics_of(run.folder))
 
 
+def test_a_folder_that_cannot_be_written_is_one_message(server, write_config, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rollout-model").write_text("in the way")
+    assert main(["--config", str(write_config(served(server)))]) == 2
+    error = capsys.readouterr().err
+    assert "the student could not be written to" in error
+    assert not list((tmp_path / "run").glob(".rollout-model*"))
+
+
 AHEAD = {"rollout.prompts_per_batch": 2, "rollout.async_batches": 1, "training.save_every": 2, "prompts.eval": None}
 
 
