@@ -60,7 +60,10 @@ class Ranks:
         # which could only abort, comes last.
         ranks._timeout_s, patience = timeout_s, timedelta(seconds=timeout_s / 3)
         try:
-            distributed.init_process_group("gloo", timeout=patience)
+            store, rank, size = next(distributed.rendezvous("env://", timeout=patience))
+            # torchrun keeps the store when it starts the ranks again: addresses in it may be those of the dead.
+            store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
         except RuntimeError as error:
             raise RankError(
                 f"rank {ranks.rank} did not find all {ranks.size} ranks within a third of training.rank_timeout_s "

@@ -63,8 +63,8 @@ class Run:
         self.started, self.cpu_started = time.monotonic(), time.process_time()
         if config.rollout.server and self.ranks.size > 1:
             raise ConfigError(
-                f"rollout.server works for a run on one process, and this one has {self.ranks.size}: leave rollout.engine "
-                "at native, which divides the prompts over the ranks"
+                f"rollout.server works for a run on one process, and this one has {self.ranks.size}: leave "
+                "rollout.engine at native, which divides the prompts over the ranks"
             )
         self.device = choose_device(config.training.device, self.ranks)
         self.dtype = choose_dtype(config.training.precision, self.device)

@@ -144,9 +144,9 @@ def _scale_gradients(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, .
 def _known_to_be_one(upstream: Tensor) -> bool:
     """Whether to multiply by it would only copy the weight's gradient, as of a loss that is itself differentiated.
 
-    Of a tensor elsewhere that is not asked, as the answer would be waited for.
+    Not asked of a tensor elsewhere, whose answer would be waited for, nor of one that is only traced.
     """
-    return upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1
+    return upstream.device.type == "cpu" and type(upstream) is Tensor and upstream.item() == 1
 
 
 torch.library.register_autograd("distill_kernels::linear_distill_loss", _scale_gradients, setup_context=_keep_gradients)
