@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from distill.forward import refuse_like
-from distill.models import Head, alias, layer_stack, whole
+from distill.models import alias, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,30 +207,12 @@ class Ranks:
             return parts
         # What one process never needs takes a second to import.
         from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        from distill.sharding import share_out
 
         device = parts.head.weight.device.type
         mesh = DeviceMesh.from_group(self._group if device == "cuda" else distributed.group.WORLD, device)
-        called = _Called(alias(model))
-        # Whether it can share prompts is tried where the others need not do the same.
-        prompt = torch.ones(1, 8, dtype=torch.int64, device=parts.head.weight.device)
-        with torch.no_grad():
-            parts.hidden(prompt, prompt.cpu() > 0, prompt[:, :2].expand(4, 2), [2] * 4, [0] * 4)
-        refuse_like(parts.body, called)
-        # Inputs stay the very objects that they are: our attention counts its calls in one of them.
-        policy = MixedPrecisionPolicy(parts.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        parent, name = layer_stack(called.model, "training.parallel shard")
-        for module in (*getattr(parent, name), called):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-            # Weights of tokens are global: ranks add up.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-        shards = dict(called.model.named_parameters(remove_duplicate=False))
-        for path, module in model.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = shards[f"{path}.{name}".lstrip(".")]
-        return parts._replace(body=called, head=_GatheredHead(called.model, parts.head), one_call=True)
+        return share_out(model, parts, mesh)
 
     def describe(self, model: "PreTrainedModel") -> str:
         """How many ranks there are and what each keeps of `model`, as a line to print."""
@@ -316,35 +297,6 @@ class Ranks:
 
     def _group_of(self, tensor: Tensor) -> distributed.ProcessGroup:
         return distributed.group.WORLD if tensor.device.type == "cpu" else self._group
-
-
-class _Called(nn.Module):
-    """A model of which the body is called, and the head gathered with it: one FSDP root holds what no layer does."""
-
-    def __init__(self, model: "PreTrainedModel") -> None:
-        super().__init__()
-        self.model, self.config = model, model.config
-        self._supports_attention_backend = getattr(model.base_model, "_supports_attention_backend", False)
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.model.base_model(**inputs)
-
-
-class _GatheredHead:
-    """A `models.Head` whose weight is in one piece from a call of the body to the end of the backward pass."""
-
-    def __init__(self, model: "PreTrainedModel", head: Head) -> None:
-        self._output, self.softcap, self.scale = model.get_output_embeddings(), head.softcap, head.scale
-
-    @property
-    def weight(self) -> Tensor:
-        return self._output.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self._output, "bias", None)
-
-    logits = Head.logits
 
 
 def divide(costs: Sequence[int], parts: int) -> list[list[int]]:

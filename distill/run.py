@@ -16,7 +16,7 @@ from rich.console import Console
 from distill import checkpoint
 from distill.card import write_card
 from distill.checkpoint import Checkpoint
-from distill.config import Config, ConfigError, to_yaml
+from distill.config import Config, to_yaml
 from distill.display import Display
 from distill.distributed import Ranks
 from distill.evaluate import check_against_itself, decode_samples, evaluate
@@ -61,11 +61,6 @@ class Run:
         self.config, self.console, self.ranks = config, console, ranks or Ranks()
         self.received_signal = lambda: self.ranks.signal(received_signal())
         self.started, self.cpu_started = time.monotonic(), time.process_time()
-        if config.rollout.server and self.ranks.size > 1:
-            raise ConfigError(
-                f"rollout.server works for a run on one process, and this one has {self.ranks.size}: leave "
-                "rollout.engine at native, which divides the prompts over the ranks"
-            )
         self.device = choose_device(config.training.device, self.ranks)
         self.dtype = choose_dtype(config.training.precision, self.device)
         self.evaluations: list[dict[str, Any]] = []

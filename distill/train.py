@@ -57,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         training = config.training
         ranks = Ranks.join(training.device, training.rank_timeout_s, training.parallel)
+        if config.rollout.server and ranks.size > 1:
+            raise ConfigError(
+                f"rollout.server works for a run on one process, and this one has {ranks.size}: leave "
+                "rollout.engine at native, which divides the prompts over the ranks"
+            )
         run = Run(config, console, lambda: signals.received, ranks)
         if ranks.size > 1:
             console.print(ranks.describe(run.student), highlight=False, soft_wrap=True)
