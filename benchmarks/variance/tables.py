@@ -158,7 +158,8 @@ def fixed_tables(records: Sequence[Record], sketch_error: float, four_to_most: d
         names = list(dict.fromkeys(record["estimator"] for record in records))
         for name in names[:1] if key.startswith("kl") else names:  # rollouts are the same for every estimator
             by_n = {record["num_rollouts"]: record for record in records if record["estimator"] == name}
-            shown = (_ranged(by_n[n], key, pattern) if n in by_n else "–" for n in ns)
+            # Against an expected gradient that the pool is too small to tell from 0, there is no figure.
+            shown = (_ranged(by_n[n], key, pattern) if n in by_n and by_n[n][key] > 0 else "–" for n in ns)
             rows.append(["all" if key.startswith("kl") else name, *shown])
         parts.append(markdown([title, *(f"N = {n}" for n in ns)], rows))
     return "\n".join(parts)
@@ -200,7 +201,7 @@ def _ranged(record: Record, key: str, pattern: str) -> str:
 
 def plot_fixed(path: Path, records: Sequence[Record]) -> None:
     """Relative variance and cosine against N."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(12.5, 4), layout="constrained")
     panels = (("relative_variance", "relative variance of the gradient"), ("cosine", "cosine to the expected gradient"))
     for axes, (key, title) in zip(_row(figure, 2), panels, strict=True):
         for name in dict.fromkeys(record["estimator"] for record in records):
@@ -215,7 +216,7 @@ def plot_fixed(path: Path, records: Sequence[Record]) -> None:
         axes.set_xticks(ns, [str(n) for n in ns])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
 
 
