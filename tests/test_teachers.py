@@ -83,7 +83,7 @@ def prompt_set(tmp_path):
 
 
 def teachers_named(*names) -> list[Teacher]:
-    return [Teacher(name, None, None, tiny_tokenizer()) for name in names]
+    return [Teacher(name, None, None, tiny_tokenizer(), None) for name in names]
 
 
 def seen_by(prompts, teachers, longest=None, **settings):
@@ -137,7 +137,7 @@ def test_what_does_not_fit_a_teacher_is_refused_with_the_prompt(prompt_set, reco
 
 
 def test_a_teacher_without_chat_template_cannot_be_given_a_system_prompt(prompt_set):
-    bare = [Teacher(None, None, None, tiny_tokenizer(chat_template=None))]
+    bare = [Teacher(None, None, None, tiny_tokenizer(chat_template=None), None)]
     with pytest.raises(PromptError, match="tokenizer has none"):
         seen_by(prompt_set({"prompt": "a"}), bare, system_prompt="Be brief.")
 
