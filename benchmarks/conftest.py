@@ -16,13 +16,21 @@ _absent = pytest.StashKey[dict[str, str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", metavar="FILE", help="write the recorded rows to this JSON file")
-    parser.addoption("--whole-grid", action="store_true", help="every cell of the step beside TRL; many minutes")
+    parser.addoption("--whole-grid", action="store_true", help="every cell of every grid; an hour on two CPU cores")
     parser.addoption("--tables", action="store_true", help="then renew the tables of docs/performance.md")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
     config.stash[_absent] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--whole-grid`, what takes minutes by itself is left out and said to be."""
+    if not config.getoption("--whole-grid"):
+        for item in items:
+            if item.get_closest_marker("whole_grid"):
+                item.add_marker(pytest.mark.skip(reason="a cell of --whole-grid"))
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def head_of(K: int, V: int, H: int) -> Callable[[], object]:
 
 
 def measure(
-    values: Sequence[int], call_of: Callable[[int], Callable[[], object]], rounds: int = 3
+    values: Sequence[int], call_of: Callable[[int], Callable[[], object]], rounds: int = 2
 ) -> list[tuple[int, Timing, int]]:
     """Times all sizes in turn, round by round, after a round that warms up; then their memory, untimed."""
     calls = {value: call_of(value) for value in values}

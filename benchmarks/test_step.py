@@ -191,6 +191,7 @@ def check_same_gradient(student, teacher, inputs: dict, dtype, their_loss: Calla
 
 
 @pytest.mark.real_model
+@pytest.mark.whole_grid
 def test_cost_of_more_rollouts(models, tokenizer, record):
     P, T = 256, 32
     wanted = {1: 1.0, 4: 1.8, 16: 4.5}
@@ -205,20 +206,19 @@ def test_cost_of_more_rollouts(models, tokenizer, record):
 
 
 # P, T, N and the least ratio asked for. The cells of a plain `pytest benchmarks` come first.
-GRID = list(itertools.product((32, 512), (32, 128), (1, 4, 16)))
 ALWAYS = [(32, 32, 4), (512, 32, 4)]
+MORE = [shape for shape in itertools.product((32, 512), (32, 128), (1, 4, 16)) if shape not in ALWAYS]
 ASKED = {(512, 32, 16): 5.0}
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("shape", [*ALWAYS, *(shape for shape in GRID if shape not in ALWAYS)], ids=str)
-def test_beside_trl(models, tokenizer, tmp_path, record, absent, request, shape):
-    if shape not in ALWAYS and not request.config.getoption("--whole-grid"):
-        pytest.skip("a cell of --whole-grid")
+@pytest.mark.parametrize("shape", [*ALWAYS, *(pytest.param(s, marks=pytest.mark.whole_grid) for s in MORE)], ids=str)
+def test_beside_trl(models, tokenizer, tmp_path, record, absent, shape):
     _beside_trl(models, tokenizer, tmp_path, record, absent, shape, torch.float32)
 
 
 @pytest.mark.real_model
+@pytest.mark.whole_grid
 def test_beside_trl_in_bfloat16(models, tokenizer, tmp_path, record, absent):
     _beside_trl(models, tokenizer, tmp_path, record, absent, (32, 32, 4), torch.bfloat16)
 

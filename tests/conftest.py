@@ -154,3 +154,19 @@ def write_config(tmp_path, tiny_pair):
         return path
 
     return write
+
+
+@pytest.fixture
+def server(served_folder):
+    """A small server of the model in `served_folder`, which a test module gives."""
+    from serving import ModelServer
+
+    running = ModelServer(served_folder)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """What failed is asked again at once."""
+    monkeypatch.setattr("distill.server.FIRST_PAUSE", 0.02)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from serving import ModelServer
-from test_train import execute, metrics_of, weights_of
+from test_train import SAMPLED, execute, metrics_of, weights_of
 
 from distill.charts import run_charts
 from distill.config import ConfigError, load_config
@@ -16,28 +16,16 @@ from distill.server import Server, ServerError, in_parallel
 from distill.teacher_server import connect
 from distill.train import main
 
-SAMPLED = {"loss.objective": "sampled_reverse_kl"}
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
+def served_folder(tmp_path_factory):
     """A teacher without padded columns: a server's softmax is over all that the model has."""
     folder = tmp_path_factory.mktemp("teacher")
     tiny_model("qwen3", vocab_size=260, seed=2).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def server(teacher):
-    running = ModelServer(teacher)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch):
-    monkeypatch.setattr("distill.server.FIRST_PAUSE", 0.02)
 
 
 def served(server: ModelServer, **changes) -> dict:
@@ -89,8 +77,8 @@ def test_the_evaluation_is_the_mean_of_the_sampled_tokens(server, write_config, 
     assert charts[0].title == "Reverse KL"
 
 
-def test_a_server_that_echoes_does_too(teacher, write_config, server, tmp_path):
-    echoing = ModelServer(teacher, echo_only=True)
+def test_a_server_that_echoes_does_too(served_folder, write_config, server, tmp_path):
+    echoing = ModelServer(served_folder, echo_only=True)
     try:
         execute(write_config(served(echoing, **{"training.output_dir": str(tmp_path / "echo")})))
     finally:

@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from rich.console import Console
 from serving import ModelServer
-from test_train import execute, metrics_of, weights_of
+from test_train import SAMPLED, execute, metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from distill.config import ConfigError, load_config
@@ -24,27 +24,15 @@ from distill.run import Run
 from distill.server import ServerError
 from distill.train import main
 
-SAMPLED = {"loss.objective": "sampled_reverse_kl"}
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
+def served_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
     tiny_model("llama", vocab_size=264, seed=1).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def server(student):
-    running = ModelServer(student)
-    yield running
-    running.stop()
-
-
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch):
-    monkeypatch.setattr("distill.server.FIRST_PAUSE", 0.02)
 
 
 def served(server: ModelServer, **changes) -> dict:

@@ -47,7 +47,7 @@ def sample_rows(
         if threshold is not None:
             mass.masked_fill_(z < threshold[:, None], 0)
         chosen = _draw(masses, draws[part])[:, None]
-        kept = masses.double().sum(-1).log() if threshold is not None else mass.sum(-1).log()
+        kept = masses.sum(-1, dtype=torch.float64).log() if threshold is not None else mass.sum(-1).log()
         token_ids[part] = chosen[:, 0]
         logprobs[0, part] = x.gather(1, chosen)[:, 0] - log_total
         logprobs[1, part] = z.gather(1, chosen)[:, 0] - kept
@@ -62,7 +62,7 @@ def _threshold(z: Tensor, mass: Tensor, top_k: int, top_p: float, min_p: float) 
     if top_p < 1:
         left = z if not thresholds else z.masked_fill(z < thresholds[0][:, None], -math.inf)
         total = mass if not thresholds else left.exp()
-        thresholds.append(_nucleus(left, total.double().sum(-1), top_p))
+        thresholds.append(_nucleus(left, total.sum(-1, dtype=torch.float64), top_p))
     if min_p > 0:
         thresholds.append(torch.full_like(z[:, 0], math.log(min_p)))
     return torch.stack(thresholds).amax(0) if thresholds else None
