@@ -27,6 +27,7 @@ PLOTS = {
         "fluctuation": "De-trended standard deviation of a step's KL against N",
         "held_out": "Held-out reverse KL against sampled tokens",
     },
+    "single": {"single": "Reverse KL on new completions of one prompt against completions, by N"},
 }
 PARTS = ("fixed", "split", "training", "single")
 
@@ -94,7 +95,8 @@ def _run_part(part: str, study: Study, arguments: argparse.Namespace, progress: 
         if not arguments.tables:
             single.run_all(study.single, output, progress)
         records = _finished(part, single.read_all(study.single, output))
-        text = tables.single_table(records)
+        tables.plot_single(output / "single.png", records)
+        text = tables.single_tables(records)
     else:
         records, text = _from_pools(part, study, arguments, progress)
     tables.write_csv(output / f"{part}.csv", [{k: v for k, v in r.items() if k != "per_prompt"} for r in records])

@@ -8,6 +8,7 @@ from rich.progress import Progress
 
 from benchmarks.variance.study import SingleStudy
 from benchmarks.variance.training import Cell, Changes, figures_of, run_jobs
+from distill.metrics import read_json_lines
 
 
 def run_all(study: SingleStudy, output: Path, progress: Progress) -> None:
@@ -17,12 +18,15 @@ def run_all(study: SingleStudy, output: Path, progress: Progress) -> None:
 
 
 def read_all(study: SingleStudy, output: Path) -> list[dict[str, Any]]:
-    """The figures of every finished run."""
-    return [
-        figures_of(Cell(name, n, seed), output / "runs" / name, ())
-        for name, (n, _, seed) in _grid(study).items()
-        if (output / "runs" / name / "summary.json").exists()
-    ]
+    """The figures of every finished run, and `curve`: completions so far and KL at each of its evaluations."""
+    found = []
+    for name, (n, _, seed) in _grid(study).items():
+        folder = output / "runs" / name
+        if (folder / "summary.json").exists():
+            evaluations = read_json_lines(folder / "evaluations.jsonl")
+            curve = {n * line["step"]: line["reverse_kl"] for line in evaluations}
+            found.append(figures_of(Cell(name, n, seed), folder, ()) | {"curve": curve})
+    return found
 
 
 def _grid(study: SingleStudy) -> dict[str, tuple[int, int, int]]:

@@ -175,20 +175,48 @@ def split_tables(records: Sequence[Record]) -> str:
     return markdown(["estimator", "prompts x rollouts", "within prompts", "between prompts", "total"], rows)
 
 
-def single_table(records: Sequence[Record]) -> str:
-    """One prompt: what each number of rollouts and steps ends at, over seeds."""
-    groups: dict[tuple[int, int], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record["num_rollouts"], record["steps"]), []).append(record)
+def single_tables(records: Sequence[Record]) -> str:
+    """One prompt, over seeds: what each number of rollouts and steps ends at, and the KL at equal completions."""
     rows = []
-    for (n, steps), cell in groups.items():
+    for (n, steps), cell in _settings(records).items():
         change = interval([record["eval_after"] / record["eval_before"] - 1 for record in cell])
         figures = [f"{_over(cell, 'eval_before').mean:.3f} → {_over(cell, 'eval_after').text()}", _percent(change)]
         costs = [_over(cell, key).text("{:,.0f}") for key in ("tokens", "seconds")]
         spread = _over(cell, "reverse_kl_fluctuation").text()
         rows.append([str(n), str(steps), f"{n * steps:,}", str(len(cell)), *figures, spread, *costs])
     header = ("N", "steps", "completions", "runs", "KL, new completions", "change", "de-trended sd of a step's KL")
-    return markdown([*header, "tokens", "seconds"], rows)
+    ends = markdown([*header, "tokens", "seconds"], rows)
+    # Where more than one setting was evaluated.
+    seen = [count for cell in _settings(records).values() for count in cell[0]["curve"]]
+    counts = sorted({count for count in seen if count and seen.count(count) > 1})
+    rows = [
+        [str(n), str(steps)]
+        + [interval([r["curve"][c] for r in cell]).text("{:.3f}") if c in cell[0]["curve"] else "–" for c in counts]
+        for (n, steps), cell in _settings(records).items()
+    ]
+    return ends + "\n" + markdown(["N", "steps", *(f"KL after {count:,} completions" for count in counts)], rows)
+
+
+def plot_single(path: Path, records: Sequence[Record]) -> None:
+    """KL on new completions of the one prompt against completions, a line a setting: the mean over seeds."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    (axes,) = _row(figure, 1)
+    for (n, steps), cell in _settings(records).items():
+        counts = list(cell[0]["curve"])
+        means = [sum(r["curve"][count] for r in cell) / len(cell) for count in counts]
+        axes.plot(counts, means, marker="o", label=f"N = {n}, {steps} steps")
+    axes.set(xlabel="completions", ylabel="exact reverse KL, nats per token", xscale="symlog")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _settings(records: Sequence[Record]) -> dict[tuple[int, int], list[Record]]:
+    """Records by number of rollouts and steps."""
+    groups: dict[tuple[int, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["num_rollouts"], record["steps"]), []).append(record)
+    return groups
 
 
 def _ranged(record: Record, key: str, pattern: str) -> str:
