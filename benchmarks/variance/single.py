@@ -10,6 +10,9 @@ from benchmarks.variance.study import SingleStudy
 from benchmarks.variance.training import Cell, Changes, figures_of, run_jobs
 from distill.metrics import read_json_lines
 
+# Completions between evaluations, so that every number of rollouts is evaluated after as many; short runs have four.
+EVALUATED_EVERY = 1280
+
 
 def run_all(study: SingleStudy, output: Path, progress: Progress) -> None:
     """Runs what is missing."""
@@ -36,10 +39,11 @@ def _grid(study: SingleStudy) -> dict[str, tuple[int, int, int]]:
 
 def _changes(study: SingleStudy, n: int, steps: int, seed: int, folder: Path) -> Changes:
     changes = {section: dict(keys) for section, keys in study.overrides.items()}
+    apart = EVALUATED_EVERY // n
     changes["training"] = changes.get("training", {}) | {
         "num_rollouts_per_prompt": n,
         "num_epochs": steps,  # of one prompt, so one step each
-        "eval_every": max(1, steps // 4),
+        "eval_every": max(1, apart if apart <= steps else steps // 4),
         "save_every": max(1, steps // 16),  # a checkpoint is 1.6 GB: hundreds would take longer than the steps
         "seed": seed,
         "output_dir": str(folder),

@@ -172,6 +172,7 @@ def test_rollouts_and_scores_have_the_models_own_log_probabilities(server, engin
         "rollouts, float32 scoring": told(rollouts) - exact,
         "teacher, float32 scoring": theirs - exact,
         f"teacher, {server.dtype} scoring": theirs - same,
+        f"{server.dtype} scoring here, float32 scoring": same - exact,
     }
     for name, gap in gaps.items():
         size = gap.abs()
@@ -179,7 +180,9 @@ def test_rollouts_and_scores_have_the_models_own_log_probabilities(server, engin
     if server.dtype == "float32":
         assert max(gap.abs().max() for gap in gaps.values()) < 1e-3
     else:
+        # In the mean. Of a single token bfloat16 leaves more open: the server is as near to float32 as we are.
         assert abs((theirs - same).mean()) < 0.02
+        assert (theirs - exact).abs().mean() < 1.5 * (same - exact).abs().mean()
         assert (told(rollouts) - exact).abs().mean() < 0.1
 
 
