@@ -43,6 +43,7 @@ def test_vllm_beside_the_native_engine(precision: str, record, tmp_path) -> None
             corrects_sampler=False,
         )
         start = time.perf_counter()
+        weights.snapshot()
         weights.ensure()
         refresh = time.perf_counter() - start
         prompt_ids, ours = prompts_of("SmolLM2-135M", B, P), engine_of("SmolLM2-135M", precision)
@@ -54,7 +55,7 @@ def test_vllm_beside_the_native_engine(precision: str, record, tmp_path) -> None
             "vllm": lambda: native(served, prompt_ids, N),
             "vllm, one request": lambda: client.request("/v1/completions", body),
         }
-        timings = interleave(made, rounds=3)
+        timings = interleave(made, rounds=2)
     finally:
         server.stop()
     group = f"vLLM, SmolLM2-135M, {precision}: {B} prompts of {P} tokens, {N} rollouts of {TOKENS} tokens each"

@@ -44,7 +44,7 @@ def _changes(study: SingleStudy, n: int, steps: int, seed: int, folder: Path) ->
         "num_rollouts_per_prompt": n,
         "num_epochs": steps,  # of one prompt, so one step each
         "eval_every": max(1, apart if apart <= steps else steps // 4),
-        "save_every": max(1, steps // 16),  # a checkpoint is 1.6 GB: hundreds would take longer than the steps
+        "save_every": max(20, steps // 16),  # a checkpoint is 1.6 GB: hundreds would take longer than the steps
         "seed": seed,
         "output_dir": str(folder),
     }
