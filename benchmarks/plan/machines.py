@@ -31,7 +31,7 @@ class Efficiency(NamedTuple):
 
 
 GPU = Efficiency(0.5, 0.7, 0.4, 0.75, 0.6, 2.5e-4, 3e-5, GIB)
-CPU = Efficiency(0.95, 0.95, 0.3, 0.8, 0.3, 1e-3, 6.5e-4, int(0.55 * GIB))
+CPU = Efficiency(0.95, 0.95, 0.3, 0.8, 0.3, 1e-3, 8e-4, int(0.55 * GIB))
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
 TINY = Shape(256, 1024, 8, 4, 2, 64, 8192, False)  # test_rollout's
 SMOLLM2 = known("SmolLM2-135M")
 PRUNED = replace(SMOLLM2, num_hidden_layers=28)
-# The README's rollouts of 64 tokens, in tokens a second: shape, P, N, prompts, bytes of a weight.
-ROLLOUTS = {(SMOLLM2, 32, 4, 10, 4): 549, (SMOLLM2, 32, 4, 10, 2): 666, (SMOLLM2, 512, 16, 1, 4): 289}
-ROLLOUTS |= {(TINY, 256, 16, 4, 4): 3923}
+ROLLOUTS = re.compile(
+    r"rollouts, (SmolLM2-135M|tiny model), (float32|bfloat16): (\d+) prompts of (\d+) tokens, (\d+) rollouts of (\d+)"
+)
 
 
 class Point(NamedTuple):
@@ -74,19 +74,19 @@ def points(folder: Path = RESULTS) -> list[Point]:
             sampled = 2 if "=" in row.name else 4  # the cost of more rollouts is measured in the faster precision
             plan = predict(Work(PRUNED, SMOLLM2, n["P"], n["T"], n["N"], rollout_itemsize=sampled), cpu)
             found.append(Point(what, "step", row.seconds, plan.total))
+        elif (sizes := ROLLOUTS.match(row.group)) and row.name == "ours":
+            name, precision, *counts = sizes.groups()
+            (prompts, P, N, T), shape = map(int, counts), SMOLLM2 if name == "SmolLM2-135M" else TINY
+            itemsize = 4 if precision == "float32" else 2
+            plan = predict(Work(shape, shape, P, T, N, prompts, prompts, rollout_itemsize=itemsize), cpu)
+            what = f"rollouts of {name}, {precision}, prompts: {prompts}, P = {P}, T = {T}, N = {N}"
+            found.append(Point(what, "rollout", row.seconds, plan.seconds["prefill"] + plan.seconds["decode"]))
         elif file := re.search(r"^step of (configs/\w+\.yaml)", row.group):
             plan = predict(work_of(load_config(ROOT / file[1]), cpu, n["P"], n["T"]), cpu)
             if row.name in PHASES:
                 found.append(Point(what, row.name, row.seconds, plan.phase(row.name)))
             else:
                 found.append(Point(what, "memory of the process", row.peak_bytes, max(plan.peak.values())))
-    for (shape, P, N, prompts, itemsize), rate in ROLLOUTS.items():
-        plan = predict(Work(shape, shape, P, 64, N, prompts, prompts, rollout_itemsize=itemsize), cpu)
-        name = "SmolLM2-135M" if shape == SMOLLM2 else "an 8-layer model"
-        precision = "float32" if itemsize == 4 else "bfloat16"
-        what = f"rollouts of {name}, {precision}, prompts: {prompts}, P = {P}, T = 64, N = {N}"
-        seconds = plan.seconds["prefill"] + plan.seconds["decode"]
-        found.append(Point(what, "rollout", prompts * N * 64 / rate, seconds))
     return found
 
 
