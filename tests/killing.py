@@ -72,6 +72,17 @@ def moment(run: Path, rng: random.Random, kind: str):
     return stepped
 
 
+def caught(child: int, run: Path) -> bool:
+    """Halts the child if it is in the midst of a save, and says whether it is: on a busy machine it may be over."""
+    if not partials(run):
+        return False
+    os.kill(child, signal.SIGSTOP)
+    if partials(run):
+        return True
+    os.kill(child, signal.SIGCONT)
+    return False
+
+
 def main() -> None:
     config, kills, rng = sys.argv[1], int(sys.argv[2]), random.Random(int(sys.argv[3]))
     run = Path(yaml.safe_load(Path(config).read_text())["training"]["output_dir"])
@@ -81,7 +92,7 @@ def main() -> None:
         kind = ("partial", "step", "start", "step", "partial")[attempts % 5]
         child = start(config)
         reached = moment(run, rng, kind)
-        while not (over := ended(child)) and not reached():
+        while not (over := ended(child)) and not (reached() and (kind != "partial" or caught(child, run))):
             time.sleep(0.0003)
         if over:  # it came to its end before its moment: too few steps for so many kills
             raise SystemExit(f"the run ended after {done} kills")
