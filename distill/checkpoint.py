@@ -1,8 +1,8 @@
 """Checkpoints: a folder of safetensors and JSON, complete or absent, with a digest of every file.
 
-A checkpoint is written to a temporary folder, flushed, and renamed. One that is damaged is skipped with a warning
-and the one before it is used. Nothing is ever unpickled. Random numbers need no state here: every draw is a function
-of the seed and of what is drawn.
+A checkpoint is written to a temporary folder, flushed, and renamed; over ranks by all of them, and whole or absent all
+the same. One that is damaged is skipped with a warning and the one before it is used. No file is ever unpickled. Random
+numbers need no state here: every draw is a function of the seed and of what is drawn.
 """
 
 import hashlib
@@ -14,14 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill import tensor_files
 from distill.config import Config
+from distill.distributed import Ranks
 
 MANIFEST = "manifest.json"
-NEEDED = {"student.safetensors", "optimizer.safetensors", "state.json"}
+WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an exception of its own
 
 # Keys whose change leaves every number of a continued run as it would have been.
 HARMLESS = {
@@ -52,11 +54,14 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(NamedTuple):
-    """One checkpoint as it was loaded."""
+    """One checkpoint, found sound; its weights and moments are still on disk."""
 
     path: Path
-    tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    shapes: dict[str, torch.Size]
+    """Of each weight NAME and of Adam's moments NAME/MOMENT, as they are in one piece."""
+    rollouts: dict[str, dict[str, Tensor]]
+    """The rollouts in hand, and those sampled ahead."""
 
     @property
     def step(self) -> int:
@@ -66,6 +71,13 @@ class Checkpoint(NamedTuple):
     def metrics(self) -> Path:
         """The metrics of every step up to this one."""
         return self.path / "metrics.jsonl"
+
+    def read(self, into: Mapping[str, Tensor]) -> None:
+        """Copies the weights and moments that are named into tensors of any placement. Raises `CheckpointError`."""
+        try:
+            tensor_files.read(self.path, into)
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
 
 
 def save(
@@ -77,41 +89,61 @@ def save(
     *,
     best: int | None = None,
     metrics: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
-    """Writes `folder/step-NNNNNN` with one safetensors file a group of tensors, and a copy of `metrics`.
+    """Writes `folder/step-NNNNNN` with the groups of `tensors` and a copy of `metrics`; all `ranks` must ask for it.
 
-    Then removes all checkpoints but the last ones and that of step `best`. When writing fails, nothing is removed
-    but what was half written.
+    Then removes all checkpoints but the last ones and that of step `best`. When writing fails, on whichever rank,
+    nothing is removed but what was half written.
     """
-    target = _path(folder, step)
+    ranks, target = ranks or Ranks(), _path(folder, step)
     partial = folder / f".{target.name}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        for name, group in tensors.items():
-            save_file(
-                {key: value.detach().contiguous().cpu() for key, value in group.items()},
-                partial / f"{name}.safetensors",
-            )
+
+    def begin() -> None:
+        if ranks.rank:
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensor_files.write_whole_groups(partial, tensors, ranks.size)
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         if metrics is not None:
             shutil.copyfile(metrics, partial / "metrics.jsonl")
-        digests = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
-        if target.exists():
-            _remove(target)
-        os.replace(partial, target)
-        _flush(folder)
+
+    def finish() -> None:
+        if ranks.rank == 0:
+            _finish(partial, target, digests)
+            for old in list_checkpoints(folder)[:-keep_last]:
+                if best is None or old != _path(folder, best):
+                    _remove(old)
+
+    try:
+        ranks.together(begin, WRITING_ERRORS)
+        own = tensor_files.write_own_part(partial, tensors, ranks.rank) if ranks.size > 1 else []
+        written = ranks.of_all({path.name: _sha256(path) for path in own})
+        digests = {name: digest for of_rank in written for name, digest in of_rank.items()}
+        ranks.together(finish, WRITING_ERRORS)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-keep_last]:
-        if best is None or old != _path(folder, best):
-            _remove(old)
     return target
+
+
+def _finish(partial: Path, target: Path, digests: dict[str, str]) -> None:
+    """Makes a checkpoint of what all ranks have written, given the digests that they know."""
+    if missing := [name for name in digests if not (partial / name).exists()]:
+        raise OSError(
+            f"rank 0 does not see {missing[0]}, which another rank wrote: all ranks need the same folder there, on a "
+            f"file system that their machines share"
+        )
+    digests = {path.name: digests.get(path.name) or _sha256(path) for path in sorted(partial.iterdir())}
+    (partial / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    if target.exists():
+        _remove(target)
+    os.replace(partial, target)
+    _flush(target.parent)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -119,19 +151,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if path.is_dir() and _step(path) is not None), key=_step)
 
 
-def load(checkpoint: Path) -> Checkpoint:
-    """Loads one checkpoint. Raises `CheckpointError` if anything in it is wrong."""
+def load(checkpoint: Path, *, verify: bool = True) -> Checkpoint:
+    """Opens one checkpoint. Raises `CheckpointError` if anything in it is wrong, as far as `verify` looks."""
     try:
         digests = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(digests, dict) or not set(digests) >= NEEDED or any(Path(n).name != n for n in digests):
-            raise CheckpointError(f"{checkpoint / MANIFEST} does not list {', '.join(sorted(NEEDED))}")
-        for name, digest in digests.items():
+        if not isinstance(digests, dict) or "state.json" not in digests or any(Path(n).name != n for n in digests):
+            raise CheckpointError(f"{checkpoint / MANIFEST} does not list the files of a checkpoint")
+        for name, digest in digests.items() if verify else ():
             if _sha256(checkpoint / name) != digest:
                 raise CheckpointError(f"{checkpoint / name} is damaged: its SHA-256 is not the one written with it")
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        names = [name for name in digests if name.endswith(".safetensors")]
-        tensors = {name.removesuffix(".safetensors"): load_file(checkpoint / name) for name in names}
-        return Checkpoint(checkpoint, tensors, state)
+        shapes, rollouts = tensor_files.shapes_of(checkpoint), tensor_files.read_whole_groups(checkpoint)
+        return Checkpoint(checkpoint, state, shapes, rollouts)
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -201,18 +232,18 @@ def accept(found: Checkpoint, config: Config, prompts_digest: str, student: nn.M
             + "\n  ".join(changed)
             + "\nSet training.resume to never to start over, or name another training.output_dir"
         )
-    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
-    check_fits(found, "student", trained)
+    _check_fits(found, {name: p for name, p in student.named_parameters() if p.requires_grad})
 
 
-def check_fits(found: Checkpoint, group: str, parameters: Mapping[str, Tensor]) -> None:
-    """Raises `CheckpointError` unless the checkpoint's tensors have the names and shapes of these parameters."""
-    saved = found.tensors[group]
-    wrong = [name for name in {*saved, *parameters} if name not in saved or name not in parameters]
-    wrong = wrong or [name for name in saved if saved[name].shape != parameters[name].shape]
+def _check_fits(found: Checkpoint, trained: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` unless the checkpoint's weights have the names and shapes of those `trained`."""
+    saved = {name: shape for name, shape in found.shapes.items() if "/" not in name}
+    wrong = [name for name in {*saved, *trained} if name not in saved or name not in trained]
+    wrong = wrong or [name for name, shape in saved.items() if shape != trained[name].shape]
+    wrong = wrong or [name for name in found.shapes if name.partition("/")[0] not in trained]
     if wrong:
         raise CheckpointError(
-            f"{found.path} is of another {group}: {len(wrong)} tensors differ, {min(wrong)} among them. "
+            f"{found.path} is of another student: {len(wrong)} tensors differ, {min(wrong)} among them. "
             f"Has the model's folder changed since?"
         )
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from distill.rollout import RolloutEngine, Rollouts
 
 T = TypeVar("T")
+Errors = tuple[type[Exception], ...]
 
 
 class RankError(RuntimeError):
@@ -146,16 +147,41 @@ class Ranks:
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return int(found)
 
+    def of_all(self, value: Any) -> list[Any]:
+        """What each rank gives, anything that JSON holds."""
+        if self.size == 1:
+            return [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sent = torch.full((self.largest(len(content)),), ord(" "), dtype=torch.uint8)
+        sent[: len(content)] = content
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        distributed.all_gather(received, sent)
+        return [json.loads(bytes(part.tolist())) for part in received]
+
     def of_first(self, value: Any) -> Any:
         """What rank 0 gives, anything that JSON holds."""
+        return self.of_all(None if self.rank else value)[0]
+
+    def together(self, work: Callable[[], T], errors: Errors) -> T:
+        """`work()` of this rank, where it came to an end on all: if one raised one of `errors`, all raise that.
+
+        Raises `RankError` where a rank does not come to an end.
+        """
         if self.size == 1:
-            return value
-        content = b"" if self.rank else json.dumps(value).encode()
-        sent = torch.zeros(self.largest(len(content)), dtype=torch.uint8)
-        if not self.rank:
-            sent[:] = torch.tensor(list(content), dtype=torch.uint8)
-        distributed.broadcast(sent, 0)
-        return json.loads(bytes(sent.tolist()))
+            return work()
+        failure, result = None, None
+        try:
+            result = work()
+        except errors as error:
+            failure = error
+        self.meet()
+        kinds = [kind for kind in errors if isinstance(failure, kind)]
+        said = self.of_all(kinds and [errors.index(kinds[0]), getattr(failure, "strerror", None) or str(failure)])
+        if failure is not None:
+            raise failure
+        for rank, (kind, message) in ((rank, words) for rank, words in enumerate(said) if words):
+            raise errors[kind](f"{message} (on rank {rank})")
+        return result
 
     def signal(self, received: Signals | None) -> Signals | None:
         """The signal that any rank has received, so that all stop at the same step."""
@@ -221,15 +247,6 @@ class Ranks:
         return (
             f"{self.size} ranks; rank 0 keeps {held:,} of the student's {sum(t.numel() for t in tensors):,} parameters"
         )
-
-    def shard_of(self, saved: Tensor, parameter: Tensor) -> Tensor:
-        """What this rank keeps of a whole tensor that belongs to `parameter`, on its device."""
-        saved = saved.to(parameter.device)
-        if not self.sharded or not saved.dim():
-            return saved
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(saved, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`tensors` in one piece, for rank 0 to write; on the other ranks nothing of those that are shared out."""

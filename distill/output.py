@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from distill import checkpoint
+from distill.distributed import Ranks
 from distill.metrics import JsonLines, json_line
 
 LOCK = ".lock"
@@ -54,8 +53,7 @@ class OutputFolder:
         """Turns what the operating system says while `what` is written into an `OutputError`."""
         try:
             yield
-        # safetensors has an exception of its own, in which the operating system's words stand.
-        except (OSError, SafetensorError) as error:
+        except checkpoint.WRITING_ERRORS as error:
             reason = getattr(error, "strerror", None) or str(error)
             free = ""
             with contextlib.suppress(OSError):
@@ -100,14 +98,17 @@ class OutputFolder:
         with self.writing(f"{name}.jsonl"):
             self._logs[name].write(records)
 
-    def save(self, step: int, tensors: dict, state: dict, *, keep_last: int, best: int | None) -> None:
-        """Writes a checkpoint once the logs that it refers to are on disk."""
-        with self.writing(f"the checkpoint of step {step}"):
+    def save(self, step: int, tensors: dict, state: dict, *, keep_last: int, best: int | None, ranks: Ranks) -> None:
+        """Writes a checkpoint once the logs that it refers to are on disk; all `ranks` take part."""
+
+        def sync() -> None:
             for log in self._logs.values():
                 log.sync()
-            checkpoint.save(
-                self.checkpoints, step, tensors, state, keep_last, best=best, metrics=self.path / "metrics.jsonl"
-            )
+
+        with self.writing(f"the checkpoint of step {step}"):
+            ranks.together(sync, checkpoint.WRITING_ERRORS)
+            metrics = self.path / "metrics.jsonl"
+            checkpoint.save(self.checkpoints, step, tensors, state, keep_last, best=best, metrics=metrics, ranks=ranks)
 
     def replace(self, name: str, write: Callable[[Path], None]) -> None:
         """Fills the folder `name` by `write`; it appears whole, and an earlier one stays until then."""
@@ -155,7 +156,7 @@ class OutputFolder:
 
 
 class NoOutput(OutputFolder):
-    """The same for the ranks that write nothing."""
+    """The same for the ranks that write nothing but their part of each checkpoint."""
 
     writes = False
 
@@ -165,7 +166,7 @@ class NoOutput(OutputFolder):
     def _nothing(self, *_: Any, **__: Any) -> None:
         pass
 
-    set_aside = open_logs = log = save = replace = write_text = _nothing
+    set_aside = open_logs = log = replace = write_text = _nothing
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -235,10 +235,10 @@ class Run:
         if ranks.rank == 0:
             found = checkpoint.find(self.config.training.resume, self.output.checkpoints)
         path = ranks.of_first(found and str(found.path))
-        return checkpoint.load(Path(path)) if path and ranks.rank else found
+        return checkpoint.load(Path(path), verify=False) if path and ranks.rank else found
 
     def _restore(self, start: Checkpoint) -> None:
-        self.trainer.restore(start.tensors, start.state["trainer"])
+        self.trainer.restore(start)
         self.evaluations, self.samples = start.state["evaluations"], start.state["samples"]
         self.started -= start.state["wall_seconds"]
         self.cpu_started -= start.state.get("cpu_seconds", 0.0)
@@ -342,8 +342,7 @@ class Run:
             "cpu_seconds": time.process_time() - self.cpu_started,
         }
         step, keep_last = self.trainer.position.step, self.config.training.keep_last
-        self.output.save(step, tensors, state, keep_last=keep_last, best=self.best_step)
-        self.ranks.meet()  # none leaves, and has the others ended, before it is written
+        self.output.save(step, tensors, state, keep_last=keep_last, best=self.best_step, ranks=self.ranks)
 
     def _write_model(self, folder: Path) -> None:
         merged(self.student).save_pretrained(folder)

@@ -23,6 +23,7 @@ from distill.models import whole
 from distill.rollout import RolloutEngine, Rollouts
 
 if TYPE_CHECKING:
+    from distill.checkpoint import Checkpoint
     from distill.config import TrainingConfig
 
 
@@ -148,13 +149,13 @@ class Trainer:
         return peak * shapes[self.options.lr_schedule]
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Everything that the next step depends on: groups of tensors, and plain values."""
+        """Everything that the next step depends on: groups of tensors, as this rank has them, and plain values."""
         moments = {
             f"{name}/{key}": value
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }
-        tensors = {"student": self.ranks.gathered(self.parameters), "optimizer": self.ranks.gathered(moments)}
+        tensors = {"student": dict(self.parameters), "optimizer": moments}
         # A batch that is being sampled is waited for: its weights would not be there again.
         for name, rollouts in (("rollouts", self._rollouts), ("next_rollouts", self._next and self._next.result())):
             if rollouts is not None:
@@ -171,15 +172,18 @@ class Trainer:
         }
         return tensors, state
 
-    def restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Continues from what `state` gave."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.ranks.shard_of(tensors["student"][name], parameter))
-        for key, value in tensors["optimizer"].items():
-            name, _, moment = key.rpartition("/")
-            parameter = self.parameters[name]
-            self.optimizer.state[parameter][moment] = self.ranks.shard_of(value, parameter)
+    def restore(self, found: "Checkpoint") -> None:
+        """Continues from a checkpoint of what `state` gave, on any number of ranks."""
+        state, moments = found.state["trainer"], {}
+        for name, shape in found.shapes.items():
+            if "/" in name:
+                parameter = self.parameters[name.partition("/")[0]]
+                like = parameter.shape == shape
+                moments[name] = torch.zeros_like(parameter) if like else torch.zeros(shape, device=self.device)
+        found.read({**self.parameters, **moments})
+        for name, value in moments.items():
+            parameter, _, moment = name.partition("/")
+            self.optimizer.state[self.parameters[parameter]][moment] = value
         self.position = Position(**state["position"])
         self._rollout_seconds = state["rollout_seconds"]
         self.skipped_steps, self.bad_in_row = state.get("skipped_steps", 0), state.get("bad_in_row", 0)
@@ -187,8 +191,8 @@ class Trainer:
             self.limits.restore(state["limits"])
         begun = self.position.step - self.position.group
         self._sampled_at, self._next_sampled_at = state.get("sampled_at", (begun, begun))
-        for name in {"rollouts", "next_rollouts"} & set(tensors):
-            saved = {key: value.to(self.device) for key, value in tensors[name].items()}
+        for name, group in found.rollouts.items():
+            saved = {key: value.to(self.device) for key, value in group.items()}
             rollouts = _lengths_on_host(Rollouts(num_rollouts=self.options.num_rollouts_per_prompt, **saved))
             if name == "rollouts":
                 self._rollouts = rollouts

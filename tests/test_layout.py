@@ -53,7 +53,8 @@ ALLOWED = {
         "metrics",
         "models",
     },
-    "checkpoint": {"config"},
+    "checkpoint": {"config", "distributed", "tensor_files"},
+    "tensor_files": set(),
     "teachers": {"group", "loss", "models", "prompts", "server", "teacher_server"},
     "vllm_engine": {"decode", "lora", "rollout", "server", "teacher_server"},
     "loading": {
@@ -61,7 +62,7 @@ ALLOWED = {
         *("server", "vllm_engine"),
     },
     "layer_choice": {"config", "evaluate", "group", "loading", "loss", "memory", "models", "prompts"},
-    "output": {"checkpoint", "metrics"},
+    "output": {"checkpoint", "distributed", "metrics"},
     "trackers": {"config", "metrics", "output"},
     "summary": {"display", "metrics"},
     "evaluate": {
