@@ -1,12 +1,14 @@
 """Runs the command over ranks, several times: `python tests/over_ranks.py JOBS.json`.
 
 A job has a `config`, a number of `ranks`, more `words` for the command line, and perhaps a `signal`: its name, the rank
-that gets it, and after how many lines of metrics. All is imported once and each rank forked, since the imports take
-longer than a run. The parent never computes, so that forking is safe. Prints a line of JSON a job.
+that gets it, and after how many lines of metrics; or a rank and its `largest_file` in bytes. All is imported once and
+each rank forked, since the imports take longer than a run. The parent never computes, so that forking is safe. Prints a
+line of JSON a job.
 """
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -28,11 +30,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(words: list[str], rank: int, size: int, port: int) -> int:
+def start(words: list[str], rank: int, size: int, port: int, largest_file: int | None) -> int:
     """The process id of a child that is one rank."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
+        if largest_file:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         if size > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -52,7 +57,8 @@ def lines(path: Path) -> int:
 
 def run(job: dict) -> dict:
     size, port = job["ranks"], free_port()
-    children = [start(["--config", job["config"], *job["words"]], rank, size, port) for rank in range(size)]
+    words, (limited, limit) = ["--config", job["config"], *job["words"]], job.get("largest_file", (0, None))
+    children = [start(words, rank, size, port, limit if rank == limited else None) for rank in range(size)]
     name, to, after = job.get("signal", ("", 0, 0))
     while lines(Path(job["folder"]) / "metrics.jsonl") < after:
         time.sleep(0.01)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_train import ROOT, environment, execute, weights_of
 
+from distill import checkpoint
 from distill.config import ConfigError, load_config
 from distill.distributed import divide
 from distill.metrics import read_json_lines
@@ -56,10 +57,10 @@ def over_ranks(tmp_path, *jobs) -> tuple[list[dict], str]:
     return found, result.stdout + result.stderr
 
 
-def job(config, folder, ranks, parallel="replicate", *, signal=(), words=()) -> dict:
+def job(config, folder, ranks, parallel="replicate", *, words=(), **more) -> dict:
     words = ["--training.parallel", parallel, "--training.output_dir", str(folder), *words]
     made = {"config": str(config), "ranks": ranks, "folder": str(folder), "words": words}
-    return made | ({"signal": signal} if signal else {})
+    return made | more
 
 
 def quiet() -> dict[str, str]:
@@ -128,14 +129,35 @@ def test_two_and_four_ranks_do_what_one_does(changes, runs, uneven, whole, tmp_p
     assert shares == pytest.approx(expected, rel=0.02)
 
 
-def test_a_signal_to_one_of_four_ranks_stops_all_and_two_continue(uneven, whole, tmp_path):
-    """The four share the weights out, the two have all of them."""
-    path, run = uneven(ALL_WEIGHTS), tmp_path / "run"
-    (stopped, continued), said = over_ranks(
-        tmp_path, job(path, run, 4, "shard", signal=("SIGTERM", 3, 2)), job(path, run, 2)
+def test_a_signal_to_one_of_four_ranks_stops_all_and_two_continue_and_one_ends(uneven, whole, tmp_path):
+    """The four share the weights out, the two have all of them; each writes its part of a checkpoint."""
+    changes, run = ALL_WEIGHTS | {"training.keep_last": 9}, tmp_path / "run"
+    path = uneven(changes)
+    (four, two), said = over_ranks(
+        tmp_path, job(path, run, 4, "shard", signal=("SIGTERM", 3, 2)), job(path, run, 2, signal=("SIGTERM", 0, 6))
     )
-    assert (stopped["statuses"], continued["statuses"]) == ([143] * 4, [0, 0]), said
-    assert_close_runs(whole(ALL_WEIGHTS), run)
+    assert (four["statuses"], two["statuses"]) == ([143] * 4, [143] * 2), said
+    execute(uneven(changes | {"training.output_dir": str(run)}))
+    assert_close_runs(whole(changes), run)
+    checkpoints = [checkpoint.load(path) for path in checkpoint.list_checkpoints(run / "checkpoints")]
+    shards = [[path.stat().st_size for path in found.path.glob("shard-*")] for found in checkpoints]
+    assert [len(sizes) for sizes in shards] == [4, 2, 0]
+    for sizes in shards[:2]:
+        assert max(sizes) < 1.1 * min(sizes) + 8192
+    assert len({tuple(sorted(found.shapes.items())) for found in checkpoints}) == 1  # in whichever parts
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_ends_all_with_the_one_before(uneven, whole, tmp_path):
+    changes, run = ALL_WEIGHTS | {"training.save_every": 3}, tmp_path / "run"
+    path = uneven(changes)
+    (failed, continued), said = over_ranks(
+        tmp_path, job(path, run, 3, "shard", largest_file=(2, 100_000)), job(path, run, 3, "shard")
+    )
+    assert (failed["statuses"], continued["statuses"]) == ([2] * 3, [0] * 3), said
+    assert said.count("the checkpoint of step 3 could not be written") == 1
+    assert "File too large (on rank 2)" in said
+    assert not list((run / "checkpoints").glob(".*"))
+    assert_close_runs(whole(changes), run)
 
 
 def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(uneven, tmp_path):
