@@ -34,6 +34,7 @@ def test_vllm_beside_the_native_engine(precision: str, record, tmp_path) -> None
         client = Server(server.url, "rollout.server", timeout_seconds=600, retries=0)
         weights = ServedWeights(model, client, folder, tokenizer, precision)
         served = VllmEngine(
+            model,
             weights,
             sampling=SamplingOptions(TOKENS),
             eos_token_ids=[],
@@ -43,7 +44,7 @@ def test_vllm_beside_the_native_engine(precision: str, record, tmp_path) -> None
             corrects_sampler=False,
         )
         start = time.perf_counter()
-        weights.snapshot()
+        weights.snapshot(model)
         weights.ensure()
         refresh = time.perf_counter() - start
         prompt_ids, ours = prompts_of("SmolLM2-135M", B, P), engine_of("SmolLM2-135M", precision)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from datetime import timedelta
 from signal import Signals
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from distill.memory import MemoryLimitError
 from distill.models import alias, whole
+from distill.server import ServerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,9 +124,11 @@ class Ranks:
         """The sum over ranks of what each holds, where its `mask` holds; the last dimensions are the mask's."""
         if self.size == 1:
             return tensor
-        if mask is not None:
-            tensor = torch.where(mask.to(tensor.device, non_blocking=True), tensor, 0)
-        tensor = tensor.contiguous()
+        # A tensor of its own, since the sum takes its place: what was given may be part of another.
+        if mask is None:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        else:
+            tensor = torch.where(mask.to(tensor.device, non_blocking=True), tensor, 0).contiguous()
         distributed.all_reduce(tensor, group=self._group_of(tensor))
         return tensor
 
@@ -183,6 +188,22 @@ class Ranks:
             raise errors[kind](f"{message} (on rank {rank})")
         return result
 
+    def wait_for_first(self, future: "Future | None") -> None:
+        """Returns on every rank when rank 0's `future` is done, however long that takes."""
+        while self.of_first(self.rank == 0 and bool(wait([future], self._timeout_s / 10).not_done)):
+            pass
+
+    def tensors_of_first(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Rank 0's `tensors` on every rank's `device`."""
+        about = self.of_first({name: [str(t.dtype)[len("torch.") :], *t.shape] for name, t in tensors.items()})
+        found = {}
+        for name, (dtype, *shape) in about.items():
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype)) if self.rank else tensors[name].cpu().contiguous()
+            # Bytes, as there are no collectives for all types.
+            distributed.broadcast(tensor.view(torch.uint8), 0)
+            found[name] = tensor.to(device)
+        return found
+
     def signal(self, received: Signals | None) -> Signals | None:
         """The signal that any rank has received, so that all stop at the same step."""
         self.meet()
@@ -211,7 +232,12 @@ class Ranks:
             parts = [rows[part] for part in parts]
             return work(self._evened(group, own, parts) if self.sharded else parts)
 
-        return limits.in_micro_batches(phase, (prompts, completions[rows], index[rows]), of_group)
+        lengths = (prompts, completions[rows], index[rows])
+        return self._agreed(lambda: limits.in_micro_batches(phase, lengths, of_group))
+
+    def _agreed(self, work: Callable[[], T]) -> T:
+        """`together`, for what a run can be continued after; not where the others wait in the midst of `work`."""
+        return work() if self.sharded else self.together(work, (MemoryLimitError, ServerError))
 
     def _evened(self, group: "Group", own: Tensor, parts: list[Tensor]) -> list[Tensor]:
         """As many micro-batches for each teacher on every rank, filled up with a row that is another rank's."""
@@ -277,17 +303,15 @@ class Ranks:
         prompt_keys: Tensor,
     ) -> "Rollouts":
         """`engine.generate`, each rank its share of the prompts: all rollouts, on every rank."""
-        options = {"num_rollouts": num_rollouts}
-        if self.size == 1:
-            return engine.generate(prompt_ids, prompt_mask, prompt_keys=prompt_keys, **options)
+        if self.size == 1 or engine.engine == "vllm":  # which asks one server for all
+            return engine.generate(prompt_ids, prompt_mask, num_rollouts=num_rollouts, prompt_keys=prompt_keys)
         B = len(prompt_ids)
         # A rank without a prompt has to take part in what the engine does, so it samples one for nothing.
         share = divide([1] * B, self.size)[self.rank]
         own = torch.tensor(share or [0])
         first = int(prompt_mask[own].any(0).int().cpu().argmax())
-        part = engine.generate(
-            prompt_ids[own, first:], prompt_mask[own, first:], prompt_keys=prompt_keys[own], **options
-        )
+        mine = {"prompt_ids": prompt_ids[own, first:], "prompt_mask": prompt_mask[own, first:]}
+        part = self._agreed(lambda: engine.generate(**mine, num_rollouts=num_rollouts, prompt_keys=prompt_keys[own]))
         self.meet()
         width = self.largest(part.completion_ids.shape[1])
         rows = (own[:, None] * num_rollouts + torch.arange(num_rollouts)).flatten().to(prompt_ids.device)

@@ -19,6 +19,7 @@ from distill.rollout import RolloutEngine
 from distill.server import Server
 from distill.teachers import Teacher, TeacherPrompts, context_of, load_teachers, teacher_prompts
 from distill.vllm_engine import ServedWeights, VllmEngine
+from distill.vllm_ranks import RankedVllmEngine
 
 SERVED = "rollout-model"  # folder of a run through which a server gets the student's weights
 
@@ -77,7 +78,8 @@ def make_engine(
     vocab_size: int,
     precision: str,
     limits: MemoryLimits,
-) -> RolloutEngine | VllmEngine:
+    ranks: Ranks | None = None,
+) -> RolloutEngine | VllmEngine | RankedVllmEngine:
     """What samples from `model` as `rollout` says, in a precision that may be decided already."""
     rollout = config.rollout
     common = {
@@ -92,8 +94,12 @@ def make_engine(
     if rollout.engine == "vllm":
         limit = {"timeout_seconds": rollout.timeout_seconds, "retries": rollout.retries}
         server, folder = Server(rollout.server, "rollout.server", **limit), config.training.output_dir / SERVED
-        weights = ServedWeights(model, server, folder, tokenizer, precision)
-        return VllmEngine(weights, **common, corrects_sampler=config.loss.importance_sampling == "sampler")
+        common["corrects_sampler"] = config.loss.importance_sampling == "sampler"
+
+        def make(whole: PreTrainedModel) -> VllmEngine:
+            return VllmEngine(model, ServedWeights(whole, server, folder, tokenizer, precision), **common)
+
+        return make(model) if ranks is None or ranks.size == 1 else RankedVllmEngine(ranks, model, make)
     return RolloutEngine(
         model,
         **common,

@@ -76,7 +76,8 @@ class Run:
             if self.start:
                 checkpoint.accept(self.start, self.config, self.prompts.digest, self.student)
             precision = self.start.state["rollout_precision"] if self.start else config.rollout.precision
-            if self.ranks.size > 1 and precision == "auto":  # each rank would measure for itself
+            # Each rank would measure for itself; a server's is its own.
+            if self.ranks.size > 1 and precision == "auto" and not config.rollout.server:
                 precision = self.ranks.of_first(str(choose_rollout_dtype(self.student, precision))[len("torch.") :])
             self.trainer = self._make_trainer(precision)
             if self.start:
@@ -106,7 +107,7 @@ class Run:
                 try:
                     stop = self._train(display)
                 except (MemoryLimitError, ServerError) as error:
-                    if self.ranks.size > 1:  # of which the others do not know
+                    if self.ranks.sharded and isinstance(error, MemoryLimitError):  # the others do not know of it
                         raise
                     # Nothing of the step at hand has been applied.
                     self.trainer.optimizer.zero_grad(set_to_none=True)
@@ -204,8 +205,10 @@ class Run:
         config = self.config
         training = config.training
         self.limits = MemoryLimits(training.tokens_per_micro_batch, fixed=self.ranks.sharded)
-        self.engine = make_engine(self.student, config, self.tokenizer, self.vocab_size, rollout_precision, self.limits)
-        if config.rollout.server:
+        self.engine = make_engine(
+            self.student, config, self.tokenizer, self.vocab_size, rollout_precision, self.limits, self.ranks
+        )
+        if config.rollout.server and self.ranks.rank == 0:
             self.servers.append(self.engine.server)
 
         def prompt_batches(epoch: int) -> list[list[int]]:

@@ -57,11 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         training = config.training
         ranks = Ranks.join(training.device, training.rank_timeout_s, training.parallel)
-        if config.rollout.server and ranks.size > 1:
-            raise ConfigError(
-                f"rollout.server works for a run on one process, and this one has {ranks.size}: leave "
-                "rollout.engine at native, which divides the prompts over the ranks"
-            )
         run = Run(config, console, lambda: signals.received, ranks)
         if ranks.size > 1:
             console.print(ranks.describe(run.student), highlight=False, soft_wrap=True)
@@ -89,8 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            what = error if isinstance(error, MemoryLimitError) else f"memory ran out: {error}. Take a smaller model"
-            print(f"error: {what}", file=sys.stderr)
+            known = isinstance(error, MemoryLimitError)
+            what = error if known else f"memory ran out: {error}. Take a smaller model"
+            if first or ranks.sharded or not known:  # else all ranks say it
+                print(f"error: {what}", file=sys.stderr)
             return 2
         try:
             ranks.roll_call()

@@ -45,14 +45,14 @@ class ServedWeights:
 
         Raises `ServerError` for another precision or vocabulary, or where weights cannot be exchanged.
         """
-        self.model, self.server, self.folder, self.tokenizer = model, server, folder.absolute(), tokenizer
+        self.server, self.folder, self.tokenizer = server, folder.absolute(), tokenizer
         self.stale, self.loaded = True, False
         self.dtype = model.dtype if precision == "auto" else getattr(torch, precision)
         server.hint = (
             f"serve it with VLLM_SERVER_DEV_MODE=1 vllm serve {self.folder} --generation-config vllm "
             f"--dtype {str(self.dtype).removeprefix('torch.')}"
         )
-        self._write()
+        self._write(model)
         self.name = server.model()["id"]
         config = self._server_info()
         self.precision, self.logprobs_mode = config["dtype"].removeprefix("torch."), config["logprobs_mode"]
@@ -63,11 +63,11 @@ class ServedWeights:
         server.check_tokenizer(self.name, PROBE, self._probe_ids)
         self._scores = PromptScores(server, self.name)
 
-    def snapshot(self) -> None:
-        """Keeps the student's weights of now."""
+    def snapshot(self, model: PreTrainedModel) -> None:
+        """Keeps the weights of now of the student, which is in one piece."""
         if self.stale:
-            self._write()
-            self._own, self.stale, self.loaded = self._probe(), False, False
+            self._write(model)
+            self._own, self.stale, self.loaded = self._probe(model), False, False
 
     def ensure(self) -> None:
         """Returns when the server has the snapshot. Raises `ServerError`; an `UnavailableError` may pass."""
@@ -97,22 +97,23 @@ class ServedWeights:
         return (self._own - torch.tensor(self._scores.score(self._probe_ids, attempts=False))).abs().mean().item()
 
     @torch.no_grad()
-    def _probe(self) -> Tensor:
+    def _probe(self, model: PreTrainedModel) -> Tensor:
         """The student's own log-probabilities of the probe."""
-        ids = torch.tensor([self._probe_ids], device=self.model.device)
+        device = model.device
+        ids = torch.tensor([self._probe_ids], device=device)
         # FlashAttention takes no float32, which the student's weights are.
-        flash = "flash" in self.model.config._attn_implementation
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=flash):
-            logits = self.model(ids[:, :-1]).logits
+        flash = "flash" in model.config._attn_implementation
+        with torch.autocast(device.type, torch.bfloat16, enabled=flash):
+            logits = model(ids[:, :-1]).logits
         return logits.float().log_softmax(-1).gather(2, ids[:, 1:, None])[0, :, 0].cpu()
 
     @torch.no_grad()
-    def _write(self) -> None:
+    def _write(self, model: PreTrainedModel) -> None:
         """The student as an ordinary model folder, whose files appear whole.
 
         Its head is never tied: a server that loads tied weights into a running model leaves its head as it was.
         """
-        plain, partial = merged(self.model), self.folder.with_name(f".{self.folder.name}.partial")
+        plain, partial = merged(model), self.folder.with_name(f".{self.folder.name}.partial")
         embedding, head = plain.get_input_embeddings(), plain.get_output_embeddings()
         if head.weight is embedding.weight:
             own = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
@@ -156,6 +157,7 @@ class VllmEngine:
 
     def __init__(
         self,
+        model: PreTrainedModel,
         weights: ServedWeights,
         *,
         sampling: SamplingOptions,
@@ -169,7 +171,7 @@ class VllmEngine:
 
         Raises `ServerError` where the two differ and the server gives the other.
         """
-        self.weights, self.server = weights, weights.server
+        self.model, self.weights, self.server = model, weights, weights.server
         self.sampling, self.seed, self.vocab_size = sampling, seed, vocab_size
         self.eos_token_ids, self.pad_token_id = list(eos_token_ids), pad_token_id
         self._background, self._under_way = ThreadPoolExecutor(1), [Future()]
@@ -208,10 +210,14 @@ class VllmEngine:
         self, prompt_ids: Tensor, prompt_mask: Tensor, *, num_rollouts: int, prompt_keys: Tensor
     ) -> "Future[Rollouts]":
         """`generate` in the background, from the weights of now whatever becomes of them; one batch at a time."""
-        wait(self._under_way)  # it may still need the snapshot before
-        self.weights.snapshot()
+        self.settle()
+        self.weights.snapshot(self.model)
         self._under_way[0] = self._background.submit(self._complete, prompt_ids, prompt_mask, num_rollouts, prompt_keys)
         return self._under_way[0]
+
+    def settle(self) -> None:
+        """Waits for the batch under way, which may still need the snapshot that there is."""
+        wait(self._under_way)
 
     def _complete(self, prompt_ids: Tensor, prompt_mask: Tensor, num_rollouts: int, prompt_keys: Tensor) -> Rollouts:
         prompts = [ids[mask].tolist() for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
@@ -251,7 +257,7 @@ class VllmEngine:
 
     def _body(self, token_ids: list[int], key: int, num_rollouts: int) -> dict[str, Any]:
         digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=7).digest()
-        padded = range(self.vocab_size, self.weights.model.config.get_text_config().vocab_size)
+        padded = range(self.vocab_size, self.model.config.get_text_config().vocab_size)
         return {
             "model": self.weights.name,
             "prompt": token_ids,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from serving import ModelServer
 from test_train import ROOT, environment, execute, weights_of
 
 from distill import checkpoint
@@ -91,12 +92,19 @@ def whole(uneven, tmp_path):
     return make
 
 
+def known(value):
+    """A number or a list of them, NaN where it is null."""
+    if isinstance(value, list):
+        return [known(each) for each in value]
+    return math.nan if value is None else value
+
+
 def assert_close_runs(one, other) -> None:
     for ours, theirs in zip(*(read_json_lines(run / "metrics.jsonl") for run in (one, other)), strict=True):
         for name in set(ours) - OF_THE_MACHINE:
             if not name.startswith("seconds"):
-                values = [math.nan if each is None else each for each in (ours[name], theirs[name])]
-                torch.testing.assert_close(*map(torch.tensor, values), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+                values = (torch.tensor(known(each)) for each in (ours[name], theirs[name]))
+                torch.testing.assert_close(*values, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
     for ours, theirs in zip(*(read_json_lines(run / "rollouts.jsonl") for run in (one, other)), strict=True):
         assert ours.pop("reverse_kl_exact") == pytest.approx(theirs.pop("reverse_kl_exact"), abs=TOLERANCE)
         assert ours == theirs  # the same tokens, in the same order
@@ -224,3 +232,67 @@ def test_prompts_are_divided_by_their_tokens():
     assert divide([5, 1, 1, 1, 2], 2) == [[0], [1, 2, 3, 4]]
     assert divide([1] * 5, 2) == [[0, 2, 4], [1, 3]]
     assert divide([7], 3) == [[0], [], []]
+
+
+@pytest.fixture(scope="module")
+def served_folder(tiny_pair):
+    return tiny_pair["student"]
+
+
+@pytest.fixture
+def sampled_there(server):
+    """What has a server sample for a run, each batch while the one before is trained on."""
+    made = {"rollout.engine": "vllm", "rollout.server": server.url, "rollout.retries": 0, "rollout.async_batches": 1}
+    return {"loss.objective": "sampled_reverse_kl", "training.save_every": 3, **made}
+
+
+def test_all_ranks_learn_from_what_one_server_samples(uneven, whole, tmp_path, server, sampled_there):
+    path, runs = uneven(sampled_there), [(2, "replicate"), (3, "shard")]
+    folders = [tmp_path / parallel for _, parallel in runs]
+    results, said = over_ranks(tmp_path, *(job(path, folder, *run) for run, folder in zip(runs, folders, strict=True)))
+    assert [set(result["statuses"]) for result in results] == [{0}] * 2, said
+    before = len(server.calls)
+    one = whole(sampled_there)
+    for folder in folders:
+        assert_close_runs(one, folder)
+    # The ranks ask no more of the server than one process does.
+    sampled = [path == "/v1/completions" and "n" in (body or {}) for path, body in server.calls]
+    assert sum(sampled[:before]) == 2 * sum(sampled[before:])
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(2, "replicate"), (3, "shard")])
+def test_a_rollout_server_that_is_gone_ends_all_ranks_and_all_continue(
+    uneven, whole, tmp_path, server, sampled_there, size, parallel
+):
+    path, run = uneven(sampled_there), tmp_path / "run"
+    # Of two evaluations' and two batches' worth of requests.
+    server.faults.extend([None] * 20 + [503] * 10)
+    (failed,), said = over_ranks(tmp_path, job(path, run, size, parallel))
+    assert failed["statuses"] == [2] * size, said
+    assert said.count("answered with status 503") == 1, said
+    server.faults.clear()
+    (continued,), said = over_ranks(tmp_path, job(path, run, size, parallel))
+    assert continued["statuses"] == [0] * size, said
+    assert "continuing after step" in said
+    assert_close_runs(whole(sampled_there), run)
+
+
+def test_a_teacher_s_server_that_is_gone_ends_all_ranks_and_all_continue(write_config, tmp_path, tiny_pair):
+    (tmp_path / "seven.txt").write_text("\n".join(SEVEN))
+    server, run = ModelServer(tiny_pair["teacher"]), tmp_path / "run"
+    changes = UNEVEN | {"teacher.server": server.url, "teacher.retries": 0, "loss.objective": "sampled_reverse_kl"}
+    changes |= {"prompts.train": str(tmp_path / "seven.txt")}
+    path = write_config(changes)
+    try:
+        server.faults.extend([None] * 60 + [503] * 100)
+        (failed,), said = over_ranks(tmp_path, job(path, run, 2))
+        assert failed["statuses"] == [2, 2], said
+        assert said.count("error: ") == 1
+        assert "Saved after step" in said
+        server.faults.clear()
+        (continued,), said = over_ranks(tmp_path, job(path, run, 2))
+        assert continued["statuses"] == [0, 0], said
+        execute(write_config(changes | {"training.output_dir": str(tmp_path / "whole")}, "whole.yaml"))
+    finally:
+        server.stop()
+    assert_close_runs(tmp_path / "whole", run)

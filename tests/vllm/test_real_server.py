@@ -57,6 +57,7 @@ def engine(server, model, tokenizer, tmp_path):
     client = Server(server.url, "rollout.server", timeout_seconds=600, retries=0)
     weights = ServedWeights(model, client, tmp_path / "rollout-model", tokenizer, "auto")
     return VllmEngine(
+        model,
         weights,
         sampling=SamplingOptions(32),
         eos_token_ids=eos_ids(model, tokenizer),
