@@ -157,6 +157,8 @@ def load(checkpoint: Path, *, verify: bool = True) -> Checkpoint:
         digests = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(digests, dict) or "state.json" not in digests or any(Path(n).name != n for n in digests):
             raise CheckpointError(f"{checkpoint / MANIFEST} does not list the files of a checkpoint")
+        if strange := {path.name for path in checkpoint.glob("*.safetensors")} - set(digests):
+            raise CheckpointError(f"{checkpoint / min(strange)} was not written with the others")
         for name, digest in digests.items() if verify else ():
             if _sha256(checkpoint / name) != digest:
                 raise CheckpointError(f"{checkpoint / name} is damaged: its SHA-256 is not the one written with it")

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, verified, pruned; logs that a kill cut short."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,21 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, name, dama
         path.unlink()
     with pytest.warns(UserWarning, match="trying the checkpoint before it"):
         assert checkpoint.load_newest(tmp_path).state == {"step": 1}
+
+
+def test_a_file_of_tensors_from_elsewhere_is_not_read(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    shutil.copyfile(tmp_path / "step-000001/student.safetensors", tmp_path / "step-000002/shard-00001.safetensors")
+    with pytest.warns(UserWarning, match="was not written with the others; trying the checkpoint before it"):
+        assert checkpoint.load_newest(tmp_path).state == {"step": 1}
+
+
+def test_what_another_rank_wrote_has_to_be_there(tmp_path):
+    """On another machine, that is, in a folder of the same name."""
+    (tmp_path / "partial").mkdir()
+    with pytest.raises(OSError, match=r"rank 0 does not see shard-2\.safetensors, which another rank wrote"):
+        checkpoint._finish(tmp_path / "partial", tmp_path / "step-000001", {"shard-2.safetensors": "0"})
 
 
 def test_a_save_that_was_killed_leaves_no_checkpoint(tmp_path):

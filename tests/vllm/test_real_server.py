@@ -4,6 +4,8 @@ tests/test_teacher_server.py and tests/test_vllm_engine.py go through the ways t
 """
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -103,6 +105,19 @@ def config_of(tmp_path: Path, name: str, changes: dict[str, dict]) -> str:
     return str(tmp_path / f"{name}.yaml")
 
 
+def assert_same_runs(one: Path, other: Path) -> None:
+    """Three steps, the same texts, and figures that differ by rounding."""
+    ours, theirs = (read_json_lines(folder / "metrics.jsonl") for folder in (one, other))
+    assert len(ours) == len(theirs) == 3
+    for here, there in zip(ours, theirs, strict=True):
+        assert here["reverse_kl"] == pytest.approx(there["reverse_kl"], abs=1e-3)
+        assert here["sampler_logprob_gap_max"] < 1e-2
+    said = [[line["completion"] for line in read_json_lines(run / "rollouts.jsonl")] for run in (one, other)]
+    assert said[0] == said[1]
+    for key in ("reverse_kl", "sampler_logprob_gap_max"):
+        print(f"{other.name}: {key} of the last step {ours[-1][key]:.6f} and {theirs[-1][key]:.6f}")
+
+
 def assert_outlived(server: VllmServer, tmp_path: Path, changes: dict[str, dict]) -> None:
     """The server is killed after the first step and started again, with the weights that it began with."""
     assert main(["--config", config_of(tmp_path, "calm", changes)]) == 0
@@ -120,23 +135,13 @@ def assert_outlived(server: VllmServer, tmp_path: Path, changes: dict[str, dict]
     thread.start()
     assert main(["--config", config_of(tmp_path, "rough", changes)]) == 0
     thread.join()
-    calm, rough = (read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("calm", "rough"))
-    assert len(calm) == len(rough) == 3
-    said = [
-        [line["completion"] for line in read_json_lines(tmp_path / name / "rollouts.jsonl")]
-        for name in ("calm", "rough")
-    ]
-    assert said[0] == said[1]
-    for one, other in zip(calm, rough, strict=True):
-        assert one["reverse_kl"] == pytest.approx(other["reverse_kl"], abs=1e-3)
-        assert one["sampler_logprob_gap_max"] < 1e-2
+    assert_same_runs(tmp_path / "calm", tmp_path / "rough")
     events = read_json_lines(tmp_path / "rough" / "events.jsonl")
-    for key in ("reverse_kl", "sampler_logprob_gap_max"):
-        print(f"{len(events)} pauses; {key} of the last step {calm[-1][key]:.6f} and {rough[-1][key]:.6f}")
+    print(f"{len(events)} pauses")
     assert {event["event"] for event in events} == {"server"}
 
 
-def test_a_run_outlives_its_rollout_server(tmp_path, capsys):
+def test_a_run_outlives_its_rollout_server_and_two_ranks_share_it(tmp_path, capsys):
     """The run says what to serve; its student has dropped layers. First, so that there are never two servers."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -149,9 +154,15 @@ def test_a_run_outlives_its_rollout_server(tmp_path, capsys):
     running = VllmServer(folder, "float32", tmp_path / "server.log")
     running.start()
     try:
-        assert_outlived(running, tmp_path, {"rollout": {"engine": "vllm", "server": running.url, "retries": 12}})
+        changes = {"rollout": {"engine": "vllm", "server": running.url, "retries": 12}}
+        assert_outlived(running, tmp_path, changes)
+        path = config_of(tmp_path, "ranks", changes | {"training": {"parallel": "shard"}})
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "distill.train"]
+        said = subprocess.run([sys.executable, *command, "--config", path], capture_output=True, text=True, check=False)
+        assert said.returncode == 0, said.stderr
     finally:
         running.stop()
+    assert_same_runs(tmp_path / "calm", tmp_path / "ranks")
 
 
 def test_rollouts_and_scores_have_the_models_own_log_probabilities(server, engine, model, tokenizer):
@@ -196,7 +207,7 @@ def test_new_weights_change_what_is_said(server, engine, model, tokenizer, monke
                 parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
         engine.refresh()
         with monkeypatch.context() as patch:
-            patch.setattr(engine.weights, "_write", lambda: None)  # so that the old ones are read again
+            patch.setattr(engine.weights, "_write", lambda model: None)  # so that the old ones are read again
             with pytest.raises(ServerError, match="are off by"):
                 rollouts_of(engine, tokenizer)
         after = rollouts_of(engine, tokenizer)
