@@ -113,6 +113,11 @@ def assert_close_runs(one, other) -> None:
     ours, theirs = weights_of(one), weights_of(other)
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=TOLERANCE)
+    # Weights and moments of the last checkpoint, to which every rank gave its own.
+    ours, theirs = (saved_tensors(checkpoint.load_newest(run / "checkpoints")) for run in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=TOLERANCE * max(1, tensor.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +202,12 @@ def test_torchrun_starts_the_ranks_again_from_the_last_checkpoint(uneven, whole,
     assert "error: rank 1 died or hangs" in output
     assert "continuing after step" in output
     assert_close_runs(whole(ALL_WEIGHTS), run)
+
+
+def saved_tensors(found: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.full(shape, torch.nan) for name, shape in found.shapes.items()}
+    found.read(tensors)
+    return tensors
 
 
 def metrics_lines(run) -> int:
