@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from distill import tensor_files
 from distill.config import Config
-from distill.distributed import Ranks
+from distill.processes import Processes
 
 MANIFEST = "manifest.json"
 WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an exception of its own
@@ -89,14 +89,14 @@ def save(
     *,
     best: int | None = None,
     metrics: Path | None = None,
-    ranks: Ranks | None = None,
+    ranks: Processes | None = None,
 ) -> Path:
     """Writes `folder/step-NNNNNN` with the groups of `tensors` and a copy of `metrics`; all `ranks` must ask for it.
 
     Then removes all checkpoints but the last ones and that of step `best`. When writing fails, on whichever rank,
     nothing is removed but what was half written.
     """
-    ranks, target = ranks or Ranks(), _path(folder, step)
+    ranks, target = ranks or Processes(), _path(folder, step)
     partial = folder / f".{target.name}.partial"
 
     def begin() -> None:

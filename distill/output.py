@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from distill import checkpoint
-from distill.distributed import Ranks
 from distill.metrics import JsonLines, json_line
+from distill.processes import Processes
 
 LOCK = ".lock"
 LOGS = ("metrics", "rollouts", "evaluations", "tokens", "events")
@@ -98,7 +98,9 @@ class OutputFolder:
         with self.writing(f"{name}.jsonl"):
             self._logs[name].write(records)
 
-    def save(self, step: int, tensors: dict, state: dict, *, keep_last: int, best: int | None, ranks: Ranks) -> None:
+    def save(
+        self, step: int, tensors: dict, state: dict, *, keep_last: int, best: int | None, ranks: Processes
+    ) -> None:
         """Writes a checkpoint once the logs that it refers to are on disk; all `ranks` take part."""
 
         def sync() -> None:

@@ -127,6 +127,11 @@ def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> list[int
     return torch.randperm(count, generator=generator).tolist()
 
 
+def epoch_batches(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    """An epoch's order in batches of `size` prompts; the last may have fewer."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Token ids [B, P] int64, padded on the left, and their mask [B, P] bool."""
     longest = max(len(ids) for ids in prompts)

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from distill import checkpoint
 from distill.card import write_card
-from distill.checkpoint import Checkpoint
 from distill.config import Config, to_yaml
 from distill.display import Display
 from distill.distributed import Ranks
@@ -38,8 +37,8 @@ from distill.loss import LossOptions, ModelParts
 from distill.memory import MemoryLimitError, MemoryLimits
 from distill.metrics import read_json_lines
 from distill.models import split_head
-from distill.output import NoOutput, OutputFolder
-from distill.prompts import epoch_order, left_pad
+from distill.output import NoOutput, OutputError, OutputFolder
+from distill.prompts import epoch_batches, epoch_order, left_pad
 from distill.report import LiveReport
 from distill.server import ServerError
 from distill.summary import NUM_SAMPLES, environment, show_summary, summarise
@@ -68,7 +67,8 @@ class Run:
         check_installed(config.training.report_to)
         self.layer_choice: dict[str, Any] | None = None
         # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
-        self.output = (NoOutput if self.ranks.rank else OutputFolder)(config.training.output_dir)
+        kind = NoOutput if self.ranks.rank else OutputFolder
+        self.output = self.ranks.together(lambda: kind(config.training.output_dir), (OutputError,))
         self.folder, self.report = self.output.path, LiveReport(self.output)
         try:
             self.start = self._find_checkpoint()
@@ -202,8 +202,7 @@ class Run:
         return self.layer_choice["dropped"]
 
     def _make_trainer(self, rollout_precision: str) -> Trainer:
-        config = self.config
-        training = config.training
+        config, training = self.config, self.config.training
         self.limits = MemoryLimits(training.tokens_per_micro_batch, fixed=self.ranks.sharded)
         self.engine = make_engine(
             self.student, config, self.tokenizer, self.vocab_size, rollout_precision, self.limits, self.ranks
@@ -211,17 +210,13 @@ class Run:
         if config.rollout.server and self.ranks.rank == 0:
             self.servers.append(self.engine.server)
 
-        def prompt_batches(epoch: int) -> list[list[int]]:
-            order = epoch_order(len(self.prompts), seed=training.seed, epoch=epoch, shuffle=config.prompts.shuffle)
-            size = config.prompts_per_batch
-            return [order[start : start + size] for start in range(0, len(order), size)]
-
+        order = {"count": len(self.prompts), "seed": training.seed, "shuffle": config.prompts.shuffle}
         return Trainer(
             self.student,
             self.student_parts,
             self.teachers,
             self.engine,
-            prompt_batches,
+            lambda epoch: epoch_batches(epoch_order(epoch=epoch, **order), config.prompts_per_batch),
             lambda indices: left_pad([self.prompts.token_ids[i] for i in indices], self.tokenizer.pad_token_id),
             training,
             LossOptions(**config.loss.model_dump(), mask_truncated=config.rollout.mask_truncated),
@@ -232,15 +227,14 @@ class Run:
             ranks=self.ranks,
         )
 
-    def _find_checkpoint(self) -> Checkpoint | None:
+    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The checkpoint to continue from, which rank 0 decides."""
-        ranks, found = self.ranks, None
-        if ranks.rank == 0:
-            found = checkpoint.find(self.config.training.resume, self.output.checkpoints)
+        ranks, where = self.ranks, (self.config.training.resume, self.output.checkpoints)
+        found = ranks.together(lambda: None if ranks.rank else checkpoint.find(*where), (checkpoint.CheckpointError,))
         path = ranks.of_first(found and str(found.path))
         return checkpoint.load(Path(path), verify=False) if path and ranks.rank else found
 
-    def _restore(self, start: Checkpoint) -> None:
+    def _restore(self, start: checkpoint.Checkpoint) -> None:
         self.trainer.restore(start)
         self.evaluations, self.samples = start.state["evaluations"], start.state["samples"]
         self.started -= start.state["wall_seconds"]

@@ -44,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print("loading (the first run also fetches and converts the models)", highlight=False)
     # Only now what takes seconds to import: help and a wrong key are answered at once.
     from distill.checkpoint import CheckpointError
-    from distill.distributed import RankError, Ranks
+    from distill.distributed import Ranks
     from distill.health import StoppedError
     from distill.memory import MemoryLimitError, is_out_of_memory
     from distill.models import ModelError
     from distill.output import OutputError
+    from distill.processes import RankError
     from distill.prompts import PromptError
     from distill.run import Run
     from distill.server import ServerError

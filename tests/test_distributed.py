@@ -20,6 +20,7 @@ from distill import checkpoint
 from distill.config import ConfigError, load_config
 from distill.distributed import divide
 from distill.metrics import read_json_lines
+from distill.output import OutputFolder
 
 TOLERANCE = 1e-5
 # What depends on how rows are cut into micro-batches, and what clocks and the operating system say.
@@ -171,6 +172,23 @@ def test_a_checkpoint_that_one_rank_cannot_write_ends_all_with_the_one_before(un
     assert "File too large (on rank 2)" in said
     assert not list((run / "checkpoints").glob(".*"))
     assert_close_runs(whole(changes), run)
+
+
+def test_what_rank_0_alone_finds_wrong_ends_all_with_its_message(uneven, tmp_path):
+    path, held = uneven(ALL_WEIGHTS), OutputFolder(tmp_path / "held")
+    try:
+        results, said = over_ranks(
+            tmp_path,
+            job(path, tmp_path / "held", 2),
+            job(path, tmp_path / "new", 2, words=["--training.resume", str(tmp_path / "nowhere")]),
+        )
+    finally:
+        held.release()
+    assert [result["statuses"] for result in results] == [[2, 2]] * 2, said
+    assert re.findall("in use by another run|not a complete checkpoint", said) == [
+        "in use by another run",
+        "not a complete checkpoint",
+    ]
 
 
 def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(uneven, tmp_path):
