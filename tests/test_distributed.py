@@ -289,19 +289,16 @@ def test_all_ranks_learn_from_what_one_server_samples(uneven, whole, tmp_path, s
     assert sum(sampled[:before]) == 2 * sum(sampled[before:])
 
 
-@pytest.mark.parametrize(("size", "parallel"), [(2, "replicate"), (3, "shard")])
-def test_a_rollout_server_that_is_gone_ends_all_ranks_and_all_continue(
-    uneven, whole, tmp_path, server, sampled_there, size, parallel
-):
+def test_a_rollout_server_that_is_gone_ends_all_ranks_and_all_continue(uneven, whole, tmp_path, server, sampled_there):
     path, run = uneven(sampled_there), tmp_path / "run"
     # Of two evaluations' and two batches' worth of requests.
     server.faults.extend([None] * 20 + [503] * 10)
-    (failed,), said = over_ranks(tmp_path, job(path, run, size, parallel))
-    assert failed["statuses"] == [2] * size, said
+    (failed,), said = over_ranks(tmp_path, job(path, run, 3, "shard"))
+    assert failed["statuses"] == [2] * 3, said
     assert said.count("answered with status 503") == 1, said
     server.faults.clear()
-    (continued,), said = over_ranks(tmp_path, job(path, run, size, parallel))
-    assert continued["statuses"] == [0] * size, said
+    (continued,), said = over_ranks(tmp_path, job(path, run, 3, "shard"))
+    assert continued["statuses"] == [0] * 3, said
     assert "continuing after step" in said
     assert_close_runs(whole(sampled_there), run)
 
