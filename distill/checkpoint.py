@@ -119,7 +119,7 @@ def save(
     try:
         ranks.together(begin, WRITING_ERRORS)
         own = tensor_files.write_own_part(partial, tensors, ranks.rank) if ranks.size > 1 else []
-        written = ranks.of_all({path.name: _sha256(path) for path in own})
+        written = ranks.of_all(ranks.together(lambda: {path.name: _sha256(path) for path in own}, WRITING_ERRORS))
         digests = {name: digest for of_rank in written for name, digest in of_rank.items()}
         ranks.together(finish, WRITING_ERRORS)
     except BaseException:
