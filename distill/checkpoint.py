@@ -155,7 +155,8 @@ def load(checkpoint: Path, *, verify: bool = True) -> Checkpoint:
     """Opens one checkpoint. Raises `CheckpointError` if anything in it is wrong, as far as `verify` looks."""
     try:
         digests = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(digests, dict) or "state.json" not in digests or any(Path(n).name != n for n in digests):
+        whole = isinstance(digests, dict) and "state.json" in digests and tensor_files.all_listed(digests)
+        if not whole or any(Path(name).name != name for name in digests):
             raise CheckpointError(f"{checkpoint / MANIFEST} does not list the files of a checkpoint")
         if strange := {path.name for path in checkpoint.glob("*.safetensors")} - set(digests):
             raise CheckpointError(f"{checkpoint / min(strange)} was not written with the others")

@@ -62,7 +62,7 @@ class Ranks(Processes):
 
     def _agreed(self, work: Callable[[], T]) -> T:
         """`together`, for what a run can be continued after; not where the others wait in the midst of `work`."""
-        return work() if self.sharded else self.together(work, (MemoryLimitError, ServerError))
+        return self.together(work, () if self.sharded else (MemoryLimitError, ServerError))
 
     def _evened(self, group: "Group", own: Tensor, parts: list[Tensor]) -> list[Tensor]:
         """As many micro-batches for each teacher on every rank, filled up with a row that is another rank's."""
@@ -137,7 +137,6 @@ class Ranks(Processes):
         first = int(prompt_mask[own].any(0).int().cpu().argmax())
         mine = {"prompt_ids": prompt_ids[own, first:], "prompt_mask": prompt_mask[own, first:]}
         part = self._agreed(lambda: engine.generate(**mine, num_rollouts=num_rollouts, prompt_keys=prompt_keys[own]))
-        self.meet()
         width = self.largest(part.completion_ids.shape[1])
         rows = (own[:, None] * num_rollouts + torch.arange(num_rollouts)).flatten().to(prompt_ids.device)
 

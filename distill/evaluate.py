@@ -86,7 +86,6 @@ def evaluate(
         own,
         lambda parts: statistics(student, teachers, group, parts, vocab_size=vocab_size),
     )
-    ranks.meet()
     stats = stats._make(ranks.total(torch.stack(list(stats)), own.repeat_interleave(group.completion_lengths)))
     cluster = _clusters(group).repeat_interleave(group.completion_lengths)
     # Of a teacher on a server, the sampled tokens' own: the same in the mean, with more noise.

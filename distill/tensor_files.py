@@ -6,7 +6,7 @@ more than that. Its Hugging Face format is the one that needs no pickled metadat
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -40,6 +40,11 @@ def write_own_part(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], ran
         failed, (reason, _) = next(iter(error.failures.items()))
         raise OSError(f"{getattr(reason, 'strerror', None) or reason} (on rank {failed})") from error
     return list(folder.glob(f"shard-{rank + 1:05d}-*"))
+
+
+def all_listed(names: Collection[str]) -> bool:
+    """Whether the files of every group that is shared out can be among these: one process's, or those of ranks."""
+    return {f"{group}.safetensors" for group in SHARED_OUT} <= set(names) or any(n.startswith("shard-") for n in names)
 
 
 def shapes_of(folder: Path) -> dict[str, torch.Size]:

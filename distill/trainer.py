@@ -174,16 +174,15 @@ class Trainer:
 
     def restore(self, found: "Checkpoint") -> None:
         """Continues from a checkpoint of what `state` gave, on any number of ranks."""
-        state, moments = found.state["trainer"], {}
+        state, tensors = found.state["trainer"], dict(self.parameters)
         for name, shape in found.shapes.items():
-            if "/" in name:
-                parameter = self.parameters[name.partition("/")[0]]
+            of, _, moment = name.partition("/")
+            if moment:
+                parameter = self.parameters[of]
                 like = parameter.shape == shape
-                moments[name] = torch.zeros_like(parameter) if like else torch.zeros(shape, device=self.device)
-        found.read({**self.parameters, **moments})
-        for name, value in moments.items():
-            parameter, _, moment = name.partition("/")
-            self.optimizer.state[self.parameters[parameter]][moment] = value
+                tensors[name] = torch.zeros_like(parameter) if like else torch.zeros(shape, device=self.device)
+                self.optimizer.state[parameter][moment] = tensors[name]
+        found.read(tensors)
         self.position = Position(**state["position"])
         self._rollout_seconds = state["rollout_seconds"]
         self.skipped_steps, self.bad_in_row = state.get("skipped_steps", 0), state.get("bad_in_row", 0)
@@ -281,7 +280,6 @@ class Trainer:
         """What all ranks found, on every rank; the sum of their gradients is then in the parameters."""
         if self.ranks.size == 1:
             return result
-        self.ranks.meet()
         self.ranks.add_gradients(self.parameters.values())
         total, shifts = self.ranks.total, result.row_gradients
         if shifts is None:

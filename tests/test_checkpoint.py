@@ -55,6 +55,18 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, name, dama
         assert checkpoint.load_newest(tmp_path).state == {"step": 1}
 
 
+@pytest.mark.parametrize("name", ["student.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_list_that_lacks_a_file_is_not_believed(tmp_path, name):
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    listed = json.loads((folder / "manifest.json").read_text())
+    del listed[name]
+    (folder / "manifest.json").write_text(json.dumps(listed))
+    (folder / name).unlink()
+    with pytest.warns(UserWarning, match="does not list the files of a checkpoint; trying the checkpoint before it"):
+        assert checkpoint.load_newest(tmp_path).state == {"step": 1}
+
+
 def test_a_file_of_tensors_from_elsewhere_is_not_read(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
