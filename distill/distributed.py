@@ -8,7 +8,7 @@ Left out on purpose: dividing the tokens of a sequence or the layers of a model,
 students than these would need.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -99,19 +99,16 @@ class Ranks(Processes):
             f"{self.size} ranks; rank 0 keeps {held:,} of the student's {sum(t.numel() for t in tensors):,} parameters"
         )
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` in one piece, for rank 0 to write; on the other ranks nothing of those that are shared out."""
-        if not self.sharded:
-            return dict(tensors)
-        pieces = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
-        return {name: tensor.cpu() if self.rank == 0 else tensor.new_empty(0) for name, tensor in pieces}
-
     def gathered_model(self, model: "PreTrainedModel") -> "PreTrainedModel":
         """`model` with its weights in one piece on rank 0."""
         if not self.sharded:
             return model
-        found, plain = self.gathered(dict(model.named_parameters())), alias(model)
-        kept = {id(shard): nn.Parameter(found[name], shard.requires_grad) for name, shard in model.named_parameters()}
+        plain, kept = alias(model), {}
+        for shard in model.parameters():
+            # For which all ranks must ask; on the others nothing of it stays.
+            found = whole(shard.detach())
+            found = found.cpu() if self.rank == 0 else found.new_empty(0)
+            kept[id(shard)] = nn.Parameter(found, shard.requires_grad)
         for module in plain.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
