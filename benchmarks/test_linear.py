@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness import Row, interleave
-from distill.cpu_linear import OneDnnLinears
+from distill.forward.cpu_linear import OneDnnLinears
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a measurement of the CPU path")

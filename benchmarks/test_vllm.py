@@ -12,10 +12,9 @@ import pytest
 from benchmarks.harness import Row, interleave
 from benchmarks.test_rollout import SMOLLM2, TOKENS, check_logprobs, engine_of, model_of, native, prompts_of
 from benchmarks.vllm_server import PYTHON, VllmServer
-from distill.decode import SamplingOptions
 from distill.models import load_tokenizer
-from distill.server import Server
-from distill.vllm_engine import ServedWeights, VllmEngine
+from distill.rollout import SamplingOptions, ServedWeights, VllmEngine
+from distill.servers import Server
 
 B, P, N = 10, 32, 4
 

@@ -43,16 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals, console = SignalWatch(), Console(quiet=os.environ.get("RANK", "0") != "0")
     console.print("loading (the first run also fetches and converts the models)", highlight=False)
     # Only now what takes seconds to import: help and a wrong key are answered at once.
-    from distill.checkpoint import CheckpointError
-    from distill.distributed import Ranks
-    from distill.health import StoppedError
-    from distill.memory import MemoryLimitError, is_out_of_memory
     from distill.models import ModelError
-    from distill.output import OutputError
-    from distill.processes import RankError
     from distill.prompts import PromptError
-    from distill.run import Run
-    from distill.server import ServerError
+    from distill.run import CheckpointError, OutputError, Run, StoppedError
+    from distill.runtime import MemoryLimitError, RankError, is_out_of_memory
+    from distill.servers import ServerError
+    from distill.training import Ranks
 
     ranks = Ranks()
     try:
@@ -60,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks = Ranks.join(training.device, training.rank_timeout_s, training.parallel)
         run = Run(config, console, lambda: signals.received, ranks)
         if ranks.size > 1:
-            console.print(ranks.describe(run.student), highlight=False, soft_wrap=True)
+            console.print(ranks.describe(run.parts.student), highlight=False, soft_wrap=True)
         status = run.execute()
         ranks.leave()
         return status

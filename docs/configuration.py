@@ -8,7 +8,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from distill.config import Config, Section, inner_section
+from distill.config import Config
+from distill.config.config import inner_section
+from distill.config.sections import Section
 
 HEADER = """# Configuration
 

@@ -169,4 +169,4 @@ def server(served_folder):
 @pytest.fixture
 def short_pauses(monkeypatch):
     """What failed is asked again at once."""
-    monkeypatch.setattr("distill.server.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("distill.servers.client.FIRST_PAUSE", 0.02)

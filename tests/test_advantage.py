@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.advantage import advantages, needs_scores
-from distill.loss import LossOptions, token_weights
+from distill.loss import LossOptions
+from distill.loss.advantage import advantages, needs_scores
+from distill.loss.gradients import token_weights
 from distill_kernels import reference
 
 V = 5

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_train import execute, metrics_of
 
 from distill.models import ModelError, load_model, load_tokenizer
-from distill.sources import resolve
+from distill.models.sources import resolve
 from distill.train import main
 
 
@@ -195,7 +195,7 @@ def test_a_cache_that_cannot_be_written_is_named(small_gguf, tmp_path, monkeypat
 
 
 def test_a_damaged_conversion_names_the_folder_to_remove(small_gguf, tmp_path, tiny_pair):
-    from distill.sources import cache_dir, sha256_of
+    from distill.models.sources import cache_dir, sha256_of
 
     converted = cache_dir() / "converted" / sha256_of(small_gguf)[:32]
     shutil.copytree(tiny_pair["student"], converted)

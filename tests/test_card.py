@@ -15,8 +15,8 @@ from markdown_it import MarkdownIt
 from test_train import ROOT, environment, execute
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill.card import markdown, metadata
 from distill.config import load_config
+from distill.run.card import markdown, metadata
 
 NASTY = "# <b>x</b> | [a](javascript:b) `c` *d* {{ e }} $f$ ---\n\n---"
 
@@ -38,7 +38,7 @@ def test_the_card_says_what_was_made_how_and_what_was_measured(card):
     assert data["tags"] == ["on-policy-distillation", "knowledge-distillation", "reverse-kl"]
     assert "base_model" not in data  # a local folder has no name on a hub
     text = written.text
-    for record in (run.evaluations[0], run.evaluations[-1]):
+    for record in (run.progress.evaluations[0], run.progress.evaluations[-1]):
         assert f"{record['reverse_kl']:.4f} ± {1.96 * record['standard_error']:.4f}" in text
     for part in (
         "without its layers 1",
@@ -96,7 +96,7 @@ def test_final_is_an_ordinary_model_folder(card):
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
-    assert math.isfinite(run.evaluations[-1]["reverse_kl"])
+    assert math.isfinite(run.progress.evaluations[-1]["reverse_kl"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="no trl: pip install -e '.[peers]'")

@@ -6,9 +6,8 @@ import shutil
 import pytest
 import torch
 
-from distill import checkpoint
-from distill.checkpoint import CheckpointError
-from distill.metrics import JsonLines, read_json_lines
+from distill.run import CheckpointError, checkpoint
+from distill.runtime import JsonLines, read_json_lines
 
 
 def save(folder, step, value=1.0, keep_last=2):

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distill.config import ConfigError, known_keys, load_config, parse_command_line, to_yaml
+from distill.config import ConfigError, load_config, parse_command_line, to_yaml
+from distill.config.config import known_keys
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

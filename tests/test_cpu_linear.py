@@ -5,17 +5,17 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from distill import cpu_linear
-from distill.cpu_linear import OneDnnLinears
 from distill.forward import completion_hidden
+from distill.forward.cpu_linear import OneDnnLinears
+from distill_kernels import cpu_product
 
 
 @pytest.fixture
 def products(monkeypatch):
     """Counts the products that oneDNN is given."""
     counted = []
-    real = cpu_linear.product
-    monkeypatch.setattr(cpu_linear, "product", lambda *args: counted.append(1) or real(*args))
+    real = cpu_product.product
+    monkeypatch.setattr(cpu_product, "product", lambda *args: counted.append(1) or real(*args))
     return counted
 
 

@@ -9,9 +9,9 @@ from conftest import tiny_model
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from distill.decode import Completions, SamplingOptions, Wave, decode, prefill
-from distill.kv_cache import DecodeCache, PromptCache, attention_with_lse
-from distill.rollout import RolloutEngine
+from distill.rollout import SamplingOptions, local_engine
+from distill.rollout.decode import Completions, Wave, decode, prefill
+from distill.rollout.kv_cache import DecodeCache, PromptCache, attention_with_lse
 from distill_kernels import Sample
 
 KV_HEADS, GROUP, WIDTH = 2, 3, 8
@@ -91,7 +91,7 @@ def test_draws_follow_the_warped_distribution() -> None:
     """Chi-square of 20,000 first tokens against the exact distribution; the warpers of transformers are the oracle."""
     model = tiny_model("llama")
     sampling = SamplingOptions(max_new_tokens=1, temperature=1.7, top_k=40, top_p=0.95, min_p=0.004)
-    engine = RolloutEngine(model, sampling=sampling, eos_token_ids=[2], pad_token_id=0, seed=5, precision="float32")
+    engine = local_engine(model, sampling=sampling, eos_token_ids=[2], pad_token_id=0, seed=5, precision="float32")
     prompt = torch.tensor([[11, 7, 42, 3]])
     draws = 20_000
     rollouts = engine.generate(

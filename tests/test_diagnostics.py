@@ -7,11 +7,11 @@ import torch
 from conftest import tiny_model
 from test_loss import make_rollouts, parts_of
 
-from distill.diagnostics import gradient_noise, step_metrics
-from distill.forward import micro_batches
-from distill.group import Group
-from distill.loss import LossOptions, accumulate_gradients, score, token_weights
-from distill.metrics import to_host
+from distill.loss import Group, LossOptions, accumulate_gradients, score
+from distill.loss.gradients import token_weights
+from distill.runtime import to_host
+from distill.runtime.micro_batches import micro_batches
+from distill.training.diagnostics import gradient_noise, step_metrics
 
 LENGTHS = [3, 7, 1, 5]
 

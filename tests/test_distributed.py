@@ -16,11 +16,11 @@ import torch
 from serving import ModelServer
 from test_train import ROOT, environment, execute, weights_of
 
-from distill import checkpoint
 from distill.config import ConfigError, load_config
-from distill.distributed import divide
-from distill.metrics import read_json_lines
-from distill.output import OutputFolder
+from distill.run import checkpoint
+from distill.run.output import OutputFolder
+from distill.runtime import read_json_lines
+from distill.training.ranks import divide
 
 TOLERANCE = 1e-5
 # What depends on how rows are cut into micro-batches, and what clocks and the operating system say.

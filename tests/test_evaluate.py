@@ -9,14 +9,13 @@ from test_train import execute
 from transformers import AutoModelForCausalLM
 
 from distill.config import Config
-from distill.decode import SamplingOptions
-from distill.evaluate import compare, main
-from distill.group import Group
-from distill.loading import load_pair
-from distill.memory import MemoryLimits
-from distill.metrics import read_json_lines
+from distill.evaluate import main
+from distill.loss import Group, HeadPair
 from distill.prompts import left_pad
-from distill.rollout import RolloutEngine
+from distill.rollout import SamplingOptions, local_engine
+from distill.run import load_pair
+from distill.runtime import MemoryLimits, read_json_lines
+from distill.training import compare
 
 PROMPTS = ("Say red.", "Count to three, slowly.", "Name a bird.")
 
@@ -58,7 +57,7 @@ def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts):
         prompts={"train": prompts},
     )
     pair = load_pair(config, torch.device("cpu"), torch.float32)
-    engine = RolloutEngine(
+    engine = local_engine(
         pair.student,
         sampling=SamplingOptions(40),
         eos_token_ids=[2],
@@ -69,7 +68,8 @@ def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts):
     )
     ids = left_pad([tiny_tokenizer()(text)["input_ids"] for text in PROMPTS], 0)
     group = Group.of(engine.generate(*ids, num_rollouts=3, prompt_keys=torch.arange(3)))
-    found = compare(pair, group, MemoryLimits(60))
+    heads = HeadPair(pair.student_parts, pair.teachers[0].parts, 1.0, pair.vocab_size)
+    found = compare(heads, group, MemoryLimits(60))
     for name, by_prompt in plain_figures(tiny_pair, group).items():
         sums, counts = torch.stack([v.sum() for v in by_prompt]), torch.tensor([float(len(v)) for v in by_prompt])
         mean = sums.sum() / counts.sum()
@@ -130,7 +130,7 @@ def test_of_a_single_prompt_the_error_is_over_its_rollouts(write_config, tmp_pat
     (tmp_path / "one.txt").write_text("Count to three.\n")
     changes = {"prompts.eval": str(tmp_path / "one.txt"), "evaluation.num_rollouts_per_prompt": 8}
     run = execute(write_config(changes | {"training.max_steps": 1}))
-    (_, after), (_, line) = run.evaluations, read_json_lines(tmp_path / "run" / "evaluations.jsonl")
+    (_, after), (_, line) = run.progress.evaluations, read_json_lines(tmp_path / "run" / "evaluations.jsonl")
     assert 0 < after["standard_error"] == line["standard_error"]
     (_, view) = read_json_lines(tmp_path / "run" / "tokens.jsonl")
     assert len(view["samples"]) == 1

@@ -9,10 +9,11 @@ from conftest import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill import forward
-from distill.forward import completion_hidden, micro_batches
+from distill.forward import completion_hidden
+from distill.forward import hidden as ways
+from distill.forward.packing import host_rows
 from distill.models import split_head
-from distill.packing import host_rows
+from distill.runtime.micro_batches import micro_batches
 
 
 def random_rows(prompt_lengths, completion_lengths, prompt_index, *, vocab_size=97, seed=0):
@@ -58,7 +59,7 @@ def our_logprobs(model, rows, way="chosen", **options):
     if way == "chosen":
         hidden = completion_hidden(body, *rows, **options)
     else:
-        function = {"shared": forward.shared_hidden, "padded": forward.padded_hidden}[way]
+        function = {"shared": ways.shared_hidden, "padded": ways.padded_hidden}[way]
         hidden = function(body, rows[0], rows[2], host_rows(*rows), **options)
     logits = nn.functional.linear(hidden, head.weight)
     logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -237,7 +238,7 @@ def test_a_group_split_by_budget_has_the_same_gradient():
 
 
 def test_other_attention_falls_back_to_plain_rows_with_one_warning():
-    forward._warn_once.cache_clear()
+    ways._warn_once.cache_clear()
     rows = ragged_rows(1, 6, longest=24)
     with pytest.warns(UserWarning, match="model type 'gemma3_text' .* window of 16 tokens is shorter than a row"):
         assert_same(tiny_model("gemma3"), rows)
@@ -248,7 +249,7 @@ def test_other_attention_falls_back_to_plain_rows_with_one_warning():
 
 
 def test_attention_that_is_more_than_causal_is_noticed_and_left_as_it_was():
-    forward._warn_once.cache_clear()
+    ways._warn_once.cache_clear()
     sizes = {
         "hidden_size": 32,
         "num_hidden_layers": 2,

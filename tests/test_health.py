@@ -7,11 +7,10 @@ import torch
 from rich.console import Console
 from test_train import assert_same_run, execute, metrics_of
 
-from distill import checkpoint
 from distill.config import load_config
-from distill.health import ENOUGH, GradientWatch, suspects
-from distill.metrics import read_json_lines
-from distill.run import Run
+from distill.run import Run, checkpoint
+from distill.run.health import ENOUGH, GradientWatch, suspects
+from distill.runtime import read_json_lines
 from distill.train import main
 
 SAVING = {"training.save_every": 1, "training.keep_last": 99, "prompts.eval": None, "prompts.shuffle": False}
@@ -72,8 +71,8 @@ def test_too_many_in_a_row_stop_the_run_with_the_last_good_weights(write_config,
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped(write_config, tmp_path, value):
     run = Run(load_config(write_config(SAVING)), Console(quiet=True), lambda: None)
-    embedding = run.student.get_input_embeddings().weight
-    embedding.register_hook(lambda grad: torch.full_like(grad, value) if run.trainer.position.step == 2 else grad)
+    embedding = run.parts.student.get_input_embeddings().weight
+    embedding.register_hook(lambda grad: torch.full_like(grad, value) if run.parts.trainer.position.step == 2 else grad)
     assert run.execute() == 0
     (bad,) = [line for line in metrics_of(tmp_path / "run") if line["grad_norm"] is None]
     assert bad["step"] == 3
@@ -84,8 +83,8 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped(write_config, tmp_path
 def test_a_gradient_that_jumps_is_reported(write_config, tmp_path):
     path = write_config({"prompts.eval": None, "training.num_epochs": 5, "prompts.shuffle": False})
     run = Run(load_config(path), Console(quiet=True), lambda: None)
-    for parameter in run.student.parameters():
-        parameter.register_hook(lambda grad: grad * (1000 if run.trainer.position.step == 16 else 1))
+    for parameter in run.parts.student.parameters():
+        parameter.register_hook(lambda grad: grad * (1000 if run.parts.trainer.position.step == 16 else 1))
     assert run.execute() == 0
     (event,) = read_json_lines(tmp_path / "run" / "events.jsonl")
     assert (event["step"], event["event"]) == (17, "gradient_spike")

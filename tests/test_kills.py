@@ -7,7 +7,7 @@ import sys
 import pytest
 from test_train import ROOT, assert_same_run, environment
 
-from distill.metrics import read_json_lines
+from distill.runtime import read_json_lines
 
 KILLS = 44
 

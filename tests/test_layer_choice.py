@@ -7,10 +7,10 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from test_train import execute, metrics_of
 
-import distill.run
-from distill.checkpoint import CheckpointError
+import distill.run.parts
 from distill.config import load_config
-from distill.metrics import read_json_lines
+from distill.run import CheckpointError
+from distill.runtime import read_json_lines
 from distill.train import main
 
 
@@ -50,17 +50,17 @@ def test_the_layers_that_do_least_are_dropped(write_config, idle, count, expecte
 def test_a_resumed_run_takes_the_same_layers_without_a_second_search(write_config, idle, lora, tmp_path, monkeypatch):
     changes = idle | lora | {"student.drop_layers": "auto:2", "training.save_every": 2, "training.keep_last": 9}
     whole = execute(write_config(changes))
-    assert load_config(whole.folder / "config.yaml").student.drop_layers == "auto:2"
-    monkeypatch.setattr(distill.run, "choose_layers", None)
+    assert load_config(whole.output.path / "config.yaml").student.drop_layers == "auto:2"
+    monkeypatch.setattr(distill.run.parts, "choose_layers", None)
     with pytest.raises(CheckpointError, match=r"student\.drop_layers: was 'auto:2', now 'auto:1'"):
         execute(write_config(changes | {"student.drop_layers": "auto:1"}))
-    resumed = {"training.resume": str(whole.folder / "checkpoints" / "step-000002")}
+    resumed = {"training.resume": str(whole.output.path / "checkpoints" / "step-000002")}
     again = execute(write_config(changes | resumed | {"training.output_dir": str(tmp_path / "resumed")}))
-    assert metrics_of(again.folder) == metrics_of(whole.folder)
-    ours, theirs = whole.student.state_dict(), again.student.state_dict()
+    assert metrics_of(again.output.path) == metrics_of(whole.output.path)
+    ours, theirs = whole.parts.student.state_dict(), again.parts.student.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (again.folder / "layers.json").exists()
+    assert (again.output.path / "layers.json").exists()
 
 
 @pytest.mark.parametrize(

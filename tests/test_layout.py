@@ -1,145 +1,229 @@
-"""The rules of the layout: which module may import which, and what the wheel holds."""
+"""The rules of the house: which wing may import which, and how short a step's path stays.
+
+A wing is a folder below `distill/`. Arrows run down only, between wings and between files, those under `TYPE_CHECKING`
+and within functions included; what one wing needs of another it takes from that wing's `__init__.py`.
+"""
 
 import ast
-import subprocess
+import graphlib
 import sys
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+HOUSE = ROOT / "distill"
 
-# What each module of distill may import of its siblings; kv_cache and generation_copy are parts of decode and rollout,
-# cpu_linear, packing and prefix_attention of forward. `train` and `run` compose everything.
-ALLOWED = {
-    "config": {"sections", "yaml_file"},
-    "sections": set(),
-    "yaml_file": set(),
-    "sources": set(),
-    "metrics": set(),
-    "prompts": {"records"},
-    "records": set(),
-    "models": {"config", "sources"},
-    "lora": {"models", "sections"},
-    "decode": {"kv_cache"},
-    "kv_cache": set(),
-    "generation_copy": {"lora", "models"},
-    "memory": {"forward"},
-    "group": set(),
-    "sharding": {"forward", "models"},
-    "processes": set(),
-    "distributed": {"memory", "models", "processes", "server", "sharding"},
-    "health": set(),
-    "rollout": {"models", "decode", "kv_cache", "generation_copy", "memory"},
-    "forward": {"models", "cpu_linear", "packing", "prefix_attention"},
-    "cpu_linear": set(),
-    "packing": {"prefix_attention"},
-    "prefix_attention": set(),
-    "advantage": set(),
-    "head_pair": set(),
-    "loss": {"advantage", "forward", "group", "head_pair"},
-    "server": set(),
-    "teacher_server": {"loss", "models", "server"},
-    "diagnostics": {"metrics"},
-    "trainer": {
-        "rollout",
-        "forward",
-        "group",
-        "loss",
-        "diagnostics",
-        "distributed",
-        "checkpoint",
-        "memory",
-        "metrics",
-        "models",
-    },
-    "checkpoint": {"config", "processes", "tensor_files"},
-    "tensor_files": set(),
-    "teachers": {"group", "loss", "models", "prompts", "server", "teacher_server"},
-    "vllm_engine": {"decode", "lora", "rollout", "server", "teacher_server"},
-    "vllm_ranks": {"distributed", "rollout", "server", "vllm_engine"},
-    "loading": {
-        *("config", "decode", "distributed", "lora", "loss", "memory", "models", "prompts", "rollout", "teachers"),
-        *("server", "vllm_engine", "vllm_ranks"),
-    },
-    "layer_choice": {"config", "evaluate", "group", "loading", "loss", "memory", "models", "prompts"},
-    "output": {"checkpoint", "metrics", "processes"},
-    "trackers": {"config", "metrics", "output"},
-    "summary": {"display", "metrics"},
-    "evaluate": {
-        *("config", "distributed", "group", "head_pair", "loading", "models", "forward", "prompts"),
-        *("rollout", "loss", "memory"),
-    },
-    "display": {"metrics"},
-    "token_view": {"group", "head_pair", "loss"},
-    "charts": set(),
-    "report": {"charts", "metrics", "output"},
-    "card": {"config", "metrics", "summary"},
-    "chat": {"config", "models", "prompts"},
+# From the ground up: each wing's floor, and what it may import. What is not named it may not.
+GROUND = {"config", "prompts", "servers", "runtime"}
+LOSS = {"forward", "models", "runtime"}
+ROLLOUT = {"loss", *LOSS, "servers"}
+FLOORS: dict[str, tuple[int, set[str]]] = {
+    **{wing: (1, set()) for wing in sorted(GROUND)},
+    "models": (2, {"config", "runtime"}),
+    "forward": (3, {"models", "runtime"}),
+    "loss": (4, LOSS - {"models"}),
+    "rollout": (5, ROLLOUT),
+    "teachers": (5, {"loss", "forward", "models", *GROUND}),
+    "training": (6, {"rollout", "teachers", *ROLLOUT, *GROUND}),
+    "report": (6, {"runtime", "config"}),
+    "run": (7, {"training", "report", "rollout", "teachers", *ROLLOUT, *GROUND}),
 }
-USE_KERNELS = {"decode", "rollout", "advantage", "head_pair", "loss", "cpu_linear", "evaluate", "token_view"}
-USE_TRANSFORMERS = {
-    "prompts",
-    "teachers",
-    "teacher_server",
-    "vllm_engine",
-    "vllm_ranks",
-    "models",
-    "loading",
-    "rollout",
-    "decode",
-    "kv_cache",
-    "generation_copy",
-    "forward",
-    "lora",
-}
+COMMANDS = {"train", "chat", "evaluate", "report.__main__", "__main__"}  # on the top floor, which may import all of it
+USE_KERNELS = {"forward", "loss", "rollout", "training"}
+USE_TRANSFORMERS = {"prompts", "models", "forward", "rollout", "teachers", "training", "run"}
+# The loop itself takes tensors and callables, never a model's class.
+WITHOUT_TRANSFORMERS = {"training.trainer", "training.state", "training.diagnostics", "training.evaluation"}
+
+# What an optimizer step runs: the loop, and the engine that samples. Beside it, each a sitting of its own, stand the
+# wings below, the kernels, and what only several ranks need.
+STEP = ("training.trainer", "rollout.native")
+BESIDE = {"config", "prompts", "models", "servers", "runtime"}
+RANKS = {"training.ranks", "training.sharding", "training.vllm_ranks"}
+LONGEST_STEP, LONGEST_FILE, LONGEST_FUNCTION = 2500, 350, 60
 
 
-def imports_of(path: Path) -> set[str]:
-    """Modules that a file imports at run time; what only annotations need is left out."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    found = set()
+class Import(NamedTuple):
+    """One `from MODULE import NAME` or `import MODULE`, MODULE without `distill.`."""
+
+    line: int
+    module: str
+    name: str | None
+
+
+def module_of(path: Path) -> str:
+    """`loss.group` for distill/loss/group.py, `loss` for the wing's face."""
+    parts = path.relative_to(HOUSE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in sorted(HOUSE.rglob("*.py")) if path != HOUSE / "__init__.py"}
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+
+
+def wing_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def all_imports(tree: ast.AST) -> Iterator[tuple[int, str, str | None]]:
+    """Line, module and name of every import, wherever it stands."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "distill")
+            yield from ((node.lineno, alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from ((node.lineno, node.module, alias.name) for alias in node.names)
+
+
+def house_imports(tree: ast.AST) -> list[Import]:
+    """The imports of `distill`, each with the deepest module that it names."""
+    found = []
+    for line, module, name in all_imports(tree):
+        if module == "distill" and name is not None:
+            found.append(Import(line, name, None))
+        elif module.startswith("distill."):
+            module = module.removeprefix("distill.")
+            inner = f"{module}.{name}"
+            found.append(Import(line, inner, None) if inner in MODULES else Import(line, module, name))
     return found
 
 
-MODULES = sorted(path for path in (ROOT / "distill").glob("*.py") if path.stem != "__init__")
+def faults(module: str, tree: ast.AST) -> list[str]:
+    """What a module imports against the rules, each with both names and the line."""
+    found, wing = [], wing_of(module)
+    for line, target, name in house_imports(tree):
+        where, what = f"distill/{module.replace('.', '/')}, line {line}", f"distill.{target}"
+        other = wing_of(target)
+        if module in COMMANDS:
+            allowed = other in FLOORS
+        elif other == wing:
+            allowed = True
+            if module == wing or "." in target:
+                continue
+            found.append(f"{where}: {module} imports its own wing's face instead of the file that has {name}")
+        else:
+            allowed = other in FLOORS[wing][1]
+        if not allowed:
+            found.append(f"{where}: {module} imports {what}, and {wing} may import {sorted(FLOORS[wing][1])} only")
+        elif other != wing and "." in target:
+            found.append(f"{where}: {module} imports {what}, which is private to {other}: take it from distill.{other}")
+    return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_module_imports_only_what_the_design_allows(path):
-    imports = imports_of(path)
-    siblings = {name.split(".")[1] for name in imports if name.startswith("distill.")}
-    if path.stem not in ("train", "run"):  # these two compose the others
-        assert siblings <= ALLOWED[path.stem]
-    assert ("distill_kernels" in {name.split(".")[0] for name in imports}) <= (path.stem in USE_KERNELS)
-    assert ("transformers" in {name.split(".")[0] for name in imports}) <= (path.stem in USE_TRANSFORMERS)
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_lies_below(module):
+    assert wing_of(module) in FLOORS or module in COMMANDS, f"{module} is in no wing: give it one, in {__file__}"
+    assert not faults(module, TREES[module]), "\n".join(faults(module, TREES[module]))
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "said"),
+    [
+        ("loss.group", "from distill.training import Trainer", ["loss.group imports distill.training", "line 1:"]),
+        ("runtime.memory", "if TYPE_CHECKING:\n    from distill.loss import Group", ["distill.loss", "line 2"]),
+        ("models.lora", "def late():\n    import distill.run.run", ["models.lora imports distill.run.run"]),
+        ("rollout.engine", "from distill.loss.group import Group", ["private to loss", "from distill.loss"]),
+        ("report.page", "from distill.run import OutputFolder", ["report may import ['config', 'runtime']"]),
+        ("loss.group", "from distill.loss import Rollouts", ["its own wing's face"]),
+    ],
+)
+def test_an_arrow_that_runs_up_is_named(module, line, said):
+    (fault,) = faults(module, ast.parse(line))
+    assert all(words in fault for words in said), fault
+
+
+def test_floors_and_permissions_run_down():
+    for wing, (floor, below) in FLOORS.items():
+        assert all(FLOORS[other][0] < floor for other in below), wing
+    assert {path.name for path in HOUSE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FLOORS)
+
+
+def faces() -> dict[str, dict[str, str]]:
+    """For each wing, the module that defines each name which its face hands on."""
+    return {
+        wing: {name: module for _, module, name in house_imports(TREES[wing]) if name is not None} for wing in FLOORS
+    }
+
+
+def graph() -> dict[str, set[str]]:
+    """Each module with those that it imports; what comes through a face is an arrow to the file behind it."""
+    behind, found = faces(), {}
+    for module, tree in TREES.items():
+        if module in FLOORS:  # a face only hands on
+            continue
+        targets = (behind[target][name] if target in behind else target for _, target, name in house_imports(tree))
+        found[module] = set(targets)
+    return found
+
+
+def test_no_circle():
+    graphlib.TopologicalSorter(graph()).prepare()  # raises CycleError, which lists the circle
+
+
+@pytest.mark.parametrize("wing", FLOORS)
+def test_a_face_says_what_the_wing_is_for_and_hands_on_what_others_use(wing):
+    """In a few lines; and nothing that no other wing or command takes."""
+    tree, handed = TREES[wing], faces()[wing]
+    said = ast.get_docstring(tree)
+    assert "In: " in said, "what enters"
+    assert "Out: " in said, "what leaves"
+    assert len(said.splitlines()) < 10
+    assert {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} == {"__all__"}, "only imports and names"
+    assert set(ast.literal_eval(tree.body[-1].value)) == set(handed)
+    used = {
+        name
+        for module, other in TREES.items()
+        for _, target, name in house_imports(other)
+        if target == wing and (wing_of(module) != wing or module in COMMANDS)
+    }
+    assert set(handed) <= used | PUBLIC.get(wing, set())
+
+
+PUBLIC: dict[str, set[str]] = {}  # what only programs beside this one take
+
+
+def closure(modules: tuple[str, ...]) -> set[str]:
+    """The modules that these import, and so on, without those that stand beside a step's path."""
+    arrows, found, new = graph(), set(), set(modules)
+    while new:
+        found |= new
+        new = {to for module in new for to in arrows[module] if wing_of(to) not in BESIDE and to not in RANKS} - found
+    return found
+
+
+def test_the_path_of_a_step_reads_in_one_sitting():
+    lengths = {module: len(MODULES[module].read_text().splitlines()) for module in closure(STEP)}
+    assert {"loss.gradients", "rollout.decode", "forward.prefix_attention"} < set(lengths), "the path was not followed"
+    assert sum(lengths.values()) <= LONGEST_STEP, f"{sum(lengths.values())} lines: {lengths}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_are_short(module):
+    """Those on a step's path and all others."""
+    assert len(MODULES[module].read_text().splitlines()) <= LONGEST_FILE
+    functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= LONGEST_FUNCTION}
+    assert not long
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_kernels_and_transformers_are_where_they_belong(module):
+    packages = {name.split(".")[0] for _, name, _ in all_imports(TREES[module])}
+    wing = wing_of(module)
+    assert ("distill_kernels" in packages) <= (wing in USE_KERNELS or module in COMMANDS)
+    allowed = wing in USE_TRANSFORMERS and module not in WITHOUT_TRANSFORMERS
+    assert ("transformers" in packages) <= (allowed or module in COMMANDS)
 
 
 def test_kernels_import_torch_and_triton_only():
     allowed = set(sys.stdlib_module_names) | {"torch", "triton", "distill_kernels"}
     for path in (ROOT / "kernels" / "distill_kernels").glob("*.py"):
-        assert {name.split(".")[0] for name in imports_of(path)} <= allowed, path.name
+        packages = {name.split(".")[0] for _, name, _ in all_imports(ast.parse(path.read_text()))}
+        assert packages <= allowed, path.name
 
 
 def test_kernels_folder_is_no_package():
     # Hugging Face has a package of that name, which transformers imports.
     assert not (ROOT / "kernels" / "__init__.py").exists()
-
-
-def test_wheel_holds_the_two_packages_only(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        top = {name.split("/")[0] for name in archive.namelist()}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"distill", "distill_kernels"}

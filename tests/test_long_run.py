@@ -17,11 +17,11 @@ WATCHED = (
 import ctypes, gc, json, os, sys
 from pathlib import Path
 from rich.console import Console
-import distill.report
+import distill.run.live_report
 from distill.config import load_config
 from distill.run import Run
 
-distill.report.FIRST = 0
+distill.run.live_report.FIRST = 0
 seen, objects = [], []
 
 def look():

@@ -9,13 +9,12 @@ from conftest import tiny_model
 from test_train import execute, metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
-from distill.generation_copy import GenerationCopy
-from distill.group import Group
-from distill.loading import evaluation_arguments
-from distill.lora import ADAPTER, add_adapters, is_adapted, merged
-from distill.loss import LossOptions, ModelParts, accumulate_gradients, score, statistics
-from distill.models import ModelError, load_model, split_head
-from distill.sections import LoraConfig
+from distill.config import LoraConfig
+from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score, statistics
+from distill.models import ModelError, add_adapters, is_adapted, load_model, merged, split_head
+from distill.models.lora import ADAPTER
+from distill.rollout.generation_copy import GenerationCopy
+from distill.run.prompt_sets import evaluation_arguments
 from distill.train import main
 
 IDS = torch.arange(3, 13)[None]
@@ -106,15 +105,17 @@ def test_the_generation_copy_follows_the_adapters(family, pack, dtype):
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 def test_after_a_step_the_sampled_logprobs_are_those_of_the_trained_model(write_config, engine):
     run = execute(write_config(LORA | {"rollout.engine": engine}))
-    ids, mask = evaluation_arguments(run.config, run.held_out, 0)["prompts"]
-    rollouts = run.engine.generate(ids, mask, num_rollouts=3, prompt_keys=torch.arange(len(ids)))
+    ids, mask = evaluation_arguments(run.config, run.parts.held_out, 0)["prompts"]
+    rollouts = run.parts.engine.generate(ids, mask, num_rollouts=3, prompt_keys=torch.arange(len(ids)))
     group = Group.of(rollouts)
     rows = torch.arange(len(rollouts.finished))
     sampled = group.valid(rollouts.logprob, rows)
-    found = statistics(run.student_parts, run.teachers, group, [rows], vocab_size=run.vocab_size).student_logprob
+    found = statistics(
+        run.parts.student_parts, run.parts.teachers, group, [rows], vocab_size=run.parts.vocab_size
+    ).student_logprob
     torch.testing.assert_close(sampled, found, atol=2e-5, rtol=1e-4)
     untrained = ModelParts(*split_head(load_model(run.config.student.model)), torch.float32)
-    before = statistics(untrained, run.teachers, group, [rows], vocab_size=run.vocab_size).student_logprob
+    before = statistics(untrained, run.parts.teachers, group, [rows], vocab_size=run.parts.vocab_size).student_logprob
     assert (before - sampled).abs().max() > 0.05
 
 
@@ -177,20 +178,20 @@ def test_a_resumed_run_is_the_same_bit_for_bit(write_config, tmp_path):
     resumed = {"training.resume": str(whole / "checkpoints" / "step-000002")}
     again = execute(write_config(LORA | resumed | {"training.output_dir": str(tmp_path / "resumed")}))
     assert metrics_of(whole) == metrics_of(tmp_path / "resumed")
-    ours, theirs = run.student.state_dict(), again.student.state_dict()
+    ours, theirs = run.parts.student.state_dict(), again.parts.student.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("dropped", [[], [1]])
 def test_what_is_exported_gives_the_trained_models_logits(write_config, tmp_path, dropped):
     run = execute(write_config(LORA | {"student.drop_layers": dropped}))
-    expected = run.student(IDS).logits
+    expected = run.parts.student(IDS).logits
     # W·x + s·B(A·x) against (W + s·BA)·x: the same sums, rounded in another order.
     rounding = {"rtol": 0, "atol": 64 * torch.finfo(torch.float32).eps * expected.abs().max().item()}
-    merged = AutoModelForCausalLM.from_pretrained(run.folder / "final")(IDS).logits
+    merged = AutoModelForCausalLM.from_pretrained(run.output.path / "final")(IDS).logits
     torch.testing.assert_close(merged, expected, **rounding)
     # The README beside the adapter says how it is loaded: that very code.
-    code = (run.folder / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    code = (run.output.path / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python\n")
     names: dict = {}
     exec(code, names)
     torch.testing.assert_close(names["model"](IDS).logits, expected, **rounding)
@@ -210,27 +211,29 @@ def test_a_teacher_of_the_base_shares_its_weights_and_never_changes(write_config
     apart = execute(
         write_config(changes | {"teacher.model": str(copied), "training.output_dir": str(tmp_path / "apart")})
     )
-    assert metrics_of(shared.folder) == metrics_of(apart.folder)
-    bodies = [[run.student, run.teachers[0].body] for run in (shared, apart)]
-    adapters = sum(p.nbytes for p in shared.student.parameters() if p.requires_grad)
+    assert metrics_of(shared.output.path) == metrics_of(apart.output.path)
+    bodies = [[run.parts.student, run.parts.teachers[0].body] for run in (shared, apart)]
+    adapters = sum(p.nbytes for p in shared.parts.student.parameters() if p.requires_grad)
     assert bytes_of(*bodies[0]) - adapters == bytes_of(AutoModelForCausalLM.from_pretrained(tiny_pair["student"]))
     assert bytes_of(*bodies[0]) < 0.65 * bytes_of(*bodies[1])
     whole = AutoModelForCausalLM.from_pretrained(tiny_pair["student"])
-    found = shared.teachers[0].head.logits(shared.teachers[0].body(IDS).last_hidden_state)
+    found = shared.parts.teachers[0].head.logits(shared.parts.teachers[0].body(IDS).last_hidden_state)
     torch.testing.assert_close(found, whole(IDS).logits, rtol=0, atol=0)
-    assert not torch.allclose(shared.student(IDS).logits, whole(IDS).logits, atol=0.1)
+    assert not torch.allclose(shared.parts.student(IDS).logits, whole(IDS).logits, atol=0.1)
 
 
 def test_without_adapters_a_teacher_of_the_base_is_a_copy(write_config, tiny_pair):
     run = execute(write_config({"teacher.model": "base", "student.drop_layers": [1]}))
     whole = AutoModelForCausalLM.from_pretrained(tiny_pair["student"])
-    found = run.teachers[0].head.logits(run.teachers[0].body(IDS).last_hidden_state)
+    found = run.parts.teachers[0].head.logits(run.parts.teachers[0].body(IDS).last_hidden_state)
     torch.testing.assert_close(found, whole(IDS).logits, rtol=0, atol=0)
-    assert bytes_of(run.student, run.teachers[0].body) == bytes_of(run.student) + bytes_of(run.teachers[0].body)
+    assert bytes_of(run.parts.student, run.parts.teachers[0].body) == bytes_of(run.parts.student) + bytes_of(
+        run.parts.teachers[0].body
+    )
 
 
 def test_adapters_heal_a_pruned_model(write_config):
     changes = {"teacher.model": "base", "student.drop_layers": [1], "student.lora.rank": 16}
     changes |= {"training.learning_rate": 3e-3, "training.num_epochs": 6, "training.num_rollouts_per_prompt": 8}
     run = execute(write_config(changes))
-    assert run.evaluations[-1]["reverse_kl"] < 0.75 * run.evaluations[0]["reverse_kl"]
+    assert run.progress.evaluations[-1]["reverse_kl"] < 0.75 * run.progress.evaluations[0]["reverse_kl"]

@@ -11,13 +11,12 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from distill.decode import SamplingOptions
-from distill.forward import micro_batches
-from distill.group import Group
-from distill.loss import LossOptions, ModelParts, accumulate_gradients, score, statistics, token_weights
+from distill.loss import Group, LossOptions, ModelParts, Rollouts, accumulate_gradients, score, statistics
+from distill.loss.gradients import token_weights
 from distill.models import split_head
 from distill.prompts import left_pad
-from distill.rollout import RolloutEngine, Rollouts
+from distill.rollout import SamplingOptions, local_engine
+from distill.runtime.micro_batches import micro_batches
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,7 +187,7 @@ def test_the_sampled_end_counts_and_nothing_after_it(pad):
 @pytest.mark.parametrize(("prompt_lengths", "num_rollouts"), [([1], 1), ([1, 5], 1), ([1], 3)])
 def test_one_rollout_and_prompts_of_one_token(prompt_lengths, num_rollouts):
     student, teacher = tiny_model("qwen3", seed=1), tiny_model("qwen3", seed=2)
-    engine = RolloutEngine(
+    engine = local_engine(
         student,
         sampling=SamplingOptions(5),
         eos_token_ids=[2],
@@ -235,9 +234,8 @@ import resource, sys
 sys.path.insert(0, "tests")
 from conftest import tiny_model
 from test_loss import gradients, make_rollouts, parts_of
-from distill.forward import micro_batches
-from distill.group import Group
-from distill.loss import LossOptions, statistics
+from distill.runtime.micro_batches import micro_batches
+from distill.loss import Group, LossOptions, statistics
 
 V = 32_768
 student, teacher = (tiny_model("llama", vocab_size=V, seed=seed) for seed in (1, 2))

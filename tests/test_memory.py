@@ -9,15 +9,13 @@ from conftest import tiny_model
 from rich.console import Console
 from test_train import ROOT, environment, execute, metrics_of
 
-import distill.loss
-from distill import checkpoint
 from distill.config import load_config
-from distill.decode import SamplingOptions
-from distill.memory import MemoryLimitError, MemoryLimits, is_out_of_memory
-from distill.metrics import read_json_lines
-from distill.packing import micro_batches
-from distill.rollout import RolloutEngine, Rollouts
-from distill.run import Run
+from distill.loss import Group, Rollouts, model_parts, score
+from distill.loss import gradients as fused
+from distill.rollout import RolloutEngine, SamplingOptions, local_engine
+from distill.run import Run, checkpoint
+from distill.runtime import MemoryLimitError, MemoryLimits, is_out_of_memory, read_json_lines
+from distill.runtime.micro_batches import micro_batches
 from distill.train import main
 
 ERRORS = [
@@ -52,25 +50,25 @@ def test_an_update_that_runs_out_is_retried_with_the_same_gradient(write_config,
     """The second micro-batch fails, after the first has left its gradient: bit for bit as if always cut smaller."""
     changes = {**FOUR_ROWS, "training.tokens_per_micro_batch": 45}
     run = Run(load_config(write_config(changes)), Console(quiet=True), lambda: None)
-    trainer, real = run.trainer, distill.loss.linear_distill_loss
+    trainer, real = run.parts.trainer, fused.linear_distill_loss
     prompts, mask = trainer.encode([0, 1])
-    rollouts = run.engine.generate(prompts, mask, num_rollouts=4, prompt_keys=torch.arange(2))
-    group = distill.loss.Group.of(rollouts)
+    rollouts = run.parts.engine.generate(prompts, mask, num_rollouts=4, prompt_keys=torch.arange(2))
+    group = Group.of(rollouts)
     lengths = group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index
     parts = micro_batches(*lengths, 45)
     assert len(parts) > 1
-    hidden = distill.loss.score(trainer.teachers, group, parts)
+    hidden = score(trainer.teachers, group, parts)
 
     def gradients(work) -> dict[str, torch.Tensor]:
         work()
         return {name: parameter.grad.clone() for name, parameter in trainer.parameters.items()}
 
-    monkeypatch.setattr(distill.loss, "linear_distill_loss", Shortage(real, error, lambda call, *_: call == 2))
+    monkeypatch.setattr(fused, "linear_distill_loss", Shortage(real, error, lambda call, *_: call == 2))
     retried = gradients(
-        lambda: run.limits.in_micro_batches("update", lengths, lambda cut: trainer._gradients(hidden, group, cut))
+        lambda: run.parts.limits.in_micro_batches("update", lengths, lambda cut: trainer._gradients(hidden, group, cut))
     )
-    monkeypatch.setattr(distill.loss, "linear_distill_loss", real)
-    smaller = micro_batches(*lengths, run.limits.tokens_per_micro_batch)
+    monkeypatch.setattr(fused, "linear_distill_loss", real)
+    smaller = micro_batches(*lengths, run.parts.limits.tokens_per_micro_batch)
     assert len(smaller) > len(parts)
     always_small = gradients(lambda: trainer._gradients(hidden, group, smaller))
     whole = gradients(lambda: trainer._gradients(hidden, group, micro_batches(*lengths, 10**6)))
@@ -81,12 +79,12 @@ def test_an_update_that_runs_out_is_retried_with_the_same_gradient(write_config,
 
 
 def test_the_smaller_size_is_reported_and_stays_with_the_run(write_config, tmp_path, monkeypatch):
-    real = distill.loss.linear_distill_loss
+    real = fused.linear_distill_loss
     changes = {**FOUR_ROWS, "training.tokens_per_micro_batch": 45}
     execute(write_config(changes | {"training.output_dir": str(tmp_path / "whole")}))
-    monkeypatch.setattr(distill.loss, "linear_distill_loss", Shortage(real, ERRORS[1], lambda call, *_: call == 2))
-    size = execute(write_config(changes)).limits.tokens_per_micro_batch
-    monkeypatch.setattr(distill.loss, "linear_distill_loss", real)
+    monkeypatch.setattr(fused, "linear_distill_loss", Shortage(real, ERRORS[1], lambda call, *_: call == 2))
+    size = execute(write_config(changes)).parts.limits.tokens_per_micro_batch
+    monkeypatch.setattr(fused, "linear_distill_loss", real)
     for one, other in zip(metrics_of(tmp_path / "run"), metrics_of(tmp_path / "whole"), strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     (event,) = read_json_lines(tmp_path / "run" / "events.jsonl")
@@ -95,16 +93,16 @@ def test_the_smaller_size_is_reported_and_stays_with_the_run(write_config, tmp_p
     state = checkpoint.load_newest(tmp_path / "run" / "checkpoints").state
     assert state["trainer"]["limits"] == {"tokens_per_micro_batch": size, "rows_per_wave": None}
     again = Run(load_config(write_config(changes)), Console(quiet=True), lambda: None)
-    assert again.limits.tokens_per_micro_batch == size < 45
+    assert again.parts.limits.tokens_per_micro_batch == size < 45
     again.output.release()
 
 
 def test_scoring_and_evaluation_that_run_out_are_retried(write_config, tmp_path, monkeypatch):
-    real = distill.loss.completion_hidden
+    real = model_parts.completion_hidden
     # An evaluation asks for the student's and the teacher's states, then for those of each of two completions that are
     # looked at, then step 1 scores: calls 1 and 2, 3 to 6, and 7.
     for call, phase in ((2, "evaluation"), (7, "score")):
-        monkeypatch.setattr(distill.loss, "completion_hidden", real)
+        monkeypatch.setattr(model_parts, "completion_hidden", real)
         folder = tmp_path / phase
         run = Run(
             load_config(write_config({"training.output_dir": str(folder), "training.max_steps": 1})),
@@ -112,7 +110,7 @@ def test_scoring_and_evaluation_that_run_out_are_retried(write_config, tmp_path,
             lambda: None,
         )
         # Only now: loading checks the teacher.
-        monkeypatch.setattr(distill.loss, "completion_hidden", Shortage(real, ERRORS[1], lambda n, *_, c=call: n == c))
+        monkeypatch.setattr(model_parts, "completion_hidden", Shortage(real, ERRORS[1], lambda n, *_, c=call: n == c))
         assert run.execute() == 0
         (event,) = read_json_lines(folder / "events.jsonl")
         assert f"memory ran out in the {phase} phase" in event["message"]
@@ -122,8 +120,8 @@ def test_scoring_and_evaluation_that_run_out_are_retried(write_config, tmp_path,
 def test_at_the_smallest_size_the_message_says_what_to_lower(write_config, tmp_path, monkeypatch, capsys):
     path = write_config({**FOUR_ROWS, "training.save_every": 100})
     execute(write_config({**FOUR_ROWS, "training.output_dir": str(tmp_path / "whole")}, "whole.yaml"))
-    real = distill.loss.linear_distill_loss
-    monkeypatch.setattr(distill.loss, "linear_distill_loss", Shortage(real, ERRORS[1], lambda call, *_: call > 2))
+    real = fused.linear_distill_loss
+    monkeypatch.setattr(fused, "linear_distill_loss", Shortage(real, ERRORS[1], lambda call, *_: call > 2))
     assert main(["--config", str(path)]) == 2
     message = capsys.readouterr().err
     assert "memory ran out in the update phase at its smallest size" in message
@@ -131,14 +129,14 @@ def test_at_the_smallest_size_the_message_says_what_to_lower(write_config, tmp_p
         assert key in message
     assert "Saved after step 2" in message
     assert "Traceback" not in message
-    monkeypatch.setattr(distill.loss, "linear_distill_loss", real)
+    monkeypatch.setattr(fused, "linear_distill_loss", real)
     assert main(["--config", str(path)]) == 0
     assert metrics_of(tmp_path / "run")[:2] == metrics_of(tmp_path / "whole")[:2]
     assert len(metrics_of(tmp_path / "run")) == 5
 
 
 def engine(name: str, **options) -> RolloutEngine:
-    return RolloutEngine(
+    return local_engine(
         tiny_model("llama", vocab_size=272),
         sampling=SamplingOptions(max_new_tokens=8),
         eos_token_ids=[2],
@@ -207,15 +205,15 @@ from distill.config import load_config
 from distill.run import Run
 
 run = Run(load_config(sys.argv[1]), Console(), lambda: None)
-gradients = run.trainer._gradients
+gradients = run.parts.trainer._gradients
 def limited(*args):
     leave_free(int(sys.argv[2]))
     return gradients(*args)
-run.trainer._gradients = limited
+run.parts.trainer._gradients = limited
 train = run._train
-def until_trained(display):
+def until_trained():
     try:
-        return train(display)
+        return train()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 run._train = until_trained
@@ -229,7 +227,7 @@ REAL_ROLLOUTS = (
 sys.path.insert(0, "tests")
 import torch
 from test_memory import engine
-from distill.memory import MemoryLimits
+from distill.runtime import MemoryLimits
 rows = 40_000
 def sampled(of):
     prompts = torch.arange(3, 7)[None]

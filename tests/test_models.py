@@ -8,16 +8,8 @@ import pytest
 import torch
 from conftest import TINY_FAMILIES, ship_code, tiny_model, tiny_tokenizer
 
-from distill import sources
-from distill.models import (
-    ModelError,
-    check_pair,
-    choose_attention,
-    eos_ids,
-    load_model,
-    load_tokenizer,
-    split_head,
-)
+from distill.models import ModelError, check_pair, eos_ids, load_model, load_tokenizer, sources, split_head
+from distill.models.loading import choose_attention
 
 IDS = torch.arange(3, 13)[None]
 

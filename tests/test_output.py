@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from test_train import assert_same_run, execute, metrics_of
 
-from distill import checkpoint
 from distill.config import load_config
-from distill.metrics import read_json_lines
-from distill.output import OutputError, OutputFolder
+from distill.run import OutputError, checkpoint
+from distill.run.output import OutputFolder
+from distill.runtime import read_json_lines
 from distill.train import main
 
 
@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_made_is_named(write_config, tmp_path, capsys):
 
 
 HOLD = (
-    "import sys; from pathlib import Path; from distill.output import OutputFolder;"
+    "import sys; from pathlib import Path; from distill.run.output import OutputFolder;"
     "folder = OutputFolder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
 )
 

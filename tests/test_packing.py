@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.packing import MAX_PADDING, Rows, host_rows, length_buckets, micro_batches, pack
+from distill.forward.packing import MAX_PADDING, Rows, host_rows, length_buckets, pack
+from distill.runtime.micro_batches import micro_batches
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 30), st.lists(st.integers(0, 20), min_size=1, max_size=9)), min_size=1, max_size=5

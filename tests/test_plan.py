@@ -19,7 +19,7 @@ from benchmarks.plan.shapes import KNOWN, Shape, known, shape_of
 from benchmarks.plan.work import best, layouts, servers_for, work_of
 from distill.config import load_config
 from distill.forward import completion_hidden
-from distill.packing import micro_batches
+from distill.runtime.micro_batches import micro_batches
 
 ROOT = Path(__file__).parent.parent
 # Billions: all parameters, those without embeddings, and those active a token, as the model cards say.

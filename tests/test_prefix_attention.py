@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.prefix_attention import PrefixLayout, Shared, prefix_attention
+from distill.forward.prefix_attention import PrefixLayout, Shared, prefix_attention
 
 
 def layout(device="cpu"):

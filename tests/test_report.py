@@ -11,11 +11,14 @@ import pytest
 from rich.console import Console
 from test_train import execute
 
-from distill.charts import fluctuation, rolling, run_charts
-from distill.display import Display, closing_table
-from distill.metrics import read_json_lines
-from distill.output import OutputFolder
-from distill.report import LEVELS, LiveReport, _shade, main, report_page, write_report
+from distill.report import report_page
+from distill.report.__main__ import main
+from distill.report.charts import fluctuation, rolling, run_charts
+from distill.report.page import LEVELS, _shade, write_report
+from distill.run.display import Display, closing_table
+from distill.run.live_report import LiveReport
+from distill.run.output import OutputFolder
+from distill.runtime import read_json_lines
 
 NASTY = "<script>alert('x')</script> [bold]&amp;"
 
@@ -206,7 +209,7 @@ def test_a_running_report_is_written_by_another_process_now_and_then(tmp_path, m
     output, page = OutputFolder(tmp_path), tmp_path / "report.html"
     LiveReport(output).write()  # too early
     assert not page.exists()
-    monkeypatch.setattr("distill.report.FIRST", 0)
+    monkeypatch.setattr("distill.run.live_report.FIRST", 0)
     report = LiveReport(output)
     report.write()
     assert report._process.wait() == 0
@@ -229,7 +232,7 @@ def test_a_run_writes_its_report_before_it_ends(write_config, tmp_path, monkeypa
         seen.append(Page((tmp_path / "run" / "report.html").read_text()).classes("div").count("chart"))
 
     monkeypatch.setattr(LiveReport, "write", look)
-    monkeypatch.setattr("distill.report.FIRST", 0)
+    monkeypatch.setattr("distill.run.live_report.FIRST", 0)
     execute(write_config({"training.eval_every": 2}))
     assert len(seen) == 2  # after steps 2 and 4
     assert seen[0] > 5
@@ -247,7 +250,7 @@ def test_the_token_view_is_of_the_evaluation_itself(write_config, tmp_path):
         kl = [value for sample in record["samples"] for value in sample["reverse_kl"]]
         assert len(kl) == evaluation["completion_tokens"]
         assert np.mean(kl) == pytest.approx(evaluation["reverse_kl"], abs=1e-4)
-    for record, texts in zip(records, (run.samples["before"], run.samples["after"]), strict=True):
+    for record, texts in zip(records, (run.progress.samples["before"], run.progress.samples["after"]), strict=True):
         assert [sample["prompt"] for sample in record["samples"]] == ["Count to three.", "Name a bird."]
         for sample, text in zip(record["samples"], texts, strict=True):
             for name in ("student", "teacher"):
@@ -268,7 +271,7 @@ def test_the_token_view_is_of_the_evaluation_itself(write_config, tmp_path):
 def test_the_texts_of_tokens_add_up_to_the_completion(text):
     from conftest import tiny_tokenizer
 
-    from distill.token_view import _text
+    from distill.training.token_records import _text
 
     tokenizer = tiny_tokenizer()
     ids = tokenizer(text)["input_ids"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.report import comparison_page, write_report
+from distill.report.page import comparison_page, write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
 

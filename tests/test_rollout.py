@@ -10,10 +10,10 @@ from conftest import tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-import distill.decode
-from distill.decode import SamplingOptions
-from distill.generation_copy import GenerationCopy, choose_dtype
-from distill.rollout import RolloutEngine, Rollouts
+import distill.rollout.decode
+from distill.loss import Rollouts
+from distill.rollout import RolloutEngine, SamplingOptions, choose_dtype, local_engine
+from distill.rollout.generation_copy import GenerationCopy
 
 FAMILIES = ("llama", "qwen3", "gpt_neox", "gemma3")
 ENGINES = ("native", "transformers")
@@ -47,7 +47,7 @@ def make_engine(model: PreTrainedModel, tokens: int = 24, eos=NEVER, **changes) 
     options = {"pad_token_id": 0, "seed": 3, "precision": "float32", "engine": "native"}
     names = ("temperature", "top_k", "top_p", "min_p")
     sampling = SamplingOptions(tokens, **{name: changes.pop(name) for name in names if name in changes})
-    return RolloutEngine(model, sampling=sampling, eos_token_ids=eos, **(options | changes))
+    return local_engine(model, sampling=sampling, eos_token_ids=eos, **(options | changes))
 
 
 def run(engine: RolloutEngine, prompts: Prompts, num_rollouts: int) -> Rollouts:
@@ -134,7 +134,7 @@ def test_waves_compaction_and_batch_change_nothing(name: str, monkeypatch: pytes
         assert len(list(engine._waves(4, 20, 6))) > 1 or budget > 400_000
         same(whole, run(engine, prompts, 6))
     for threshold in (0.0, 0.5, 2.0):  # never, late, after every row that ends
-        monkeypatch.setattr(distill.decode, "COMPACT_BELOW", threshold)
+        monkeypatch.setattr(distill.rollout.decode, "COMPACT_BELOW", threshold)
         same(whole, run(make_engine(model, eos=eos), prompts, 6))
     for first in (0, 2):  # in another batch, with less padding
         part = slice(first, first + 2)
@@ -153,10 +153,10 @@ def test_steps_of_fixed_shape_change_nothing(family: str, num_rollouts: int, mon
     expected = run(make_engine(model, 30, eos), prompts, num_rollouts)
     assert expected.completion_lengths.min() < 8
     for check_every, slots_shown in ((1, 5), (4, 7), (16, 128)):
-        monkeypatch.setattr(distill.decode, "CHECK_EVERY", check_every)
-        monkeypatch.setattr(distill.decode, "SLOTS_SHOWN", slots_shown)
+        monkeypatch.setattr(distill.rollout.decode, "CHECK_EVERY", check_every)
+        monkeypatch.setattr(distill.rollout.decode, "SLOTS_SHOWN", slots_shown)
         engine = make_engine(model, 30, eos)
-        engine._decode = distill.decode.decode_static
+        engine._decode = distill.rollout.decode.decode_static
         same(expected, run(engine, prompts, num_rollouts))
 
 
@@ -168,10 +168,10 @@ def test_graphs_on_a_gpu_say_what_single_steps_say(family: str, precision: str) 
     model = tiny_model(family).cuda()
     prompts = Prompts(*(tensor.cuda() for tensor in ragged_prompts()))
     engine = make_engine(model, 40, eos=(3, 4, 5), precision=precision)
-    assert engine._decode is distill.decode.decode_static
+    assert engine._decode is distill.rollout.decode.decode_static
     replayed = run(engine, prompts, 6)
     if precision == "float32":
-        engine._decode = distill.decode.decode
+        engine._decode = distill.rollout.decode.decode
         same(replayed, run(engine, prompts, 6))
     limit = 1e-4 if precision == "float32" else 0.1
     assert (replayed.logprob - rescored(model, replayed)).abs().mean() < limit

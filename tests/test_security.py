@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from test_report import make_run, token_record
 from test_train import ROOT, environment
 
-from distill import sources
-from distill.models import ModelError, load_model, load_tokenizer
-from distill.report import BOKEH, write_report
+from distill.models import ModelError, load_model, load_tokenizer, sources
+from distill.report.page import BOKEH, write_report
 
 # Runs the command and prints what it asked of the network, of other programs, and of pickle.
 GUARD = """
@@ -91,7 +90,7 @@ def test_pickled_weights_are_never_loaded(tmp_path, tiny_pair):
 
 
 def test_nothing_in_the_trainer_unpickles():
-    for path in (ROOT / "distill").glob("*.py"):
+    for path in (ROOT / "distill").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert "pickle" not in ast.unparse(node), path.name

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 from test_train import ROOT, assert_same_run, environment, execute, metrics_of
 
-from distill.checkpoint import HARMLESS, LENGTH, changed_keys
-from distill.config import Config, known_keys, load_config
-from distill.metrics import read_json_lines
+from distill.config import Config, load_config
+from distill.config.config import known_keys
 from distill.run import Run
+from distill.run.checkpoint import HARMLESS, LENGTH, changed_keys
+from distill.runtime import read_json_lines
 from distill.train import main
 
 
@@ -102,7 +103,9 @@ def test_a_signal_while_the_models_are_loaded_is_no_step(write_config, tmp_path)
 
 def test_a_signal_at_the_last_step_lets_the_run_end(write_config, tmp_path):
     path = write_config({"training.max_steps": 1})
-    run = Run(load_config(path), Console(quiet=True), lambda: signal.SIGTERM if run.trainer.position.step else None)
+    run = Run(
+        load_config(path), Console(quiet=True), lambda: signal.SIGTERM if run.parts.trainer.position.step else None
+    )
     assert run.execute() == 0
     assert (tmp_path / "run" / "final").is_dir()
 

@@ -9,11 +9,11 @@ from conftest import tiny_model, tiny_tokenizer
 from serving import ModelServer
 from test_train import SAMPLED, execute, metrics_of, weights_of
 
-from distill.charts import run_charts
 from distill.config import ConfigError, load_config
-from distill.metrics import read_json_lines
-from distill.server import Server, ServerError, in_parallel
-from distill.teacher_server import connect
+from distill.report.charts import run_charts
+from distill.runtime import read_json_lines
+from distill.servers import Server, ServerError, in_parallel
+from distill.teachers.served import connect
 from distill.train import main
 
 pytestmark = pytest.mark.usefixtures("short_pauses")

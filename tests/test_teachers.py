@@ -9,13 +9,13 @@ from conftest import tiny_model, tiny_tokenizer
 from test_loss import make_rollouts, parts_of
 
 from distill.config import StudentConfig, TeacherConfig, load_config
-from distill.forward import micro_batches
-from distill.group import Group, TeacherView
-from distill.loss import LossOptions, accumulate_gradients, score, statistics
-from distill.metrics import read_json_lines
+from distill.loss import Group, LossOptions, TeacherView, accumulate_gradients, score, statistics
 from distill.models import ModelError
 from distill.prompts import PromptError, left_pad, load_prompts, tokenise
-from distill.teachers import HostMemory, Teacher, load_teachers, teacher_prompts
+from distill.runtime import read_json_lines
+from distill.runtime.micro_batches import micro_batches
+from distill.teachers import Teacher, load_teachers, teacher_prompts
+from distill.teachers.local import HostMemory
 from distill.train import main
 
 LENGTHS, N = [5, 3, 1, 6, 2, 4], 2

@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 from test_train import SECONDS, execute, main, metrics_of
 
-from distill import trackers
-from distill.config import known_keys, load_config
-from distill.metrics import read_json_lines
-from distill.run import Run
-from distill.trackers import Trackers
+from distill.config import load_config
+from distill.config.config import known_keys
+from distill.run import Run, trackers
+from distill.run.trackers import Trackers
+from distill.runtime import read_json_lines
 
 STEPS = [1, 2, 3, 4, 5]
 
@@ -285,7 +285,7 @@ def test_a_signal_finishes_what_is_tracked(write_config, tmp_path):
     run = Run(
         load_config(write_config({"training.report_to": ["tensorboard"]})),
         Console(file=open(os.devnull, "w")),  # noqa: SIM115
-        lambda: SIGTERM if run.trainer.position.step == 2 else None,
+        lambda: SIGTERM if run.parts.trainer.position.step == 2 else None,
     )
     assert run.execute() == 128 + SIGTERM
     assert [step for step, _ in scalars(tmp_path / "run" / "tensorboard")["train/loss"]] == [1, 2]

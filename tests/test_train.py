@@ -15,15 +15,15 @@ from rich.console import Console
 from serving import ModelServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import distill.loss
-import distill.memory
-from distill.config import ConfigError, known_keys, load_config
-from distill.health import StoppedError
-from distill.metrics import read_json_lines
+import distill.loss.model_parts
+import distill.runtime.memory
+from distill.config import ConfigError, load_config
+from distill.config.config import known_keys
 from distill.models import ModelError
 from distill.prompts import PromptError
-from distill.run import Run
-from distill.server import ServerError, UnavailableError
+from distill.run import Run, StoppedError
+from distill.runtime import read_json_lines
+from distill.servers import ServerError, UnavailableError
 from distill.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def test_the_final_model_is_an_ordinary_one_and_generates(write_config, tmp_path
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
     ids = torch.tensor([tokenizer("Hello")["input_ids"]])
-    torch.testing.assert_close(model(ids).logits, run.student(ids).logits)
+    torch.testing.assert_close(model(ids).logits, run.parts.student(ids).logits)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
 
 
@@ -192,13 +192,13 @@ EFFECTS = {
     "teacher.timeout_seconds": (SAMPLED | {"teacher.server": "slow", "teacher.retries": 0}, 0.1, "accepted"),
     "teacher.retries": (SAMPLED | {"teacher.server": "failing"}, 0, "accepted"),
     "prompts.train": ({}, "other", "numbers"),
-    "prompts.eval": ({}, "other", lambda run: run.evaluations[0]["reverse_kl"]),
-    "prompts.column": ({"prompts.train": "columns"}, "other", lambda run: run.prompts.texts),
-    "prompts.limit": ({}, 2, lambda run: len(run.prompts)),
-    "prompts.eval_limit": ({}, 1, lambda run: len(run.eval_prompts)),
+    "prompts.eval": ({}, "other", lambda run: run.progress.evaluations[0]["reverse_kl"]),
+    "prompts.column": ({"prompts.train": "columns"}, "other", lambda run: run.parts.prompts.student.texts),
+    "prompts.limit": ({}, 2, lambda run: len(run.parts.prompts.student)),
+    "prompts.eval_limit": ({}, 1, lambda run: len(run.parts.held_out.student)),
     "prompts.streaming": ({}, True, "refused"),
     "prompts.chat_template": ({}, "never", "numbers"),
-    "prompts.max_tokens": ({"prompts.eval": None}, 28, lambda run: run.prompts.too_long),
+    "prompts.max_tokens": ({"prompts.eval": None}, 28, lambda run: run.parts.prompts.student.too_long),
     "prompts.control_tokens": ({"prompts.train": "controls"}, "special", "numbers"),
     "prompts.shuffle": ({}, False, "numbers"),
     "rollout.max_new_tokens": ({}, 3, "numbers"),
@@ -207,13 +207,13 @@ EFFECTS = {
     "rollout.top_k": ({}, 2, "numbers"),
     "rollout.min_p": ({}, 0.5, "numbers"),
     "rollout.prompts_per_batch": ({}, 5, "numbers"),
-    "rollout.engine": ({}, "transformers", lambda run: run.engine.engine),
+    "rollout.engine": ({}, "transformers", lambda run: run.parts.engine.engine),
     "rollout.server": ({}, "http://127.0.0.1:9", "refused"),
     "rollout.timeout_seconds": (ON_VLLM | {"rollout.server": "slow", "rollout.retries": 0}, 0.1, "accepted"),
     "rollout.retries": (ON_VLLM | {"rollout.server": "failing"}, 0, "accepted"),
     "rollout.async_batches": (ON_VLLM | {"rollout.server": "student"}, 1, "numbers"),
-    "rollout.precision": ({}, "bfloat16", lambda run: run.engine.precision),
-    "rollout.memory_gib": ({}, 0.5, lambda run: run.engine._memory_budget_bytes),
+    "rollout.precision": ({}, "bfloat16", lambda run: run.parts.engine.precision),
+    "rollout.memory_gib": ({}, 0.5, lambda run: run.parts.engine._memory_budget_bytes),
     "rollout.mask_truncated": ({}, True, "numbers"),
     "training.num_rollouts_per_prompt": ({}, 3, "numbers"),
     "training.prompts_per_step": ({}, 2, "numbers"),
@@ -229,14 +229,14 @@ EFFECTS = {
     "training.activation_checkpointing": ({}, True, "calls"),
     "training.device": ({}, "cuda:77", "refused"),
     "training.precision": ({}, "bfloat16", "numbers"),
-    "training.attention": ({}, "eager", lambda run: run.student.config._attn_implementation),
+    "training.attention": ({}, "eager", lambda run: run.parts.student.config._attn_implementation),
     "training.seed": ({}, 1, "numbers"),
-    "training.output_dir": ({}, "elsewhere", lambda run: run.folder.name),
+    "training.output_dir": ({}, "elsewhere", lambda run: run.output.path.name),
     "training.save_every": ({}, 4, "checkpoints"),
     "training.keep_last": ({"training.save_every": 1}, 4, "checkpoints"),
-    "training.eval_every": ({}, 2, lambda run: len(run.evaluations)),
-    "training.resume": ({}, "never", lambda run: (run.folder.with_name("run.1")).exists()),
-    "training.report_to": ({}, ["tensorboard"], lambda run: (run.folder / "tensorboard").exists()),
+    "training.eval_every": ({}, 2, lambda run: len(run.progress.evaluations)),
+    "training.resume": ({}, "never", lambda run: (run.output.path.with_name("run.1")).exists()),
+    "training.report_to": ({}, ["tensorboard"], lambda run: (run.output.path / "tensorboard").exists()),
     "loss.objective": ({}, "sampled_reverse_kl", "numbers"),
     "loss.reduction": ({"rollout.max_new_tokens": 99, "rollout.temperature": 10.0}, "token", "numbers"),
     "loss.temperature": ({}, 2.0, "numbers"),
@@ -246,9 +246,9 @@ EFFECTS = {
     "loss.discount": (SAMPLED, 0.5, "numbers"),
     "loss.reward_clip": (SAMPLED, 0.1, "numbers"),
     "loss.beta": ({"loss.objective": "jsd"}, 0.1, "numbers"),
-    "evaluation.num_rollouts_per_prompt": ({}, 2, lambda run: run.evaluations[0]["completion_tokens"]),
-    "evaluation.max_new_tokens": ({}, 2, lambda run: run.evaluations[0]["completion_tokens"]),
-    "evaluation.seed": ({}, 7, lambda run: run.evaluations[0]["reverse_kl"]),
+    "evaluation.num_rollouts_per_prompt": ({}, 2, lambda run: run.progress.evaluations[0]["completion_tokens"]),
+    "evaluation.max_new_tokens": ({}, 2, lambda run: run.progress.evaluations[0]["completion_tokens"]),
+    "evaluation.seed": ({}, 7, lambda run: run.progress.evaluations[0]["reverse_kl"]),
 }
 
 
@@ -319,12 +319,12 @@ def others(tmp_path, tiny_pair, poisoned, servers):
 def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatch):
     context, value, look = EFFECTS[key]
     calls = []
-    real_split, real_hidden = distill.memory.micro_batches, distill.loss.completion_hidden
+    real_split, real_hidden = distill.runtime.memory.micro_batches, distill.loss.model_parts.completion_hidden
     monkeypatch.setattr(
-        distill.memory, "micro_batches", lambda *args: calls.append(batches := real_split(*args)) or batches
+        distill.runtime.memory, "micro_batches", lambda *args: calls.append(batches := real_split(*args)) or batches
     )
     monkeypatch.setattr(
-        distill.loss,
+        distill.loss.model_parts,
         "completion_hidden",
         lambda *args, **options: calls.append(options.get("checkpointing")) or real_hidden(*args, **options),
     )
@@ -336,11 +336,11 @@ def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatc
         except (ConfigError, ModelError, PromptError, ServerError, StoppedError) as error:
             return type(error)
         if look == "numbers":
-            return metrics_of(run.folder)
+            return metrics_of(run.output.path)
         if look == "calls":
             return [len(call) if isinstance(call, list) else call for call in calls]
         if look == "checkpoints":
-            return [path.name for path in sorted((run.folder / "checkpoints").iterdir())]
+            return [path.name for path in sorted((run.output.path / "checkpoints").iterdir())]
         return look(run) if callable(look) else "ran"
 
     without = observe(context)

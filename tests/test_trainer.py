@@ -11,12 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import peak_memory
 from distill.config import TrainingConfig
-from distill.decode import SamplingOptions
-from distill.group import Group
-from distill.loss import LossOptions, ModelParts
+from distill.loss import Group, LossOptions, ModelParts
 from distill.models import split_head
-from distill.rollout import RolloutEngine
-from distill.trainer import Trainer
+from distill.rollout import SamplingOptions, local_engine
+from distill.training import Trainer
 from distill_kernels.chunks import WORKSPACE_BYTES
 
 aten = torch.ops.aten
@@ -78,7 +76,7 @@ def trainer():
     def make(device="cpu", *, V=97, N=3, T=6, budget=16, **loss):
         student, teacher = (tiny_model(f, vocab_size=V, seed=i).to(device) for i, f in enumerate(("llama", "qwen3")))
         teacher.requires_grad_(False)
-        engine = RolloutEngine(
+        engine = local_engine(
             student,
             sampling=SamplingOptions(max_new_tokens=T),
             eos_token_ids=(),
@@ -131,7 +129,7 @@ def test_a_step_waits_for_its_metrics_only(trainer, loss, monkeypatch):
     monkeypatch.setattr(sys.modules["distill_kernels.linear_distill_loss"], "_known_to_be_one", lambda upstream: False)
     made = trainer(**loss)
     made._sample(0, [[0, 1]], 0)
-    rollouts = made._rollouts
+    rollouts = made.rollouts
     on_device = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprob, rollouts.sampling_logprob)
     watch = Watch(*on_device, *made.student.parameters(), *made.teachers[0].body.parameters())
     copies, waits = watch.modes()
@@ -163,7 +161,7 @@ def test_a_step_does_not_synchronise(trainer):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("distill.diagnostics.to_host", lambda values: dict.fromkeys(values, 0.0))
+            patch.setattr("distill.training.diagnostics.to_host", lambda values: dict.fromkeys(values, 0.0))
             next(steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -14,8 +14,7 @@ from benchmarks.variance.__main__ import main
 from benchmarks.variance.figures import fluctuation, interval
 from benchmarks.variance.pool import PromptPool, Sketch, rollout_gradients, vectors_of
 from benchmarks.variance.training import reach
-from distill.group import Group
-from distill.loss import LossOptions
+from distill.loss import Group, LossOptions
 
 ESTIMATORS = {
     "plain": LossOptions(),

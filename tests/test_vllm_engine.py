@@ -19,9 +19,9 @@ from test_train import SAMPLED, execute, metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from distill.config import ConfigError, load_config
-from distill.metrics import read_json_lines
 from distill.run import Run
-from distill.server import ServerError
+from distill.runtime import read_json_lines
+from distill.servers import ServerError
 from distill.train import main
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -53,7 +53,7 @@ def test_a_run_samples_from_the_weights_of_each_step(server, write_config, tmp_p
     resets = [path for path, _ in server.calls if path == "/reset_prefix_cache"]
     assert len(resets) == len(reloads)
     prompt = torch.tensor([[5, 6, 7, 8]])
-    torch.testing.assert_close(server.model(prompt).logits, run.student(prompt).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(server.model(prompt).logits, run.parts.student(prompt).logits, rtol=1e-4, atol=1e-4)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rollout_precision"] == "float32"
 
 
@@ -98,9 +98,9 @@ def test_another_run_that_uses_the_server_is_noticed(server, write_config):
             parameter.mul_(1.5)
     before = len(server.calls)
     ids = torch.tensor([[5, 6, 7]])
-    run.engine.generate(ids, torch.ones_like(ids).bool(), num_rollouts=2, prompt_keys=torch.arange(1))
+    run.parts.engine.generate(ids, torch.ones_like(ids).bool(), num_rollouts=2, prompt_keys=torch.arange(1))
     assert "/collective_rpc" in [path for path, _ in server.calls[before:]]
-    torch.testing.assert_close(server.model(ids).logits, run.student(ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(server.model(ids).logits, run.parts.student(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_do_not_arrive_end_the_run_resumably(server, write_config, tmp_path, capsys):
@@ -178,15 +178,15 @@ def test_the_sampler_is_corrected_for(server, write_config, tmp_path):
     changes = {"rollout.temperature": 0.7, "loss.importance_sampling": "sampler"}
     run = execute(write_config(served(server, **changes)))
     ids = torch.tensor([[5, 6, 7]])
-    rollouts = run.engine.generate(ids, torch.ones_like(ids).bool(), num_rollouts=3, prompt_keys=torch.arange(1))
+    rollouts = run.parts.engine.generate(ids, torch.ones_like(ids).bool(), num_rollouts=3, prompt_keys=torch.arange(1))
     for row, length in enumerate(rollouts.completion_lengths.tolist()):
         whole = torch.cat([ids[0], rollouts.completion_ids[row, :length]])[None]
         with torch.no_grad():
-            logits = run.student(whole).logits[0, 2:-1, :260] / 0.7
+            logits = run.parts.student(whole).logits[0, 2:-1, :260] / 0.7
         own = logits.log_softmax(-1).gather(1, whole[0, 3:, None])[:, 0]
         torch.testing.assert_close(rollouts.sampling_logprob[row, :length], own, rtol=1e-3, atol=1e-3)
         assert rollouts.logprob[row, :length].isnan().all()
-    assert all(line["sampler_logprob_gap"] is None and line["loss"] is not None for line in metrics_of(run.folder))
+    assert all(line["sampler_logprob_gap"] is None and line["loss"] is not None for line in metrics_of(run.output.path))
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(server, write_config, tmp_path, capsys):
@@ -204,8 +204,8 @@ AHEAD = {"rollout.prompts_per_batch": 2, "rollout.async_batches": 1, "training.s
 def test_the_next_batch_is_sampled_while_this_one_is_trained_on(server, write_config, tmp_path):
     path = write_config(served(server, **AHEAD))
     run = Run(load_config(path), Console(file=io.StringIO()), lambda: None)
-    first = next(run.trainer.steps())
-    wait([run.trainer._next])
+    first = next(run.parts.trainer.steps())
+    wait([run.parts.trainer.ahead])
     prompts = [body["prompt"] for path, body in server.calls if path == "/v1/completions" and "n" in body]
     assert len(prompts) == 4  # of two batches, after one step
     ids = torch.tensor([prompts[-1]])
@@ -232,7 +232,7 @@ def test_a_run_stopped_with_a_batch_under_way_continues_to_the_same_numbers(serv
     config = load_config(write_config(served(server, **AHEAD)))
 
     def signal() -> Signals | None:
-        return SIGTERM if run.trainer.position.step == stop_after else None
+        return SIGTERM if run.parts.trainer.position.step == stop_after else None
 
     run = Run(config, Console(file=io.StringIO()), signal)
     assert run.execute() == 128 + SIGTERM
@@ -258,7 +258,7 @@ def test_a_batch_under_way_that_fails_continues_from_the_checkpoint_before(serve
 def test_adapters_are_merged_into_what_is_served(server, write_config):
     run = execute(write_config(served(server, **{"student.lora.rank": 4})))
     ids = torch.tensor([[5, 6, 7]])
-    torch.testing.assert_close(server.model(ids).logits, run.student(ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(server.model(ids).logits, run.parts.student(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.harness import copy_bandwidth, gemm_rate
-from distill.memory import free_bytes
+from distill.runtime import free_bytes
 
 GIB = 2**30
 

@@ -18,9 +18,9 @@ from benchmarks.plan.model import PHASES, Work, predict
 from benchmarks.plan.shapes import Shape, known
 from benchmarks.plan.work import work_of
 from distill.config import load_config
-from distill.metrics import read_json_lines
 from distill.models import load_tokenizer
 from distill.prompts import load_prompts
+from distill.runtime import read_json_lines
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"

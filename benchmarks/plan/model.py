@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.plan.machines import COLLECTIVE, GIB, NETWORK, NODE, Machine
 from benchmarks.plan.shapes import Shape
-from distill.memory import cut_waves, wave_bytes
+from distill.rollout.waves import cut_waves, wave_bytes
 from distill_kernels.chunks import rows_per_chunk
 
 PHASES = {

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from benchmarks.plan.machines import GIB, NODE, Machine
 from benchmarks.plan.model import Layout, Plan, Work, predict
 from benchmarks.plan.shapes import Shape, shape_of
-from distill.advantage import needs_scores
 from distill.config import Config
-from distill.generation_copy import WORTHWHILE_SPEEDUP
+from distill.loss.advantage import needs_scores
+from distill.rollout.choice import WORTHWHILE_SPEEDUP
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "int8": 1}
 # A served teacher's weights in bfloat16, and a tenth of them for its keys and values.

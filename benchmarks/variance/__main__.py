@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.variance import fixed, pool, single, split, tables, training
 from benchmarks.variance.study import HERE, Study, load_study
 from distill.config import Config, ConfigError, load_config
-from distill.metrics import read_json_lines
 from distill.models import ModelError
-from distill.output import OutputError
 from distill.prompts import PromptError
+from distill.run import OutputError
+from distill.runtime import read_json_lines
 
 PLOTS = {
     "fixed": {"fixed": "Relative variance and cosine of a group's gradient against N"},

@@ -18,13 +18,14 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill.advantage import advantages, needs_scores
 from distill.config import Config, ConfigError
-from distill.group import Group
-from distill.head_pair import HeadPair
-from distill.loss import LossOptions, ModelParts, token_weights
+from distill.loss import Group, HeadPair, LossOptions, ModelParts
+from distill.loss.advantage import advantages, needs_scores
+from distill.loss.gradients import token_weights
 from distill.prompts import left_pad
-from distill.run import Run
+from distill.run import choose_device
+from distill.run.parts import RunParts
+from distill.training import Ranks
 from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
 
 SKETCH_SIZE = 65_536
@@ -117,25 +118,31 @@ class PoolMaker:
     """The policy, its teacher, and the prompts, with everything to make pools of them."""
 
     def __init__(self, config: Config, estimators: dict[str, LossOptions]) -> None:
-        self.run = Run(config, Console(quiet=True), lambda: None)
-        self.run.output.release()  # nothing is trained: the models and prompts are all that is needed of a run
+        # Nothing is trained: the models and prompts are all that is needed of a run.
+        self.parts = RunParts(config, choose_device(config.training.device), Console(quiet=True), Ranks(), None)
         self.vectors = vectors_of(estimators)
-        self.parameters = [p for p in self.run.student.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.parts.student.parameters() if p.requires_grad]
         self.sketch = Sketch(self.parameters)
 
     def make(self, prompt: int, count: int, progress: Progress, task: Any) -> PromptPool:
         """`count` rollouts of the prompt with this index, and their gradients."""
-        run = self.run
-        ids, mask = left_pad([run.prompts.token_ids[prompt]], run.tokenizer.pad_token_id)
-        rollouts = run.engine.generate(
-            ids.to(run.device), mask.to(run.device), num_rollouts=count, prompt_keys=torch.tensor([prompt])
+        parts, (prompts, seen) = self.parts, self.parts.prompts
+        ids, mask = left_pad([prompts.token_ids[prompt]], parts.tokenizer.pad_token_id)
+        rollouts = parts.engine.generate(
+            ids.to(parts.device), mask.to(parts.device), num_rollouts=count, prompt_keys=torch.tensor([prompt])
         )
-        group = Group.of(rollouts, run.teacher_prompts and run.teacher_prompts.view([prompt]))
+        group = Group.of(rollouts, seen and seen.view([prompt]))
         sketches, shifts, norms = ({name: [] for name in self.vectors} for _ in range(3))
         reward, reverse_kl = [], []
         for row in range(count):
             stats, gradients = rollout_gradients(
-                run.student_parts, run.teachers, group, row, self.vectors, self.parameters, run.vocab_size
+                parts.student_parts,
+                parts.teachers,
+                group,
+                row,
+                self.vectors,
+                self.parameters,
+                parts.vocab_size,
             )
             for name, of_vector, shift in gradients:
                 shifts[name].append(shift.cpu())
@@ -233,10 +240,9 @@ def make_pools(
     if missing:
         task = progress.add_task(f"{name}: gradients", total=len(missing) * count)
         maker = PoolMaker(config, estimators)
-        if len(maker.run.prompts) < prompts:
-            raise ConfigError(
-                f"{config.prompts.train}: has {len(maker.run.prompts)} prompts, and {name} needs {prompts}"
-            )
+        known = len(maker.parts.prompts.student)
+        if known < prompts:
+            raise ConfigError(f"{config.prompts.train}: has {known} prompts, and {name} needs {prompts}")
         for prompt in missing:
             maker.make(prompt, count, progress, task).save(paths[prompt])
         progress.remove_task(task)

@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 from benchmarks.variance.study import SingleStudy
 from benchmarks.variance.training import Cell, Changes, figures_of, run_jobs
-from distill.metrics import read_json_lines
+from distill.runtime import read_json_lines
 
 # Completions between evaluations, so that every number of rollouts is evaluated after as many; short runs have four.
 EVALUATED_EVERY = 1280

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from distill.config import Config, ConfigError, LossConfig
+from distill.config import Config, ConfigError
+from distill.config.sections import LossConfig
 from distill.loss import LossOptions
 
 Count = Annotated[int, Field(ge=1)]

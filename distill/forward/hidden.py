@@ -1,0 +1,197 @@
+"""Hidden states that predict the completion tokens of a batch of rollouts, for student and teacher alike.
+
+A prompt is computed once, however many completions it has, and no token of padding is computed: prompts and
+completions are packed into one row, and an attention function of our own keeps them apart (prefix_attention.py).
+Models it cannot stand in for get plain rows, a prompt each. Rows are described by lengths that the host knows, so that
+nothing here waits for an accelerator, and no mask is compared with `pad_token_id`. Left out on purpose: logits and
+losses, which live behind the head, and any change to the model that outlasts a call.
+"""
+
+import contextlib
+import functools
+import math
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from distill.forward.cpu_linear import OneDnnLinears
+from distill.forward.packing import MAX_PADDING, Rows, host_rows, length_buckets, pack, pad
+from distill.forward.prefix_attention import PrefixLayout, prefix_attention
+from distill.models import attention_as, checkpointed, sharing_refusal
+
+ATTENTION = "shared_prefix"
+# Rows are computed plainly when that takes no more than this times the tokens of sharing. Measured on a CPU: the merge
+# and the bookkeeping of sharing cost a small model as much as a seventh more tokens, a large one less.
+WORTH_SHARING = 1.15
+# Arguments with which a model may call its attention and still mean plain causal attention.
+PLAIN_ARGUMENTS = frozenset(
+    ("position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "sliding_window")
+)
+
+
+class NotShareableError(Exception):
+    """This model's attention is more than the causal softmax that `prefix_attention` computes."""
+
+
+def completion_hidden(
+    body: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_lengths: Tensor | Sequence[int],
+    prompt_index: Tensor | Sequence[int],
+    *,
+    checkpointing: bool = False,
+    one_call: bool = False,
+) -> Tensor:
+    """Hidden states [K, H] from which each valid completion token is predicted, row 0's tokens first.
+
+    `prompt_ids` [B, P] int64 is left-padded and `prompt_mask` [B, P] bool marks its tokens; `completion_ids` [R, T]
+    int64 is right-padded and `completion_lengths` [R] counts its tokens; `prompt_index` [R] names each row's prompt.
+    The first token's state is that of the last prompt token; gradients flow when grad mode is on. Mask, lengths and
+    index are read on the host: keep them on the CPU (or as lists) and an accelerator is never waited for.
+    `checkpointing` keeps only each layer's input and computes the layer again in the backward. `one_call` calls the
+    body once, whatever the rows: ranks that share a model's weights out have to call it equally often.
+    Raises ValueError when the arguments do not fit together. Warns, once a model type, when the model's attention is
+    not plain causal, so that every row has to compute its own prompt.
+    """
+    rows = host_rows(prompt_ids, prompt_mask, completion_ids, completion_lengths, prompt_index)
+    # A recomputation runs outside this context, and has to save what the first forward saved.
+    with _nothing() if checkpointing else OneDnnLinears():
+        return _hidden(body, prompt_ids, completion_ids, rows, checkpointing, one_call)
+
+
+def _hidden(
+    body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: Rows, checkpointing: bool, one_call: bool
+) -> Tensor:
+    """`completion_hidden` by sharing prompts, or plainly where that is cheaper or the model does not allow it."""
+    inputs = (body, prompt_ids, completion_ids, rows)
+    buckets = length_buckets(rows, math.inf if one_call else MAX_PADDING)
+    plainly = functools.partial(padded_hidden, *inputs, checkpointing=checkpointing, buckets=buckets)
+    if sum(len(bucket) * rows.length(bucket[0]) for bucket in buckets) <= WORTH_SHARING * rows.packed_tokens():
+        return plainly()
+    reason = _REFUSED.get(body) or sharing_refusal(body, rows.longest())
+    if reason is None:
+        try:
+            return shared_hidden(*inputs, checkpointing=checkpointing)
+        except NotShareableError as error:
+            reason = _REFUSED[body] = str(error)
+    _warn_once(body.config.model_type, reason)
+    return plainly()
+
+
+def shared_hidden(
+    body: nn.Module, prompt_ids: Tensor, completion_ids: Tensor, rows: Rows, *, checkpointing: bool = False
+) -> Tensor:
+    """`completion_hidden` from one pass over each prompt and each completion, packed into one row [1, L].
+
+    Raises NotShareableError.
+    """
+    device = prompt_ids.device
+    packed = pack(rows, prompt_ids.shape[1], completion_ids.shape[1])
+    source, positions, states = _to_device(packed[:3], device)
+    layout = PrefixLayout(packed.segments, packed.shared, device, rows.longest())
+    token_ids = torch.cat([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
+    ours = functools.partial(attention_as, body, ATTENTION)
+    with ours(), checkpointed(body, ours) if checkpointing else _nothing():
+        hidden = body(
+            input_ids=token_ids[source][None],
+            position_ids=positions[None],
+            use_cache=False,
+            shared_prefix=layout,
+        ).last_hidden_state
+    layers = body.config.get_text_config().num_hidden_layers
+    if layout.calls != layers:
+        raise NotShareableError(f"its {layers} layers called plain attention {layout.calls} times")
+    return hidden[0][states]
+
+
+def padded_hidden(
+    body: nn.Module,
+    prompt_ids: Tensor,
+    completion_ids: Tensor,
+    rows: Rows,
+    *,
+    checkpointing: bool = False,
+    buckets: list[list[int]] | None = None,
+) -> Tensor:
+    """`completion_hidden` the plain way: each row is its prompt and completion, computed by the model as it is.
+
+    Rows are padded on the right, where no causal layer looks, so the model needs neither mask nor position ids.
+    """
+    batches, order = pad(rows, buckets or length_buckets(rows), prompt_ids.shape[1], completion_ids.shape[1])
+    token_ids = torch.cat([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
+    found = []
+    for batch in batches:
+        source, states = _to_device(batch, prompt_ids.device)
+        with checkpointed(body, _nothing) if checkpointing else _nothing():
+            hidden = body(input_ids=token_ids[source], use_cache=False).last_hidden_state
+        found.append(hidden.flatten(0, 1)[states])
+    (order,) = _to_device([order], prompt_ids.device)
+    return torch.cat(found)[order]
+
+
+def refuse_like(body: nn.Module, other: nn.Module) -> None:
+    """Has `other`, which computes what `body` does, share no prompts where `body` was found unable to."""
+    if body in _REFUSED:
+        _REFUSED[other] = _REFUSED[body]
+
+
+def _to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """CPU tensors on `device`, copied without making the host wait."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+
+
+def _shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    shared_prefix: PrefixLayout | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """What a layer of the model calls in place of its attention: [1, h, L, d] to [1, L, h, d]."""
+    if shared_prefix is None:
+        raise NotShareableError("it does not hand arguments on to its attention")
+    window = arguments.get("sliding_window")
+    if window is not None and window < shared_prefix.longest_row:
+        raise NotShareableError(f"its attention window of {window} tokens is shorter than a row")
+    if attention_mask is not None or dropout or is_causal is False or not getattr(module, "is_causal", True):
+        raise NotShareableError("its attention has dropout, a mask of its own, or looks ahead")
+    extra = [name for name, given in arguments.items() if given is not None and name not in PLAIN_ARGUMENTS]
+    if extra:
+        raise NotShareableError(f"its attention takes {', '.join(extra)}")
+    shared_prefix.calls += 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Rotary embeddings may leave query and key in another precision than value, above all under autocast.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    packed = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    with torch.autocast(kind, enabled=False):
+        return prefix_attention(*packed, shared_prefix, scale)[None], None
+
+
+AttentionInterface.register(ATTENTION, _shared_prefix_attention)
+
+_REFUSED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_nothing = contextlib.nullcontext
+
+
+@functools.cache
+def _warn_once(model_type: str, reason: str) -> None:
+    warnings.warn(
+        f"model type {model_type!r} computes its prompt once per row, as {reason}: slower, with the same result",
+        stacklevel=3,
+    )

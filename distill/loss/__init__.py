@@ -1,0 +1,26 @@
+"""From hidden states to gradients: groups, the weight and the credit of each token, the objective.
+
+In: `Rollouts` and two models' parts. Out: gradients in the student's parameters, and each token's statistics.
+"""
+
+from distill.loss.gradients import GroupGradient, accumulate_gradients, score
+from distill.loss.group import Group, TeacherView
+from distill.loss.head_pair import AGREEMENT_TOKENS, HeadPair
+from distill.loss.model_parts import ModelParts
+from distill.loss.options import LossOptions
+from distill.loss.rollouts import Rollouts
+from distill.loss.token_statistics import statistics
+
+__all__ = [
+    "AGREEMENT_TOKENS",
+    "Group",
+    "GroupGradient",
+    "HeadPair",
+    "LossOptions",
+    "ModelParts",
+    "Rollouts",
+    "TeacherView",
+    "accumulate_gradients",
+    "score",
+    "statistics",
+]

@@ -1,0 +1,177 @@
+"""From hidden states to gradients: the objective, the weight of each token, and per-token statistics.
+
+Weights are made over the whole group before it is split, so that micro-batches (and ranks) simply add up. The teacher
+is scored here too: its hidden states are kept, its logits exist only inside the fused operation.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.loss.advantage import advantages, needs_scores
+from distill.loss.group import Group
+from distill.loss.head_pair import HeadPair
+from distill.loss.model_parts import ModelParts
+from distill.loss.options import LossOptions
+from distill_kernels import TokenStats, linear_distill_loss
+
+
+class GroupGradient(NamedTuple):
+    """What is known of a group once its gradient has been added up, all of it detached."""
+
+    loss: Tensor
+    """[] nats."""
+    stats: TokenStats
+    """Of the group's K tokens, row 0's first."""
+    row_gradients: Tensor | None
+    """[R, H] gradient of each row's part of the loss with respect to a shift of all its hidden states."""
+    agreement: Tensor
+    """[2] of some evenly spaced tokens, for how many teacher and student have the same likeliest one, and how many."""
+
+
+def token_weights(completion_lengths: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
+    """[K] float32 weights that sum to 1 (or K = 0): of each rollout's mean, or of the mean over all tokens.
+
+    Rows that `counted` [R] bool leaves out weigh 0, and the others share what they would have had.
+    """
+    lengths = completion_lengths.double()
+    kept = (lengths > 0) if counted is None else (lengths > 0) & counted
+    per_row = 1 / (lengths * kept).sum() if reduction == "token" else 1 / (lengths * kept.sum())
+    return torch.where(kept, per_row, 0).repeat_interleave(completion_lengths).float()
+
+
+@torch.no_grad()
+def score(teachers: Sequence[ModelParts], group: Group, micro_batches: Sequence[Tensor]) -> list[Tensor | None]:
+    """Each row's hidden states [T_r, Ht] of its teacher, at every token of its completion; None in no micro-batch."""
+    seen, found = group.for_teachers, {}
+    for index, parts in itertools.groupby(group.by_teacher(micro_batches), group.teacher_of):
+        if teachers[index].sampled_only:  # elsewhere, so nothing here has to be small
+            parts = [torch.cat(list(parts))]
+        with teachers[index].present():
+            for rows in parts:
+                hidden = teachers[index].hidden(*seen.inputs(rows))
+                found |= zip(rows.tolist(), hidden.split(group.completion_lengths[rows].tolist()), strict=True)
+    return [found.get(row) for row in range(len(group.completion_lengths))]
+
+
+def accumulate_gradients(
+    student: ModelParts,
+    teachers: Sequence[ModelParts],
+    teacher_hidden: Sequence[Tensor | None],
+    group: Group,
+    micro_batches: Sequence[Tensor],
+    options: LossOptions,
+    *,
+    vocab_size: int | None = None,
+    checkpointing: bool = False,
+    own: Tensor | None = None,
+) -> GroupGradient:
+    """Adds the gradient of a group's loss to the student's `.grad`, one micro-batch at a time.
+
+    `teacher_hidden` is what `score` gave for the group. Rows that are in no micro-batch are another rank's: they add
+    nothing, and their figures are 0. Nor do rows add anything that are not this rank's `own` [R] bool on the host.
+    """
+    counted = group.finished if options.mask_truncated else None
+    weights = token_weights(group.completion_lengths, options.reduction, counted)
+    if own is not None:
+        weights = weights.where(own.repeat_interleave(group.completion_lengths), 0)
+    pairs = [HeadPair(student, teacher, options.temperature, vocab_size) for teacher in teachers]
+    micro_batches = group.by_teacher(micro_batches)
+    ratio_to, advantage, hidden = options.ratio_to(group), None, None
+    if needs_scores(options):
+        scores, hidden = _score_first(pairs, teacher_hidden, group, micro_batches, checkpointing)
+        advantage = advantages(scores, group.completion_lengths, group.prompt_index, options)
+    found = []
+    for rows in micro_batches:
+        tokens = group.tokens_of(rows)
+        if hidden is None:
+            hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
+        device, heads = hidden.device, pairs[group.teacher_of(rows)]
+        theirs, ids = heads.theirs(teacher_hidden, rows, hidden), group.valid(group.completion_ids, rows)
+        credit = None if advantage is None else advantage[tokens.to(device)]
+        if credit is None and heads.teacher.sampled_only:
+            credit = heads.statistics(hidden.detach(), theirs, ids).reward
+        loss, stats = linear_distill_loss(
+            *heads.inputs(hidden, theirs),
+            ids,
+            weights[tokens].to(device),
+            objective=options.objective,
+            sampling_logprob=None if ratio_to is None else group.valid(ratio_to, rows),
+            importance_clip=None if ratio_to is None else options.importance_clip,
+            advantage=credit,
+            beta=options.beta,
+            **heads.options(),
+        )
+        agreement = heads.agreement(hidden.detach(), theirs)[: None if own is None or own[rows[0]] else 0]
+        if hidden.requires_grad:
+            hidden.retain_grad()
+        loss.backward()
+        shifts = _row_sums(hidden.grad, group.completion_lengths[rows])
+        found.append((loss.detach(), heads.completed(stats, theirs), shifts, agreement))
+        hidden = None
+    return _summed(found, group, micro_batches)
+
+
+def _score_first(
+    pairs: Sequence[HeadPair],
+    teacher_hidden: Sequence[Tensor],
+    group: Group,
+    micro_batches: Sequence[Tensor],
+    checkpointing: bool,
+) -> tuple[TokenStats, Tensor | None]:
+    """The statistics of a whole group before its gradient, for advantages that look beyond a token.
+
+    Costs the products of both heads once more and, where the group is more than one micro-batch, a forward of the
+    student's body without gradient; the hidden states of a single micro-batch are handed back with their graph.
+    """
+    whole, parts = len(micro_batches) == 1, []
+    for rows in micro_batches:
+        heads = pairs[group.teacher_of(rows)]
+        with torch.set_grad_enabled(whole):
+            hidden = heads.student.hidden(*group.inputs(rows), checkpointing=checkpointing and whole)
+        theirs = heads.theirs(teacher_hidden, rows, hidden)
+        parts.append(heads.statistics(hidden.detach(), theirs, group.valid(group.completion_ids, rows)))
+    return in_row_order(parts, group, micro_batches), hidden if whole else None
+
+
+def _row_sums(gradient: Tensor | None, lengths: Tensor) -> Tensor | None:
+    """[k, H] summed over each row's tokens: [r, H] float32."""
+    if gradient is None:
+        return None
+    lengths = lengths.to(gradient.device, non_blocking=True)
+    # The lengths are ours; to check them, it would wait for the device.
+    return torch.segment_reduce(gradient.float(), "sum", lengths=lengths, unsafe=True)
+
+
+def _summed(found: list[tuple], group: Group, micro_batches: Sequence[Tensor]) -> GroupGradient:
+    """What the micro-batches found, as of the group."""
+    device = group.completion_ids.device
+    if not found:
+        zero = torch.zeros(2, device=device)
+        return GroupGradient(zero[0], in_row_order([], group, micro_batches), None, zero)
+    losses, parts, shifts, agreements = zip(*found, strict=True)
+    agree, rows = torch.cat(agreements).float(), torch.cat(list(micro_batches)).to(device, non_blocking=True)
+    return GroupGradient(
+        torch.stack(losses).sum(),
+        in_row_order(parts, group, micro_batches),
+        None if shifts[0] is None else _placed(shifts, rows, len(group.completion_lengths)),
+        torch.stack([agree.sum(), torch.ones_like(agree).sum()]),
+    )
+
+
+def in_row_order(parts: Sequence[TokenStats], group: Group, micro_batches: Sequence[Tensor]) -> TokenStats:
+    """The micro-batches' statistics in row order, 0 for the tokens of rows that are in none."""
+    device, K = group.completion_ids.device, int(group.completion_lengths.sum())
+    if not parts:
+        return TokenStats(*torch.zeros(len(TokenStats._fields), K, device=device))
+    tokens = torch.cat([group.tokens_of(rows) for rows in micro_batches]).to(device, non_blocking=True)
+    return TokenStats(*(_placed(columns, tokens, K) for columns in zip(*parts, strict=True)))
+
+
+def _placed(values: Sequence[Tensor], index: Tensor, size: int) -> Tensor:
+    """[size, ..] zeros with the concatenated `values` at `index`."""
+    found = torch.cat(list(values))
+    return found.new_zeros(size, *found.shape[1:]).index_copy(0, index, found)

@@ -1,0 +1,106 @@
+"""What one optimizer step learns from: the rollouts of some prompts, and how they are cut and addressed.
+
+Lengths and indices are on the host, where all plans are made; tokens and log-probabilities are where the models are.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.loss.rollouts import Rollouts
+
+
+class TeacherView(NamedTuple):
+    """Which teacher scores each of B prompts, and what it sees in the prompt's place."""
+
+    prompt_ids: Tensor  # [B, P'] int64, left-padded
+    prompt_mask: Tensor  # [B, P'] bool, on the host
+    teacher: Tensor  # [B] int64, on the host
+
+
+class Group(NamedTuple):
+    """Rollouts that share one optimizer step. Lengths and index stay on the host, so that nothing waits for them."""
+
+    prompt_ids: Tensor  # [B, P] int64, left-padded
+    prompt_mask: Tensor  # [B, P] bool, on the host
+    completion_ids: Tensor  # [R, T] int64, right-padded
+    completion_lengths: Tensor  # [R] int64, on the host
+    prompt_index: Tensor  # [R] int64, on the host
+    logprob: Tensor  # [R, T] float32: the student's at sampling
+    sampling_logprob: Tensor | None = None  # [R, T] float32: of the distribution sampled from
+    finished: Tensor | None = None  # [R] bool, on the host: not cut by length
+    teacher_view: TeacherView | None = None  # None: the first teacher sees what the student sees
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, teacher_view: TeacherView | None = None) -> "Group":
+        """The group that some rollouts form."""
+        mask, lengths = rollouts.prompt_mask.cpu(), rollouts.completion_lengths.cpu()
+        index = torch.arange(len(lengths)) // rollouts.num_rollouts
+        return cls(
+            rollouts.prompt_ids,
+            mask,
+            rollouts.completion_ids,
+            lengths,
+            index,
+            rollouts.logprob,
+            rollouts.sampling_logprob,
+            rollouts.finished.cpu(),
+            teacher_view,
+        )
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the prompts, of the completions, and which prompt each row has: what micro-batches are cut by."""
+        return self.prompt_mask.sum(1), self.completion_lengths, self.prompt_index
+
+    @property
+    def for_teachers(self) -> "Group":
+        """The same completions after the prompts that the teachers see."""
+        if self.teacher_view is None:
+            return self
+        device, (prompt_ids, prompt_mask, _) = self.prompt_ids.device, self.teacher_view
+        return self._replace(prompt_ids=prompt_ids.to(device, non_blocking=True), prompt_mask=prompt_mask)
+
+    def teacher_of(self, rows: Tensor) -> int:
+        """The teacher of some rows that have one teacher."""
+        return 0 if self.teacher_view is None else int(self.teacher_view.teacher[self.prompt_index[rows[0]]])
+
+    def by_teacher(self, micro_batches: Sequence[Tensor]) -> list[Tensor]:
+        """Micro-batches cut where teachers differ, those of the first teacher first."""
+        if self.teacher_view is None:
+            return list(micro_batches)
+        of_row = self.teacher_view.teacher[self.prompt_index]
+        parts = (rows[of_row[rows] == teacher] for teacher in of_row.unique() for rows in micro_batches)
+        return [rows for rows in parts if len(rows)]
+
+    @property
+    def starts(self) -> Tensor:
+        """[R + 1] int64: where each row begins among the K valid tokens."""
+        return torch.cat([torch.zeros(1, dtype=torch.int64), self.completion_lengths.cumsum(0)])
+
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """Indices among the K valid tokens of the given rows' tokens, in the order of `rows`."""
+        starts = self.starts
+        return torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
+
+    def valid(self, values: Tensor, rows: Tensor) -> Tensor:
+        """[R, T] to the valid entries of `rows`, flattened: masked by length, never by the padding id."""
+        lengths = self.completion_lengths[rows]
+        mask = torch.arange(values.shape[1]) < lengths[:, None]
+        index = (rows[:, None] * values.shape[1] + torch.arange(values.shape[1]))[mask]
+        return values.flatten()[index.to(values.device, non_blocking=True)]
+
+    def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """What `completion_hidden` takes, for some rows and the prompts they need."""
+        prompts, index = self.prompt_index[rows].unique(return_inverse=True)
+        lengths = self.completion_lengths[rows]
+        device = self.completion_ids.device
+        return (
+            self.prompt_ids[prompts.to(device)],
+            self.prompt_mask[prompts],
+            self.completion_ids[rows.to(device), : max(1, int(lengths.max()))],
+            lengths,
+            index,
+        )

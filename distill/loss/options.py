@@ -1,0 +1,29 @@
+"""How a group becomes one number: the `loss` section of the configuration, as the loss reads it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distill.loss.group import Group
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How a group becomes one number; see the `loss` section of the configuration."""
+
+    objective: str = "sampled_reverse_kl"
+    reduction: str = "sequence"
+    temperature: float = 1.0
+    importance_sampling: str = "stale"
+    importance_clip: float | None = None
+    baseline: str = "none"
+    discount: float = 0.0
+    reward_clip: float | None = None
+    beta: float = 0.5
+    mask_truncated: bool = False
+
+    def ratio_to(self, group: Group) -> Tensor | None:
+        """[R, T] log-probabilities below the importance ratio, None where there is no ratio."""
+        if self.objective != "sampled_reverse_kl" or self.importance_clip is None:
+            return None
+        return {"none": None, "stale": group.logprob, "sampler": group.sampling_logprob}[self.importance_sampling]

@@ -1,0 +1,68 @@
+"""The record of what was sampled: N completions of each of B prompts, as every engine makes them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """R = B·N completions, prompt-major: row r continues prompt r // N. Log-probabilities in nats."""
+
+    prompt_ids: Tensor
+    """[B, P] int64, left-padded."""
+    prompt_mask: Tensor
+    """[B, P] bool, true where there is a token."""
+    completion_ids: Tensor
+    """[R, T] int64, right-padded."""
+    completion_lengths: Tensor
+    """[R] int64; the sampled end-of-sequence token counts, nothing after it does."""
+    logprob: Tensor
+    """[R, T] float32: of the plain softmax of the student at sampling; 0 in the padding."""
+    sampling_logprob: Tensor
+    """[R, T] float32: of the distribution that was sampled from; 0 in the padding."""
+    finished: Tensor
+    """[R] bool: ended by an end-of-sequence token, not cut by length."""
+    num_rollouts: int
+    """N."""
+
+    @property
+    def prompt_index(self) -> Tensor:
+        """[R] int64: the prompt that each row continues."""
+        return torch.arange(self.completion_ids.shape[0], device=self.completion_ids.device) // self.num_rollouts
+
+    @property
+    def completion_mask(self) -> Tensor:
+        """[R, T] bool, true where there is a completion token."""
+        positions = torch.arange(self.completion_ids.shape[1], device=self.completion_ids.device)
+        return positions < self.completion_lengths[:, None]
+
+    def select(self, prompts: slice) -> "Rollouts":
+        """The rollouts of some prompts, without the columns that are padding in all of them."""
+        start, stop, step = prompts.indices(self.prompt_ids.shape[0])
+        if step != 1 or stop <= start:
+            raise ValueError(f"select needs a non-empty range of prompts, got {prompts}")
+        rows = slice(start * self.num_rollouts, stop * self.num_rollouts)
+        mask = self.prompt_mask[start:stop]
+        first = int(mask.any(0).int().argmax())
+        length = int(self.completion_lengths[rows].max())
+        return Rollouts(
+            self.prompt_ids[start:stop, first:],
+            mask[:, first:],
+            self.completion_ids[rows, :length],
+            self.completion_lengths[rows],
+            self.logprob[rows, :length],
+            self.sampling_logprob[rows, :length],
+            self.finished[rows],
+            self.num_rollouts,
+        )
+
+    def planned_on_host(self) -> "Rollouts":
+        """With masks and lengths where the steps' plans are made, so that no step waits for an accelerator."""
+        return replace(
+            self,
+            prompt_mask=self.prompt_mask.cpu(),
+            completion_lengths=self.completion_lengths.cpu(),
+            finished=self.finished.cpu(),
+        )

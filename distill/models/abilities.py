@@ -1,0 +1,51 @@
+"""What the configuration of an architecture says of its attention: which of our own ways to compute it are open.
+
+The answers hold as far as a configuration tells; what it does not say, the first call finds out.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def native_refusal(model: PreTrainedModel) -> str | None:
+    """Why the native engine cannot decode this model, or None."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    if config.is_encoder_decoder:
+        return "an encoder-decoder has no prompt cache of the causal kind"
+    if kinds:
+        return f"layers of the kinds {sorted(kinds)} keep no keys and values of every position"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "layers share one another's keys and values"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "attention scores are soft-capped"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} computes attention itself and takes no other function for it"
+    return None
+
+
+def sharing_refusal(body: nn.Module, longest_row: int) -> str | None:
+    """Why a prompt cannot be computed once for all of its rows, of at most `longest_row` tokens, or None."""
+    config = body.config.get_text_config()
+    if not getattr(body, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - KNOWN_LAYERS or getattr(config, "attention_chunk_size", None):
+        return f"its layers are {', '.join(sorted(kinds)) or 'chunked'}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < longest_row and (not kinds or "sliding_attention" in kinds):
+        return f"its attention window of {window} tokens is shorter than a row"
+    return None
+
+
+def fits_static(config: Any) -> bool:
+    """Whether a decode step of a model of this configuration has fixed shapes and no look at the values."""
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    sliding = sliding or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+    experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    rope = getattr(config, "rope_parameters", None) or {}
+    return not sliding and not experts and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")

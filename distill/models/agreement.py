@@ -1,0 +1,92 @@
+"""What must hold between student and teacher before the first step: one vocabulary, the same ends, heads that we know.
+
+Left out on purpose: patches per model family; what the generic split into body and head cannot express is refused.
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.models.sources import ModelError
+from distill.models.structure import split_head
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: those of the generation configuration and the tokenizer's, sorted."""
+    found = {tokenizer.eos_token_id}
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list) else [ids])
+    return sorted(found - {None})
+
+
+def check_pair(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+) -> int:
+    """Checks before the first step that student and teacher agree; returns the number V of shared real tokens.
+
+    Raises `ModelError` when an id means different tokens to the two, when they end a completion differently, when a
+    head is narrower than the tokenizer, or when body and head do not reproduce a model's own logits. Of a `teacher`
+    that is None, which another process has, only the vocabulary is compared.
+    """
+    own, other = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    vocab_size = min(max(own.values()), max(other.values())) + 1
+    own_tokens = {index: token for token, index in own.items() if index < vocab_size}
+    other_tokens = {index: token for token, index in other.items() if index < vocab_size}
+    differing = [i for i in range(vocab_size) if own_tokens.get(i) != other_tokens.get(i)]
+    if differing:
+        shown = "; ".join(f"{i}: {own_tokens.get(i)!r} / {other_tokens.get(i)!r}" for i in differing[:3])
+        raise ModelError(
+            f"student and teacher have different vocabularies: {len(differing)} of {vocab_size} ids stand for "
+            f"different tokens ({shown}). Distillation on tokens needs one vocabulary: choose models of one family"
+        )
+    _check_split("student", student, vocab_size)
+    if teacher is None:
+        return vocab_size
+    ends, teacher_ends = eos_ids(student, student_tokenizer), eos_ids(teacher, teacher_tokenizer)
+    if ends != teacher_ends:
+        raise ModelError(
+            f"student and teacher end a completion differently: the student's end-of-sequence ids are {ends}, the "
+            f"teacher's {teacher_ends}. Make eos_token_id in both generation_config.json files the same"
+        )
+    _check_split("teacher", teacher, vocab_size)
+    return vocab_size
+
+
+@torch.no_grad()
+def _check_split(name: str, model: PreTrainedModel, vocab_size: int) -> None:
+    body, head = split_head(model)
+    if head.weight.shape[0] < vocab_size:
+        raise ModelError(f"{name}: the tokenizer has {vocab_size} tokens, the model's head only {head.weight.shape[0]}")
+    probe = torch.arange(1, min(9, vocab_size), device=head.weight.device)[None]
+    # FlashAttention takes no float32, which the student's weights are.
+    mixed = "flash" in model.config._attn_implementation and head.weight.dtype == torch.float32
+    dtype = torch.bfloat16 if mixed else head.weight.dtype
+    with _eval_mode(model), torch.autocast(head.weight.device.type, dtype, enabled=mixed):
+        expected = model(input_ids=probe).logits.float()
+        found = head.logits(body(input_ids=probe).last_hidden_state)
+    # Two ways through the same arithmetic: what remains is the rounding of one matrix product.
+    allowed = 64 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=1)
+    error = (expected - found).abs().max()
+    if not expected.isfinite().all():
+        raise ModelError(f"{name}: its logits are not finite: its weights are damaged")
+    if not error <= allowed:
+        raise ModelError(
+            f"{name}: body and head of model type {model.config.model_type!r} do not give the model's own logits "
+            f"(they differ by {error.item():.3g}), so its head does something this trainer does not know"
+        )
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

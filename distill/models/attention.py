@@ -1,0 +1,62 @@
+"""Which attention a model is computed with: chosen for a device, replaced for a call, and what is installed."""
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers.utils import import_utils
+
+from distill.models.sources import ModelError
+
+ATTENTION_PACKAGES = {
+    "flash_attention_2": ("flash-attn", 8, import_utils.is_flash_attn_2_available),
+    "flash_attention_3": ("flash_attn_3", 9, import_utils.is_flash_attn_3_available),
+    "flash_attention_4": ("flash-attn-4", 9, import_utils.is_flash_attn_4_available),
+}
+
+
+def choose_attention(requested: str, device: torch.device) -> str:
+    """`auto`: the newest FlashAttention that is installed and that the GPU supports, else `sdpa`."""
+    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if requested == "auto":
+        # FlashAttention 4 is still a beta: it is used when named, not by itself.
+        for name in ("flash_attention_3", "flash_attention_2"):
+            _, needed, is_available = ATTENTION_PACKAGES[name]
+            if capability >= needed and is_available():
+                return name
+        return "sdpa"
+    if requested in ATTENTION_PACKAGES:
+        package, needed, is_available = ATTENTION_PACKAGES[requested]
+        if capability < needed:
+            raise ModelError(
+                f"training.attention: {requested} needs a GPU of compute capability {needed} or higher, "
+                f"found {'compute capability ' + str(capability) if capability else 'no GPU'}; use auto or sdpa"
+            )
+        if not is_available():
+            raise ModelError(f"training.attention: {requested} needs the package {package}: pip install {package}")
+    return requested
+
+
+@contextlib.contextmanager
+def attention_as(body: nn.Module, name: str) -> Iterator[None]:
+    """Has the model call the attention function that is registered under `name` meanwhile."""
+    configs = {id(module.config): module.config for module in body.modules() if hasattr(module, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, name_before in before:
+            config._attn_implementation = name_before
+
+
+def flash_with_kvcache() -> Callable | None:
+    """FlashAttention 2's decode function, or None where it is not installed."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    from flash_attn import flash_attn_with_kvcache
+
+    return flash_attn_with_kvcache

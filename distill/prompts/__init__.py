@@ -1,0 +1,9 @@
+"""Prompts: records read from files, folders and hub datasets, tokenised with the chat template, and their order.
+
+In: paths and a tokenizer. Out: a `PromptSet`, and batches of left-padded token ids.
+"""
+
+from distill.prompts.prompt_set import PromptSet, epoch_batches, epoch_order, left_pad, load_prompts, tokenise
+from distill.prompts.records import PromptError
+
+__all__ = ["PromptError", "PromptSet", "epoch_batches", "epoch_order", "left_pad", "load_prompts", "tokenise"]

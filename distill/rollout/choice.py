@@ -1,0 +1,93 @@
+"""Which local engine samples from a model, and in which precision: what is decided once, before the first rollout."""
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from distill.models import attention_as, linear_layers, native_refusal
+from distill.rollout.decode import decode_step, prefill
+from distill.rollout.engine import RolloutEngine
+from distill.rollout.generation_copy import PackedLinear
+from distill.rollout.kv_cache import ATTENTION_NAME, DecodeCache
+from distill.rollout.native import NativeEngine
+from distill.rollout.stock import StockEngine
+
+# A bfloat16 that is barely faster is not worth its rounding, and a choice this wide is the same in every run.
+WORTHWHILE_SPEEDUP = 1.25
+
+
+def local_engine(
+    model: PreTrainedModel,
+    *,
+    engine: str = "native",
+    precision: str = "auto",
+    memory_budget_bytes: int | None = None,
+    **options: Any,
+) -> RolloutEngine:
+    """An engine in this process; `precision` is `auto`, `float32` or `bfloat16`, `engine` `native` or `transformers`.
+
+    The other arguments are those of `NativeEngine`. Raises `NotImplementedError` for a model whose attention the native
+    engine cannot run.
+    """
+    dtype = choose_dtype(model, precision)
+    if engine != "native":
+        return StockEngine(model, dtype=dtype, **options)
+    if reason := native_refusal(model):
+        raise NotImplementedError(f"rollout.engine native: {reason}; set rollout.engine: transformers")
+    made = NativeEngine(model, dtype=dtype, memory_budget_bytes=memory_budget_bytes, **options)
+    check_decode_step(made._body, dtype)
+    return made
+
+
+@torch.no_grad()
+def check_decode_step(body: nn.Module, dtype: torch.dtype) -> None:
+    """Compares a decode step with the body's own forward. Raises `NotImplementedError` when they disagree."""
+    token_ids = torch.arange(4, device=body.device)[None]
+    everything = torch.ones_like(token_ids, dtype=torch.bool)
+    _, expected = prefill(body, token_ids, everything)
+    prompt, _ = prefill(body, token_ids[:, :-1], everything[:, :-1])
+    cache = DecodeCache(prompt, token_ids.new_zeros(2), 2)
+    with attention_as(body, ATTENTION_NAME):
+        hidden = decode_step(body, cache, token_ids[0, -1:].expand(2), token_ids.new_full((2,), 3))
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
+    error = float((hidden - expected).abs().max() / expected.abs().max())
+    if not error < tolerance:
+        raise NotImplementedError(
+            f"rollout.engine native: a decode step is off by {error:.1e} from the model's own forward, "
+            f"so its attention is of a kind the native engine cannot run; set rollout.engine: transformers"
+        )
+
+
+def choose_dtype(model: PreTrainedModel, precision: str) -> torch.dtype:
+    """`float32`, `bfloat16`, or for `auto` bfloat16 where it pays: on GPUs that have it, on a CPU by measuring.
+
+    The measurement multiplies 16 rows by some tens of megabytes of the model's own packed weights.
+    """
+    if precision != "auto":
+        return getattr(torch, precision)
+    if model.device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if not torch.backends.mkldnn.is_available():
+        return torch.float32
+    linears, taken = [], 0
+    for _, _, linear in linear_layers(model):
+        if taken < 2**24:  # elements: past every cache level
+            linears.append(linear)
+            taken += linear.weight.numel()
+    seconds = {dtype: _decode_seconds(linears, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return torch.bfloat16 if seconds[torch.float32] > WORTHWHILE_SPEEDUP * seconds[torch.bfloat16] else torch.float32
+
+
+@torch.no_grad()
+def _decode_seconds(linears: list[nn.Module], dtype: torch.dtype) -> float:
+    layers = [(PackedLinear(linear, dtype), torch.ones(16, linear.in_features, dtype=dtype)) for linear in linears]
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for layer, inputs in layers:
+            layer(inputs)
+        best = min(best, time.perf_counter() - start)
+    return best

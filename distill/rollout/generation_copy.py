@@ -1,0 +1,140 @@
+"""The copy of a student that generates: eval mode, generation precision, weights laid out for small batches.
+
+The copy has the student's structure and its own configuration, so the student's mode, gradients, attention and
+generation settings are never touched. Weights that need no other form are shared with the student; the others are
+brought up to date by `refresh`. The head always gives float32 logits.
+Weights that are shared out over ranks are gathered into it, one at a time, once for all rollouts of a batch.
+Left out on purpose: quantised weights, which would sample from a policy too far from the one that is trained.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from distill.models import alias, is_adapted, linear_layers, merged_weight, whole
+
+
+class GenerationCopy:
+    """`model` is the copy; `refresh` brings it up to its source, and `stale` says that this is due."""
+
+    def __init__(
+        self,
+        source: PreTrainedModel,
+        dtype: torch.dtype,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        pack: bool,
+    ) -> None:
+        """`pack` lays linear weights out for a CPU, where there is one."""
+        self.model: PreTrainedModel = alias(source).eval()
+        # A checkpoint's own generation settings would apply silently.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=list(eos_token_ids) or None, pad_token_id=pad_token_id
+        )
+        self.dtype, self.stale = dtype, False
+        self._updates: list[Callable[[], None]] = []
+        packs = pack and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._replace_head(packs)
+        for parent, name, child in list(linear_layers(self.model)):
+            if packs:
+                setattr(parent, name, self._packed(child, self.dtype))
+            elif is_adapted(child):
+                setattr(parent, name, self._merged(child))
+        self._cast_parameters()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies the weights that have another form here from the source."""
+        for update in self._updates:
+            update()
+        self.stale = False
+
+    def _replace_head(self, packs: bool) -> None:
+        head = self.model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            self.model.set_output_embeddings(self._packed(head, torch.float32) if packs else Float32Head(head))
+
+    def _packed(self, linear: nn.Module, dtype: torch.dtype) -> "PackedLinear":
+        packed = PackedLinear(linear, dtype)
+        if any(parameter.requires_grad for parameter in linear.parameters()):
+            self._updates.append(packed.update)
+        return packed
+
+    @torch.no_grad()
+    def _merged(self, adapted: nn.Module) -> nn.Linear:
+        linear = copy.copy(adapted.base_layer)
+        linear._parameters = dict(linear._parameters)  # the adapted layer still reads its own
+        linear.weight = nn.Parameter(merged_weight(adapted).to(self.dtype), requires_grad=False)
+        self._updates.append(lambda: linear.weight.copy_(merged_weight(adapted)))
+        return linear
+
+    def _cast_parameters(self) -> None:
+        copies: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, source in module._parameters.items():
+                if source is None or not source.is_floating_point():
+                    continue
+                if source.dtype == self.dtype and not hasattr(source, "full_tensor"):
+                    continue
+                if id(source) not in copies:
+                    copies[id(source)] = nn.Parameter(whole(source.detach()).to(self.dtype), requires_grad=False)
+                    if source.requires_grad:
+                        self._updates.append(_copier(source, copies[id(source)]))
+                module._parameters[name] = copies[id(source)]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for a CPU: its weight in the layout in which oneDNN multiplies, packed once and not per call.
+
+    The result has the dtype of the packed weight.
+    """
+
+    def __init__(self, source: nn.Module, dtype: torch.dtype) -> None:
+        """`source` is a linear layer, with or without an adapter."""
+        super().__init__()
+        # In a tuple, so that it is no module of this one.
+        self._source, self._dtype = (source,), dtype
+        self.update()
+
+    @property
+    def weight(self) -> Tensor:
+        """The source's, for code that looks at an output layer's weight."""
+        return self._source[0].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._source[0].bias
+
+    @torch.no_grad()
+    def update(self) -> None:
+        weight = merged_weight(self._source[0])
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype).contiguous())
+        self._bias = None if self.bias is None else whole(self.bias.detach()).to(self._dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self._dtype)
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+
+
+class Float32Head(nn.Module):
+    """An output layer in the weights' dtype that accumulates and returns float32 logits."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = source.weight, source.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.weight.dtype != torch.float32 and self.weight.device.type == "cuda":
+            rows = hidden.flatten(0, -2).to(self.weight.dtype)
+            logits = torch.mm(rows, self.weight.t(), out_dtype=torch.float32).unflatten(0, hidden.shape[:-1])
+            return logits if self.bias is None else logits + self.bias
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+def _copier(source: Tensor, target: Tensor) -> Callable[[], None]:
+    return lambda: target.copy_(whole(source))

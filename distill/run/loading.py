@@ -1,0 +1,81 @@
+"""Device, precision and models of a run, from its configuration; student and teachers are found to agree."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.config import Config, ConfigError
+from distill.loss import ModelParts
+from distill.models import add_adapters, check_pair, load_model, load_tokenizer, split_head, without_layers
+from distill.teachers import Teacher, context_of, load_teachers
+from distill.training import Ranks
+
+
+class Pair(NamedTuple):
+    """The student's model as it is stored, and its teachers, found to agree."""
+
+    student: PreTrainedModel
+    student_parts: ModelParts
+    teachers: list[Teacher]
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    context: int | None
+    """Tokens of prompt and completion that all models can take; None where neither says."""
+
+
+def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
+    """Loads the models and checks them against each other. Raises `ModelError`."""
+    options, attention = config.student, config.training.attention
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    # The student's weights stay float32 whatever it is computed in: small updates would round away.
+    base = load_model(options.model, trust_remote_code=options.trust_remote_code, device=device, attention=attention)
+    # Weights that are trained cannot be a teacher's.
+    frozen = base if options.lora else None
+    teachers = load_teachers(config.teacher, device, dtype, attention, student=options, base=frozen)
+    vocab_sizes = []
+    for teacher in teachers:
+        with teacher.parts.present():
+            vocab_sizes.append(check_pair(base, teacher.model, tokenizer, teacher.tokenizer))
+    contexts = [context_of(base), *(teacher.context for teacher in teachers)]
+    return Pair(
+        base,
+        ModelParts(*split_head(base), dtype),
+        teachers,
+        tokenizer,
+        min(vocab_sizes),
+        min(filter(None, contexts), default=None),
+    )
+
+
+def make_student(base: PreTrainedModel, config: Config, dropped: Sequence[int]) -> PreTrainedModel:
+    """What is trained: `base` without its `dropped` layers, with adapters where they are asked for; its own tensors.
+
+    Raises `ModelError`.
+    """
+    student = without_layers(base, dropped)
+    if config.student.lora:
+        add_adapters(student, config.student.lora, config.training.seed)
+    return student
+
+
+def choose_device(requested: str, ranks: Ranks | None = None) -> torch.device:
+    """The device of `training.device`, over ranks a GPU each. Raises `ConfigError` when it is not there."""
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(requested)
+    if ranks and ranks.size > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise ConfigError(f"training.device: found {requested!r}, but every rank has its own GPU: set it to cuda")
+        requested, device = f"cuda:{ranks.local_rank}", torch.device("cuda", ranks.local_rank)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"training.device: found {requested!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """The dtype of `training.precision` on a device."""
+    if requested == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, requested)

@@ -1,0 +1,40 @@
+"""What a run has come to, as a record: all that its summary and its model card say is made from this."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distill.config import Config
+
+NUM_SAMPLES = 6  # held-out completions kept from before and after, for the table and the report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run at its end."""
+
+    config: Config
+    steps: int
+    best_step: int | None
+    """After which the held-out reverse KL was lowest."""
+    metrics: list[dict[str, Any]]
+    """The lines of `metrics.jsonl`."""
+    evaluations: list[dict[str, Any]]
+    """The lines of `evaluations.jsonl`."""
+    held_out_prompts: Sequence[str]
+    samples: dict[str, list[str]]
+    """Completions of the first held-out prompts, `before` and `after`."""
+    environment: dict[str, Any]
+    rollout_precision: str
+    peak_memory_bytes: int
+    wall_seconds: float
+    cpu_seconds: float
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(record["completion_tokens"] for record in self.metrics)
+
+    def shown(self, count: int) -> list[tuple[str, str, str]]:
+        """The first held-out prompts with what the student said before and after."""
+        completions = self.samples.get("before", []), self.samples.get("after", [])
+        return list(zip(self.held_out_prompts[:count], *completions, strict=False))

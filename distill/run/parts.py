@@ -1,0 +1,115 @@
+"""What a run is made of: its models, prompts and engine, put together into a trainer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from distill.config import Config
+from distill.loss import LossOptions, ModelParts
+from distill.models import describe, split_head
+from distill.prompts import epoch_batches, epoch_order, left_pad
+from distill.rollout import choose_dtype as choose_rollout_dtype
+from distill.run.checkpoint import Checkpoint, accept
+from distill.run.engines import make_engine
+from distill.run.layer_choice import choose_layers
+from distill.run.loading import Pair, choose_dtype, load_pair, make_student
+from distill.run.prompt_sets import load_prompt_sets
+from distill.runtime import MemoryLimits
+from distill.training import Ranks, Trainer, check_against_itself
+
+
+class RunParts:
+    """Everything that is loaded or made before the first step, and stays to the end of the run."""
+
+    def __init__(
+        self, config: Config, device: torch.device, console: Console, ranks: Ranks, start: Checkpoint | None
+    ) -> None:
+        """`start` is the checkpoint that the run continues from; its weights are not read here.
+
+        Raises `ConfigError`, `ModelError`, `PromptError`, `ServerError` and `CheckpointError`.
+        """
+        self.config, self.ranks, self.tell = config, ranks, line_printer(console)
+        self.device, self.dtype = device, choose_dtype(config.training.precision, device)
+        pair = load_pair(config, self.device, self.dtype)
+        self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
+        teachers = [teacher.parts for teacher in pair.teachers]
+        self.servers = [teacher.body.server for teacher in teachers if teacher.sampled_only]
+        self.prompts, self.held_out = load_prompt_sets(config, pair, self.tell)
+        for teacher in teachers:
+            check_against_itself(teacher, self.prompts.student.token_ids[0], self.vocab_size)
+        self.layer_choice: dict[str, Any] | None = None
+        self.dropped_layers = self._choose_layers(pair, start, console)
+        self.student = make_student(pair.student, config, self.dropped_layers)
+        self.student_parts = ranks.shard(self.student, ModelParts(*split_head(self.student), self.dtype))
+        self.teachers = [ranks.shard(teacher.model, teacher.parts) for teacher in pair.teachers]
+        if config.student.lora:
+            self.tell(describe(self.student))
+        if start:
+            accept(start, config, self.prompts.student.digest, self.student)
+        self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded)
+        self.engine = make_engine(
+            self.student, config, self.tokenizer, self.vocab_size, self._precision(start), self.limits, ranks
+        )
+        if config.rollout.server and ranks.rank == 0:
+            self.servers.append(self.engine.server)
+        self.trainer = self._make_trainer()
+
+    def texts(self, prompts: Sequence[int]) -> list[str]:
+        """The texts of some training prompts."""
+        return [self.prompts.student.texts[index] for index in prompts]
+
+    def environment(self) -> dict[str, Any]:
+        """What the last digits of a sum depend on beside the configuration."""
+        return {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "precision": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.size,
+        }
+
+    def _choose_layers(self, pair: Pair, start: Checkpoint | None, console: Console) -> Sequence[int]:
+        """The layers to drop: as configured, as the checkpoint's run found them, or found now."""
+        if not isinstance(wanted := self.config.student.drop_layers, str):
+            return wanted
+        if start:  # of a run with another configuration, which is refused when all is loaded
+            self.layer_choice = start.state.get("layer_choice") or {"dropped": ()}
+        else:
+            self.layer_choice = choose_layers(self.config, pair, self.held_out, self.dtype, console)
+            self.layer_choice = self.ranks.of_first(self.layer_choice)
+        return self.layer_choice["dropped"]
+
+    def _precision(self, start: Checkpoint | None) -> str:
+        """The rollouts' precision, decided once for all ranks and for the rest of the run."""
+        rollout = self.config.rollout
+        precision = start.state["rollout_precision"] if start else rollout.precision
+        # Each rank would measure for itself; a server's is its own.
+        if self.ranks.size > 1 and precision == "auto" and not rollout.server:
+            precision = self.ranks.of_first(str(choose_rollout_dtype(self.student, precision))[len("torch.") :])
+        return precision
+
+    def _make_trainer(self) -> Trainer:
+        config, training, (prompts, seen) = self.config, self.config.training, self.prompts
+        order = {"count": len(prompts), "seed": training.seed, "shuffle": config.prompts.shuffle}
+        return Trainer(
+            self.student,
+            self.student_parts,
+            self.teachers,
+            self.engine,
+            lambda epoch: epoch_batches(epoch_order(epoch=epoch, **order), config.prompts_per_batch),
+            lambda indices: left_pad([prompts.token_ids[i] for i in indices], self.tokenizer.pad_token_id),
+            training,
+            LossOptions(**config.loss.model_dump(), mask_truncated=config.rollout.mask_truncated),
+            vocab_size=self.vocab_size,
+            teacher_view=lambda indices: seen and seen.view(indices),
+            limits=self.limits,
+            async_batches=config.rollout.async_batches,
+            ranks=self.ranks,
+        )
+
+
+def line_printer(console: Console) -> Callable[[str], None]:
+    """Prints a line as it is."""
+    return lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)

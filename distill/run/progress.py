@@ -1,0 +1,168 @@
+"""What happens between two steps: evaluations, the logs' lines, what is said of a bad step, and checkpoints.
+
+It also knows what a run has come to so far, which is part of every checkpoint.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from distill.run.checkpoint import Checkpoint
+from distill.run.display import Display
+from distill.run.health import GradientWatch, StoppedError, suspects
+from distill.run.outcome import NUM_SAMPLES
+from distill.run.output import OutputFolder
+from distill.run.parts import RunParts
+from distill.run.prompt_sets import evaluation_arguments
+from distill.run.trackers import Trackers
+from distill.runtime import read_json_lines
+from distill.training import StepResult, decode_samples, evaluate, restore, state_of, token_view
+
+
+class Progress:
+    """A run between two of its steps; `display` and `trackers` are there once it has begun."""
+
+    display: Display
+    trackers: Trackers
+
+    def __init__(self, parts: RunParts, output: OutputFolder, start: Checkpoint | None, began: tuple[float, float]):
+        """`began` is when the run did, by the clock and in this process's own time."""
+        self.parts, self.output = parts, output
+        self._wall_began, self._cpu_began = began
+        self.evaluations: list[dict[str, Any]] = []
+        self.samples: dict[str, list[str]] = {}
+        if start:
+            self._continue_from(start)
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.parts.trainer.position.step
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the run has taken so far, its parts before an interruption included."""
+        wall, cpu = time.monotonic() - self._wall_began, time.process_time() - self._cpu_began
+        return {"wall_seconds": wall, "cpu_seconds": cpu}
+
+    @property
+    def best_step(self) -> int | None:
+        """The step after which the held-out reverse KL was lowest so far; the untrained student does not count."""
+        trained = [e for e in self.evaluations if e["step"] and math.isfinite(e["reverse_kl"])]
+        return min(trained, key=lambda e: e["reverse_kl"])["step"] if trained else None
+
+    def begin(self, display: Display, trackers: Trackers) -> None:
+        """The output folder is open from now on."""
+        self.display, self.trackers = display, trackers
+        metrics = [] if self.parts.ranks.rank else read_json_lines(self.output.path / "metrics.jsonl")
+        self._gradients = GradientWatch(line["grad_norm"] for line in metrics)
+
+    def evaluate(self) -> None:
+        """A held-out evaluation of the student as it is, where there are held-out prompts."""
+        parts, config = self.parts, self.parts.config
+        if parts.held_out is None:
+            return
+        self.display.phase("evaluation")
+        result = evaluate(
+            parts.engine,
+            parts.student_parts,
+            parts.teachers,
+            vocab_size=parts.vocab_size,
+            limits=parts.limits,
+            ranks=parts.ranks,
+            **evaluation_arguments(config, parts.held_out, parts.tokenizer.pad_token_id),
+        )
+        step, count = self.step, config.evaluation.num_rollouts_per_prompt
+        record = {"step": step, **result.record()}
+        self.evaluations.append(record)
+        self.output.log("evaluations", [record])
+        self.trackers.log_evaluation(record)
+        rows = range(0, len(result.rollouts.finished), count)[:NUM_SAMPLES]
+        self.samples["after" if step else "before"] = decode_samples(parts.tokenizer, result.rollouts, rows)
+        models, prompts = (parts.student_parts, parts.teachers), parts.held_out.student.texts[:NUM_SAMPLES]
+        view = token_view(parts.tokenizer, *models, result.group, prompts, parts.vocab_size)
+        self.output.log("tokens", [{"step": step, "samples": view}])
+        self.display.message(
+            f"held-out reverse KL after step {step}: {result.reverse_kl:.3f} ± {result.standard_error:.3f} nats/token"
+        )
+
+    def record(self, result: StepResult) -> None:
+        """A finished step's lines in the logs."""
+        if self.parts.ranks.rank:
+            return
+        texts = decode_samples(self.parts.tokenizer, result.rollouts, range(len(result.rollouts.finished)))
+        self.output.log("metrics", [result.metrics])
+        self.trackers.log(result.metrics)
+        self.output.log("rollouts", _rollout_records(result, self.parts.texts(result.prompts), texts))
+        self.display.update(result.metrics, texts[0])
+
+    def inspect(self, result: StepResult) -> None:
+        """Reports a skipped step or a jump of the gradient; too many skipped in a row end the run."""
+        metrics, step, prompts = result.metrics, result.metrics["step"], self.parts.texts(result.prompts)
+        median = self._gradients.spike(metrics["grad_norm"])
+        if median is not None:
+            message = f"gradient norm {metrics['grad_norm']:.3g}, {metrics['grad_norm'] / median:.0f} times the median"
+            self.notice("gradient_spike", step, f"step {step}: {message}; prompts: {suspects(prompts)}")
+        if result.sound:
+            return
+        figures = f"loss {metrics['loss']:.3g}, gradient norm {metrics['grad_norm']:.3g}"
+        named = f"prompts: {suspects(prompts, result.row_reverse_kl)}"
+        self.notice("skipped", step, f"step {step} skipped: {figures}; {named}")
+        in_row, allowed = self.parts.trainer.bad_in_row, self.parts.config.training.max_bad_steps
+        if in_row > allowed:
+            self.save()
+            raise StoppedError.after(in_row, allowed, step - in_row, self.output.checkpoints, f"{figures}; {named}")
+
+    def notice(self, event: str, step: int, message: str) -> None:
+        """Says what happened, and keeps it among the events."""
+        self.display.message(message)
+        self.output.log("events", [{"step": step, "event": event, "message": message}])
+
+    def save(self) -> None:
+        """Writes a checkpoint, from which the same command continues."""
+        self.display.phase("checkpoint")
+        parts = self.parts
+        tensors, state = state_of(parts.trainer)
+        state = {
+            "trainer": state,
+            "config": parts.config.model_dump(mode="json"),
+            "prompts": parts.prompts.student.digest,
+            # `auto` was decided by a measurement, which another day could decide otherwise.
+            "rollout_precision": parts.engine.precision,
+            "layer_choice": parts.layer_choice,
+            "evaluations": self.evaluations,
+            "samples": self.samples,
+            "environment": parts.environment(),
+            **self.seconds,
+        }
+        keep_last = parts.config.training.keep_last
+        self.output.save(self.step, tensors, state, keep_last=keep_last, best=self.best_step, ranks=parts.ranks)
+
+    def _continue_from(self, start: Checkpoint) -> None:
+        parts, state = self.parts, start.state
+        restore(parts.trainer, start)
+        self.evaluations, self.samples = state["evaluations"], state["samples"]
+        self._wall_began -= state["wall_seconds"]
+        self._cpu_began -= state.get("cpu_seconds", 0.0)
+        now = parts.environment()
+        for name, before in state.get("environment", {}).items():
+            if now[name] != before:
+                parts.tell(f"{name} was {before}, now {now[name]}: the numbers' last digits can differ from now on")
+        parts.tell(f"continuing after step {start.step} of {parts.trainer.total_steps}")
+
+
+def _rollout_records(result: StepResult, prompts: Sequence[str], completions: Sequence[str]) -> list[dict[str, Any]]:
+    """A line of `rollouts.jsonl` for each rollout, given the text of each prompt and of each completion."""
+    rollouts = result.rollouts
+    return [
+        {
+            "step": result.metrics["step"],
+            "prompt": prompts[row // rollouts.num_rollouts],
+            "completion": completion,
+            "completion_length": int(rollouts.completion_lengths[row]),
+            "finished": bool(rollouts.finished[row]),
+            "reverse_kl_exact": result.row_reverse_kl[row],
+        }
+        for row, completion in enumerate(completions)
+    ]

@@ -1,0 +1,76 @@
+"""The training and the held-out prompts of a run, as the student sees them and as its teachers do."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distill.config import Config, ConfigError
+from distill.prompts import PromptSet, left_pad, load_prompts
+from distill.run.loading import Pair
+from distill.teachers import TeacherPrompts, teacher_prompts
+
+
+class Prompts(NamedTuple):
+    """One prompt set, as the student sees it and as the teachers do where that differs."""
+
+    student: PromptSet
+    teacher: TeacherPrompts | None
+
+
+def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) -> tuple[Prompts, Prompts | None]:
+    """Training and held-out prompts; `tell` hears of what was left out. Raises `ConfigError` or `PromptError`."""
+    settings = config.prompts
+
+    def load(path: Path, limit: int | None, key: str, completion: int) -> Prompts:
+        longest = settings.max_tokens
+        if pair.context is not None:
+            if completion >= pair.context:
+                raise ConfigError(
+                    f"{key}: found {completion}, expected less than the models' context of {pair.context} tokens"
+                )
+            longest = min(longest, pair.context - completion)
+        prompts = load_prompts(
+            path,
+            pair.tokenizer,
+            column=settings.column,
+            limit=limit,
+            streaming=settings.streaming,
+            chat_template=settings.chat_template,
+            control_tokens=settings.control_tokens,
+            max_tokens=longest,
+        )
+        if prompts.empty or prompts.too_long:
+            tell(
+                f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "
+                f"{prompts.too_long} of more than {longest} tokens"
+            )
+        if prompts.answered:
+            tell(f"{path}: {prompts.answered} conversations ended in an answer, which was left out")
+        seen = teacher_prompts(
+            prompts,
+            pair.teachers,
+            config.teacher,
+            longest=None if pair.context is None else pair.context - completion,
+            pad_token_id=pair.tokenizer.pad_token_id,
+            special=settings.control_tokens == "special",
+        )
+        return Prompts(prompts, seen)
+
+    train = load(settings.train, settings.limit, "rollout.max_new_tokens", config.rollout.max_new_tokens)
+    if settings.eval is None:
+        return train, None
+    section = "rollout" if config.evaluation.max_new_tokens is None else "evaluation"
+    longest = getattr(config, section).max_new_tokens
+    return train, load(settings.eval, settings.eval_limit, f"{section}.max_new_tokens", longest)
+
+
+def evaluation_arguments(config: Config, prompts: Prompts, pad_token_id: int) -> dict[str, Any]:
+    """On what and how `evaluate` looks at a student, as its keyword arguments."""
+    settings, (student, teacher) = config.evaluation, prompts
+    return {
+        "prompts": left_pad(student.token_ids, pad_token_id),
+        "teacher_view": teacher and teacher.view(range(len(student))),
+        "num_rollouts": settings.num_rollouts_per_prompt,
+        "max_new_tokens": settings.max_new_tokens or config.rollout.max_new_tokens,
+        "seed": settings.seed,
+    }

@@ -1,0 +1,158 @@
+"""One run, from a configuration to a trained model and every output file.
+
+The trainer takes the steps. What a run is made of is in parts.py, what happens between two steps in progress.py, what
+is written at the end in ending.py; here stands the order in which they come, and what ends a run early.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from signal import Signals
+
+from rich.console import Console
+
+from distill.config import Config, to_yaml
+from distill.run import checkpoint
+from distill.run.display import Display
+from distill.run.ending import write_models, write_summary
+from distill.run.live_report import LiveReport
+from distill.run.loading import choose_device
+from distill.run.output import NoOutput, OutputError, OutputFolder
+from distill.run.parts import RunParts, line_printer
+from distill.run.progress import Progress
+from distill.run.summary import Summary
+from distill.run.trackers import Trackers, check_installed
+from distill.runtime import MemoryLimitError
+from distill.servers import ServerError
+from distill.training import Ranks
+
+
+class Run:
+    """A run's models, files and progress; `execute` does it all."""
+
+    summary: Summary | None = None
+    """What it amounts to, once it is done, on rank 0."""
+
+    def __init__(
+        self,
+        config: Config,
+        console: Console,
+        received_signal: Callable[[], Signals | None],
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Loads everything and finds what to continue from. Raises what `RunParts` raises, and `OutputError`."""
+        self.config, self.console, self.ranks = config, console, ranks or Ranks()
+        self.received_signal = lambda: self.ranks.signal(received_signal())
+        began = time.monotonic(), time.process_time()
+        device = choose_device(config.training.device, self.ranks)
+        check_installed(config.training.report_to)
+        # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
+        kind = NoOutput if self.ranks.rank else OutputFolder
+        self.output = self.ranks.together(lambda: kind(config.training.output_dir), (OutputError,))
+        self.report = LiveReport(self.output)
+        try:
+            self.start = self._find_checkpoint()
+            self.parts = RunParts(config, device, console, self.ranks, self.start)
+            self.progress = Progress(self.parts, self.output, self.start, began)
+        except BaseException:
+            self.output.release()
+            raise
+
+    def execute(self) -> int:
+        """Trains, evaluates and writes everything; returns the exit status."""
+        progress, trainer = self.progress, self.parts.trainer
+        display = Display(trainer.total_steps, progress.step, self.console)
+        trainer.on_phase = display.phase
+        self.parts.limits.report = lambda message: progress.notice("memory", progress.step + 1, message)
+        for server in self.parts.servers:
+            server.report = lambda message: progress.notice("server", progress.step + 1, message)
+        try:
+            self.ranks.meet()  # all have read what may be set aside
+            self._open_folder()
+            trackers = Trackers(
+                () if self.ranks.rank else self.config.training.report_to,
+                self.output.path,
+                self.config.model_dump(mode="json"),
+                self.start is not None,
+                lambda message: progress.notice("tracker", progress.step, message),
+            )
+            progress.begin(display, trackers)
+            with trackers, display:
+                if stop := self._train_or_save():
+                    return 128 + stop
+                display.phase("writing the model")
+                write_models(self.parts, progress, self.output)
+                trackers.complete = True
+            if self.ranks.rank == 0:
+                self.summary = write_summary(self.parts, progress, self.output, self.report, self.console)
+        finally:
+            self.output.release()
+        return 0
+
+    def _train_or_save(self) -> Signals | None:
+        """Trains; what a run can be continued after is raised with everything saved."""
+        try:
+            return self._train()
+        except (MemoryLimitError, ServerError) as error:
+            if self.ranks.sharded and isinstance(error, MemoryLimitError):  # the others do not know of it
+                raise
+            # Nothing of the step at hand has been applied.
+            self.parts.trainer.optimizer.zero_grad(set_to_none=True)
+            self.progress.save()
+            raise type(error)(f"{error}. Saved after step {self.progress.step}") from None
+
+    def _train(self) -> Signals | None:
+        """Takes every step that is left; returns the signal that ended it early, with everything saved."""
+        progress, trainer, training = self.progress, self.parts.trainer, self.config.training
+        if not progress.evaluations:
+            progress.evaluate()
+        if progress.step == trainer.total_steps:
+            return None
+        if stop := self.received_signal():  # while the models were loaded
+            return self._stopped(stop)
+        for result in trainer.steps():
+            progress.record(result)
+            progress.inspect(result)
+            step, last = progress.step, progress.step == trainer.total_steps
+            best_before = progress.best_step
+            if evaluated := last or (training.eval_every and step % training.eval_every == 0):
+                progress.evaluate()
+            stop = self.received_signal()
+            if stop and not last:
+                return self._stopped(stop)
+            if saved := last or step % training.save_every == 0 or progress.best_step != best_before:
+                progress.save()
+            if (evaluated or saved) and not last:
+                self.report.write()
+        return None
+
+    def _stopped(self, stop: Signals) -> Signals:
+        self.progress.save()
+        self.report.finish()
+        saved = f"{stop.name}: saved after step {self.progress.step}"
+        self.progress.display.message(f"{saved}; the same command continues from there")
+        return stop
+
+    def _find_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to continue from, which rank 0 decides."""
+        ranks, where = self.ranks, (self.config.training.resume, self.output.checkpoints)
+        found = ranks.together(lambda: None if ranks.rank else checkpoint.find(*where), (checkpoint.CheckpointError,))
+        path = ranks.of_first(found and str(found.path))
+        return checkpoint.load(Path(path), verify=False) if path and ranks.rank else found
+
+    def _open_folder(self) -> None:
+        """Sets an earlier run's folder aside where this one starts over, and opens the files that grow."""
+        began, finished = (self.output.path / name for name in ("metrics.jsonl", "final"))
+        # A finished run is never written over, even when its checkpoints were removed to make room.
+        over = began.exists() if self.config.training.resume == "never" else finished.exists()
+        if self.start is None and over:
+            kept = self.output.set_aside()
+            line_printer(self.console)(f"the earlier run's folder is now {kept}")
+        if self.start:
+            with self.output.writing("the damaged checkpoints' new names"):
+                checkpoint.set_aside_newer(self.output.checkpoints, self.start.step)
+        self.output.open_logs(self.start)
+        self.output.write_text("config.yaml", to_yaml(self.config))
+        if self.parts.layer_choice:
+            self.output.write_text("layers.json", json.dumps(self.parts.layer_choice, indent=1))

@@ -1,0 +1,88 @@
+"""`summary.json` and the closing table: what a finished run amounts to."""
+
+import platform
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from distill.run.display import closing_table
+from distill.run.outcome import NUM_SAMPLES, Outcome
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary.json` holds; divergences in nats a token, None where there were no held-out prompts."""
+
+    eval_reverse_kl_before: float | None
+    eval_reverse_kl_after: float | None
+    eval_reverse_kl_reduction: float | None
+    """1 is all of it."""
+    eval_best_step: int | None
+    """The step after which the held-out reverse KL was lowest."""
+    steps: int
+    completion_tokens: int
+    wall_seconds: float
+    cpu_seconds: float
+    """Of this process's cores together."""
+    seconds_rollout: float
+    seconds_score: float
+    seconds_update: float
+    peak_memory_bytes: int
+    torch: str
+    """Its version."""
+    device: str
+    precision: str
+    threads: int
+    ranks: int
+    rollout_precision: str
+    python: str
+    """Its version."""
+    samples: list[dict[str, str]]
+    """Held-out prompts with what the student said: `prompt`, `before`, `after`."""
+
+    def record(self) -> dict[str, Any]:
+        """As it is written."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def summarise(outcome: Outcome) -> Summary:
+    """The summary of a finished run."""
+    evaluations = outcome.evaluations
+    before, after = (evaluations[i]["reverse_kl"] if evaluations else None for i in (0, -1))
+    seconds = {f"seconds_{p}": sum(m[f"seconds_{p}"] for m in outcome.metrics) for p in ("rollout", "score", "update")}
+    return Summary(
+        eval_reverse_kl_before=before,
+        eval_reverse_kl_after=after,
+        eval_reverse_kl_reduction=1 - after / before if before else None,
+        eval_best_step=outcome.best_step,
+        steps=outcome.steps,
+        completion_tokens=outcome.completion_tokens,
+        wall_seconds=outcome.wall_seconds,
+        cpu_seconds=outcome.cpu_seconds,
+        **seconds,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        **outcome.environment,
+        rollout_precision=outcome.rollout_precision,
+        python=platform.python_version(),
+        samples=[
+            {"prompt": prompt, "before": first, "after": last} for prompt, first, last in outcome.shown(NUM_SAMPLES)
+        ],
+    )
+
+
+def show_summary(console: Console, summary: Summary, folder: Path) -> None:
+    """The closing table, and where everything is."""
+    before, after = summary.eval_reverse_kl_before, summary.eval_reverse_kl_after
+    if before is not None:
+        change = f"  ({after / before - 1:+.0%})" if before else ""
+        rows = [("held-out reverse KL, nats/token", f"{before:.3f}", f"{after:.3f}{change}")]
+        rows += [(s["prompt"], s["before"], s["after"]) for s in summary.samples[:3]]
+        closing_table(console, rows)
+    for line in (
+        f"{summary.steps} steps in {summary.wall_seconds:.0f} s; report: {folder / 'report.html'}",
+        f"model: {folder / 'final'}",
+        f"talk to it, beside the teacher: python -m distill.chat {folder}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,10 @@
+"""The frozen models that score: loaded here or served elsewhere, and the prompts that they see.
+
+In: the `teacher` section. Out: `Teacher`s, whose parts the loss takes, and what each scores.
+"""
+
+from distill.teachers.local import load_teachers
+from distill.teachers.prompts import TeacherPrompts, teacher_prompts
+from distill.teachers.teacher import Teacher, context_of
+
+__all__ = ["Teacher", "TeacherPrompts", "context_of", "load_teachers", "teacher_prompts"]

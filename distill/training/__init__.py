@@ -1,0 +1,27 @@
+"""The loop and its figures: `prompts -> rollout -> score -> loss -> step`, evaluations, and the same over ranks.
+
+In: models' parts, an engine, prompts. Out: a `StepResult` an optimizer step; figures of an evaluation.
+"""
+
+from distill.training.comparison import Figure, compare
+from distill.training.evaluation import check_against_itself, decode_samples, evaluate
+from distill.training.ranks import Ranks
+from distill.training.state import restore, state_of
+from distill.training.token_records import token_view
+from distill.training.trainer import StepResult, Trainer
+from distill.training.vllm_ranks import RankedVllmEngine
+
+__all__ = [
+    "Figure",
+    "RankedVllmEngine",
+    "Ranks",
+    "StepResult",
+    "Trainer",
+    "check_against_itself",
+    "compare",
+    "decode_samples",
+    "evaluate",
+    "restore",
+    "state_of",
+    "token_view",
+]

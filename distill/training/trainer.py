@@ -1,0 +1,224 @@
+"""The training loop: sample a batch of prompts, then one optimizer step for each group of them.
+
+`Trainer.steps` is a generator, so that whoever runs it decides between two steps what to log, evaluate or save.
+Weights, gradients and Adam's moments are float32 whatever precision the passes run in. What a checkpoint keeps of a
+trainer is in state.py.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import TrainingConfig
+from distill.loss import (
+    Group,
+    GroupGradient,
+    LossOptions,
+    ModelParts,
+    Rollouts,
+    TeacherView,
+    accumulate_gradients,
+    score,
+)
+from distill.models import whole
+from distill.rollout import RolloutEngine
+from distill.runtime import MemoryLimits, PhaseClock, peak_memory_bytes
+from distill.training.diagnostics import step_metrics
+from distill.training.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: the next optimizer step is group `group` of batch `batch` of epoch `epoch`."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: the metrics line, and the rollouts it learned from with each row's reverse KL."""
+
+    metrics: dict[str, float]
+    prompts: list[int]
+    rollouts: Rollouts
+    row_reverse_kl: list[float]
+    sound: bool
+    """Whether loss and gradient were finite; if not, weights and optimizer are as they were before."""
+
+
+class Trainer:
+    """Owns the optimizer, the position in the prompts, and the rollouts in hand.
+
+    `prompt_batches(epoch)` gives the epoch's batches of prompt indices; `encode(indices)` their left-padded ids and
+    mask, `teacher_view(indices)` what scores them. `on_phase` hears the name of each phase as it begins.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        student_parts: ModelParts,
+        teachers: Sequence[ModelParts],
+        engine: RolloutEngine,
+        prompt_batches: Callable[[int], Sequence[Sequence[int]]],
+        encode: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
+        options: TrainingConfig,
+        loss_options: LossOptions,
+        *,
+        vocab_size: int,
+        teacher_view: Callable[[Sequence[int]], TeacherView | None] = lambda indices: None,
+        limits: MemoryLimits | None = None,
+        async_batches: int = 0,
+        ranks: Ranks | None = None,
+        on_phase: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.student, self.student_parts, self.teachers = student, student_parts, teachers
+        self.teacher_view = teacher_view
+        self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
+        self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
+        self.limits, self.on_phase = limits or MemoryLimits(options.tokens_per_micro_batch), on_phase
+        self.ranks = ranks or Ranks()
+        self.device, self.width = student_parts.head.weight.device, student_parts.head.weight.shape[1]
+        self.clock = PhaseClock(self.device)
+        self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.Adam(
+            self.parameters.values(), lr=options.learning_rate, betas=options.adam_betas, fused=True
+        )
+        self.position = Position()
+        self.skipped_steps, self.bad_in_row = 0, 0
+        self.rollouts: Rollouts | None = None
+        self.rollout_seconds = 0.0
+        # With `async_batches`, the batch after the one in hand; and at which steps the weights were taken that sampled.
+        self.async_batches = async_batches
+        self.ahead: Future[Rollouts] | None = None
+        self.sampled_at, self.ahead_sampled_at = 0, 0
+        # Batches have the same sizes in every epoch, so the first one's tell how many steps there are.
+        sizes = [len(batch) for batch in prompt_batches(0)]
+        steps = options.num_epochs * sum(math.ceil(size / options.prompts_per_step) for size in sizes)
+        self.total_steps = min(steps, options.max_steps or steps)
+
+    def steps(self) -> Iterator[StepResult]:
+        """Trains from `position` to the end, handing out each optimizer step's result.
+
+        When a result is handed out, `position` already names the next step: saving then loses nothing.
+        """
+        while self.position.step < self.total_steps:
+            at = self.position
+            batches = self.prompt_batches(at.epoch)
+            prompts = batches[at.batch]
+            if self.rollouts is None:
+                self._sample(at.epoch, batches, at.batch)
+            per_step = self.options.prompts_per_step
+            chosen = slice(at.group * per_step, min((at.group + 1) * per_step, len(prompts)))
+            rollouts = self.rollouts.select(chosen)
+            group = Group.of(rollouts, self.teacher_view(prompts[chosen]))
+            metrics, row_reverse_kl = self._step(group, groups_in_batch=math.ceil(len(prompts) / per_step))
+            self.position = self._after(at, batches)
+            if self.position.batch != at.batch or self.position.epoch != at.epoch:
+                self.rollouts = None
+            sound = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+            self.bad_in_row = 0 if sound else self.bad_in_row + 1
+            self.skipped_steps += not sound
+            line = {"step": at.step + 1, "epoch": at.epoch, **metrics, "skipped_steps": self.skipped_steps}
+            line["rollout_staleness"] = at.step - self.sampled_at
+            yield StepResult(line, list(prompts[chosen]), rollouts, row_reverse_kl, sound)
+
+    def _after(self, at: Position, batches: Sequence[Sequence[int]]) -> Position:
+        step, group = at.step + 1, at.group + 1
+        if group * self.options.prompts_per_step < len(batches[at.batch]):
+            return replace(at, step=step, group=group)
+        if at.batch + 1 < len(batches):
+            return Position(step, at.epoch, at.batch + 1)
+        return Position(step, at.epoch + 1)
+
+    def _sample(self, epoch: int, batches: Sequence[Sequence[int]], batch: int) -> None:
+        self.on_phase("rollout")
+        step = self.position.step
+        with self.clock.phase("rollout"):
+            if self.ahead is None:
+                rollouts = self.ranks.generate(self.engine, **self._request(epoch, batch))
+                self.sampled_at = step
+            else:
+                rollouts, self.sampled_at = self.ahead.result(), self.ahead_sampled_at
+            self.ahead = None
+            following = step + math.ceil(len(batches[batch]) / self.options.prompts_per_step)
+            if self.async_batches and following < self.total_steps:
+                place = (epoch, batch + 1) if batch + 1 < len(batches) else (epoch + 1, 0)
+                self.ahead, self.ahead_sampled_at = self.engine.begin(**self._request(*place)), step
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.rollouts = rollouts.planned_on_host()
+        self.rollout_seconds = self.clock.read()["rollout"]
+
+    def _request(self, epoch: int, batch: int) -> dict[str, Any]:
+        """What the engine is asked for a batch."""
+        batches = self.prompt_batches(epoch)
+        prompt_ids, prompt_mask = (tensor.to(self.device) for tensor in self.encode(batches[batch]))
+        # A prompt's draw is numbered over the whole run, so that no two draws share random numbers.
+        first = epoch * sum(map(len, batches)) + sum(map(len, batches[:batch]))
+        return {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "num_rollouts": self.options.num_rollouts_per_prompt,
+            "prompt_keys": torch.arange(first, first + len(batches[batch])),
+        }
+
+    def _step(self, group: Group, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
+        """Scores a group, updates the student, and returns the metrics and each row's mean token reverse KL."""
+        self.on_phase("score")
+        own = self.ranks.own_rows(group)
+        with self.clock.phase("score"):
+            teacher_hidden = self.ranks.in_micro_batches(
+                self.limits, "score", group.for_teachers, own, lambda parts: score(self.teachers, group, parts)
+            )
+        self.on_phase("update")
+        learning_rate = self.options.learning_rate_at(self.position.step, self.total_steps)
+        with self.clock.phase("update"):
+            result = self.ranks.in_micro_batches(
+                self.limits, "update", group, own, lambda parts: self._gradients(teacher_hidden, group, parts, own)
+            )
+            result = self.ranks.sum_of(result, group, own, self.width, self.parameters.values())
+            grad_norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm))
+            # Where this is 1, Adam's fused step leaves everything as it was, without the host having to look.
+            self.optimizer.found_inf = 1 - (result.loss.isfinite() & grad_norm.isfinite()).float()
+            for settings in self.optimizer.param_groups:
+                settings["lr"] = learning_rate
+            self.optimizer.step()
+            self.engine.refresh()
+        metrics, row_reverse_kl = step_metrics(result, group, grad_norm, self.loss_options)
+        # A batch's rollouts are shared evenly by the steps that it serves.
+        seconds = {"rollout": self.rollout_seconds / groups_in_batch, **self.clock.read()}
+        tokens = int(group.completion_lengths.sum())
+        metrics |= {
+            "learning_rate": learning_rate,
+            "completion_tokens": tokens,
+            "completion_length": tokens / len(group.completion_lengths),
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+            "tokens_per_second": tokens / sum(seconds.values()),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        return metrics, row_reverse_kl
+
+    def _gradients(
+        self, teacher_hidden: Sequence[Tensor | None], group: Group, parts: list[Tensor], own: Tensor | None = None
+    ) -> GroupGradient:
+        # Before every attempt: what a failed one added must not count twice.
+        self.optimizer.zero_grad(set_to_none=True)
+        return accumulate_gradients(
+            self.student_parts,
+            self.teachers,
+            teacher_hidden,
+            group,
+            parts,
+            self.loss_options,
+            vocab_size=self.vocab_size,
+            checkpointing=self.options.activation_checkpointing,
+            own=own,
+        )
