@@ -211,6 +211,14 @@ def test_any_values_of_any_keys(tmp_path, keys, complete):
     accepted_or_refused(path)
 
 
+@pytest.mark.parametrize("value", ["{a: {0: null}}", "{a: 2020-01-01}", "{a: [.nan]}"])
+def test_arguments_of_a_template_are_what_a_checkpoint_can_keep(tmp_path, value):
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match=r"teacher.chat_template_kwargs: found .*, expected text, finite numbers"):
+        load_config(path, {"teacher": {"chat_template_kwargs": yaml.safe_load(value)}})
+
+
 @FUZZ
 @given(st.binary(max_size=60) | YAML_CHARACTERS.map(str.encode) | st.text(max_size=30).map(str.encode))
 def test_any_bytes(tmp_path, content):

@@ -3,6 +3,7 @@
 The docstring under a field is its help text.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +33,18 @@ FilePath = Annotated[Path, AfterValidator(_no_nul)]
 Reference = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 
 
+def _only_json(value: Any) -> Any:
+    """Checkpoints keep it as JSON, which has no other values and no keys but text."""
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise ValueError("text, finite numbers, true, false, null, lists, and mappings whose keys are text")
+    return value
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_only_json)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")]
 
 
@@ -88,7 +101,7 @@ class TeacherConfig(Section):
     """Further teachers by name: a prompt whose record has `"teacher": NAME` is scored by that one."""
     system_prompt: str | None = Field(None, min_length=1)
     """System message of the prompts that the teacher sees, and the student does not."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Arguments of the teacher's own chat template for the prompts that it sees, as {enable_thinking: false}."""
     precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Its weights: `auto` is `training.precision`; `int8` halves the memory of bfloat16 and needs torchao."""
