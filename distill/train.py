@@ -1,4 +1,4 @@
-"""`python -m distill.train --config FILE [--section.key VALUE ...]`: the command.
+"""`python -m distill.train --config FILE [--section.key VALUE ...]`: the command, and `fit`, the same from Python.
 
 `torchrun` starts it over several ranks.
 
@@ -10,27 +10,84 @@ SIGINT or SIGTERM. After 1, 130 and 143 a checkpoint is saved, unless a rank is 
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
-from distill.config import ConfigError, parse_command_line
+from distill.config import Config, ConfigError, parse_command_line
+
+if TYPE_CHECKING:
+    from distill.run import Summary
+
+LOADING = "loading (the first run also fetches and converts the models)"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was ended early, with a checkpoint saved: the same call continues from there."""
 
 
 class SignalWatch:
-    """Remembers the first SIGINT or SIGTERM; a second SIGINT stops at once."""
+    """Remembers the first SIGINT or SIGTERM, from construction to `restore`; a second SIGINT is for `second`.
 
-    def __init__(self) -> None:
+    Outside the main thread, which alone can have handlers, it hears of nothing.
+    """
+
+    def __init__(self, second: Any = signal.SIG_DFL) -> None:
         self.received: signal.Signals | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+        self._second, self._before = second, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._remember)
+
+    def restore(self) -> None:
+        """Puts back the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     def _remember(self, number: int, _frame: Any) -> None:
         self.received = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, self._second)
         # Straight to the descriptor: the interrupted code may be in the middle of a print.
         os.write(2, f"\n{self.received.name}: finishing this step, then saving; Ctrl-C stops at once\n".encode())
+
+
+def fit(config: Config, *, should_stop: Callable[[], bool] = lambda: False) -> "Summary":
+    """The run that `config` describes: what the command does, with its files and its progress, from Python.
+
+    Returns what `summary.json` holds. Where the command would exit, it raises: `ConfigError`, `PromptError`,
+    `ModelError`, `CheckpointError`, `OutputError`, `ServerError`, `MemoryLimitError`, `StoppedError`, `RankError`, or
+    `NotImplementedError` for a model that the native rollout engine refuses.
+    SIGINT (interrupting the cell of a notebook), SIGTERM, or `should_stop`, which is asked after each step, end it with
+    a checkpoint saved and `Interrupted`, a KeyboardInterrupt; the same call continues from there. Handlers are then
+    what they were before, and SIGTERM reaches the one that was. Outside the main thread none are set.
+    """
+    watch = SignalWatch(second=signal.getsignal(signal.SIGINT))
+    try:
+        console = Console(quiet=os.environ.get("RANK", "0") != "0")
+        console.print(LOADING, highlight=False)
+        from distill.run import Run, Summary
+        from distill.training import Ranks
+
+        def received() -> signal.Signals | None:
+            asked = should_stop()
+            return watch.received or (signal.SIGINT if asked else None)
+
+        training = config.training
+        ranks = Ranks.join(training.device, training.rank_timeout_s, training.parallel)
+        run = Run(config, console, received, ranks)
+        run.execute()
+        summary = None if run.stopped else Summary(**ranks.of_first(run.summary and run.summary.record()))
+        ranks.leave()
+    finally:
+        watch.restore()
+        if watch.received == signal.SIGTERM:
+            signal.raise_signal(signal.SIGTERM)
+    if summary is not None:
+        return summary
+    raise Interrupted(f"saved after step {run.progress.step} in {config.training.output_dir}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine: the others would say the same
     signals, console = SignalWatch(), Console(quiet=os.environ.get("RANK", "0") != "0")
-    console.print("loading (the first run also fetches and converts the models)", highlight=False)
+    console.print(LOADING, highlight=False)
     # Only now what takes seconds to import: help and a wrong key are answered at once.
     from distill.models import ModelError
     from distill.prompts import PromptError
@@ -55,8 +112,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         training = config.training
         ranks = Ranks.join(training.device, training.rank_timeout_s, training.parallel)
         run = Run(config, console, lambda: signals.received, ranks)
-        if ranks.size > 1:
-            console.print(ranks.describe(run.parts.student), highlight=False, soft_wrap=True)
         status = run.execute()
         ranks.leave()
         return status

@@ -5,7 +5,7 @@ the models or the machine is checked where those are loaded.
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from distill.config.recipes import read_recipe
 from distill.config.sections import (
     TAGS,
     EvaluationConfig,
@@ -24,7 +25,7 @@ from distill.config.sections import (
     TeacherConfig,
     TrainingConfig,
 )
-from distill.config.yaml_file import ConfigError, read_yaml
+from distill.config.yaml_file import ConfigError
 
 
 class Config(BaseSettings):
@@ -44,6 +45,23 @@ class Config(BaseSettings):
     def settings_customise_sources(cls, settings_cls, init_settings, **_):
         # Only what is passed in: an environment variable named TRAINING is not configuration.
         return (init_settings,)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "Config":
+        """Reads a YAML file, or a recipe by its name, with overrides such as `{"training.max_steps": 3}`.
+
+        Raises `ConfigError`, which names each key that cannot be used.
+        """
+        nested: dict[str, Any] = {}
+        for key, value in (overrides or {}).items():
+            *sections, last = key.split(".")
+            place = nested
+            for section in sections:
+                place = place.setdefault(section, {})
+                if not isinstance(place, dict):
+                    raise ConfigError(f"overrides: {key!r} and one of its sections are both given: leave one out")
+            place[last] = value
+        return load_config(path, nested, source="overrides")
 
     @property
     def prompts_per_batch(self) -> int:
@@ -119,21 +137,26 @@ class Config(BaseSettings):
             raise ValueError(f"student.drop_layers {self.student.drop_layers} measures the exact reverse KL, but {why}")
 
 
-def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Reads a YAML file and lays the nested `overrides` over it. Raises `ConfigError`."""
-    written = read_yaml(Path(path))
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None, *, source: str = "command line") -> Config:
+    """Reads a YAML file, or a recipe by its name, and lays the nested `overrides` of `source` over it.
+
+    Raises `ConfigError`.
+    """
+    written = read_recipe(path)
     overrides = overrides or {}
     try:
         return Config(**_merged(written, overrides))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem, str(path), overrides) for problem in error.errors())) from None
+        problems = [_explain(problem, str(path), overrides, source) for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
 
 
 def _merged(written: dict[str, Any], overrides: dict[str, Any], section: type[BaseModel] = Config) -> dict[str, Any]:
     """`overrides` over what is written, section by section; what should be a section and is none stays as it is."""
     result = {**overrides, **written}
     for name, value in overrides.items():
-        inner, below = inner_section(section.model_fields[name].annotation), written.get(name)
+        known, below = section.model_fields.get(name), written.get(name)
+        inner = known and inner_section(known.annotation)
         if inner is None or not isinstance(value, dict):
             result[name] = value
         elif below is None or isinstance(below, dict):
@@ -162,7 +185,7 @@ def inner_section(annotation: Any) -> type[Section] | None:
     return found[0] if found else None
 
 
-def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any]) -> str:
+def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any], source: str) -> str:
     """One line for one problem: where, which key, what was found, what was expected."""
     location = problem["loc"]
     path_of_key = [part for part in location if isinstance(part, str) and part not in TAGS]
@@ -171,7 +194,7 @@ def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any]) -> s
     given = overrides
     for part in path_of_key:
         given = given.get(part, {}) if isinstance(given, dict) else {}
-    where = "command line" if given != {} else path
+    where = source if given != {} else path
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}{nearest_key(key)}"
     if problem["type"] == "missing":

@@ -33,6 +33,8 @@ class Run:
 
     summary: Summary | None = None
     """What it amounts to, once it is done, on rank 0."""
+    stopped: Signals | None = None
+    """The signal that ended it early."""
 
     def __init__(
         self,
@@ -55,6 +57,8 @@ class Run:
             self.start = self._find_checkpoint()
             self.parts = RunParts(config, device, console, self.ranks, self.start)
             self.progress = Progress(self.parts, self.output, self.start, began)
+            if self.ranks.size > 1:
+                self.parts.tell(self.ranks.describe(self.parts.student))
         except BaseException:
             self.output.release()
             raise
@@ -79,8 +83,9 @@ class Run:
             )
             progress.begin(display, trackers)
             with trackers, display:
-                if stop := self._train_or_save():
-                    return 128 + stop
+                self.stopped = self._train_or_save()
+                if self.stopped:
+                    return 128 + self.stopped
                 display.phase("writing the model")
                 write_models(self.parts, progress, self.output)
                 trackers.complete = True
