@@ -2,10 +2,10 @@
 
     python -m benchmarks.check [--update]
 
-Ratios of CPU time on one thread, of small versions of the benchmarks: seconds differ from machine to machine and wall
-time from minute to minute, these do not. Fails where a ratio fell by more than 20 % of the kept one, which is that of
-the same CPU if it is known, else the lowest of all; one that fell is measured up to three times. `--update` keeps
-this machine's ratios.
+Ratios of CPU time on one thread, of small versions of the benchmarks: wall time differs from minute to minute, these do
+not. They differ between models of CPU, so that one is compared with its own: fails where a ratio fell by more than 20 %
+of the one kept for this model, after up to three measurements. Where none is kept it says so, and compares nothing.
+`--update` keeps this model's ratios beside the others'.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import test_rollout, test_shared_prefix
-from benchmarks.harness import describe_machine
+from benchmarks.harness import cpu_model
 from benchmarks.kernel_candidates import SAMPLE, linear_ours, linear_pytorch, logits_ours, logits_pytorch, make_head
 from distill.forward import completion_hidden
 
@@ -86,26 +86,28 @@ def measure(pair: Pair, rounds: int = 5) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description="Guards the benchmarks' ratios.")
-    parser.add_argument("--update", action="store_true", help="keep this machine's ratios as what is asked for")
+    parser.add_argument("--update", action="store_true", help="keep this machine's ratios as those of its model of CPU")
     update = parser.parse_args(argv).update
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    cpu = describe_machine()["cpu"]
+    machines, model = json.loads(KEPT.read_text()) if KEPT.exists() else {}, cpu_model()
+    kept = machines.get(model, {})
+    if not (kept or update):
+        print(f"{KEPT.name} has no ratios of this CPU ({model}): nothing is compared; --update adds them", flush=True)
     found, fell = {}, []
     for name, pair in pairs().items():
         found[name] = measure(pair)
-        known = [machine[name] for machine in kept.values() if name in machine]
-        before = kept.get(cpu, {}).get(name) or (min(known) if known else None)
-        least = (1 - ALLOWED_FALL) * before if before else 0.0
+        least = (1 - ALLOWED_FALL) * kept.get(name, 0.0)
         for _ in range(ATTEMPTS - 1):  # other work on the machine passes, a slower program stays slow
             if found[name] < least:
                 found[name] = max(found[name], measure(pair))
-        print(f"{name:48} {found[name]:6.2f} x" + (f", kept {before:.2f} x" if before else ""), flush=True)
+        said = f"kept {kept[name]:.2f} x" if name in kept else "none kept"
+        print(f"{name:48} {found[name]:6.2f} x, {said}", flush=True)
         if found[name] < least:
             fell.append(name)
     if update:
-        KEPT.write_text(json.dumps(kept | {cpu: {name: round(x, 2) for name, x in found.items()}}, indent=1) + "\n")
+        machines[model] = {name: round(ratio, 2) for name, ratio in found.items()}
+        KEPT.write_text(json.dumps(machines, indent=1) + "\n")
     elif fell:
         print(f"fell by more than {ALLOWED_FALL:.0%}: {'; '.join(fell)}", file=sys.stderr)
         return 1

@@ -178,13 +178,24 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     return about
 
 
+def cpu_model() -> str:
+    """The CPU's name and what its maker numbers it by: virtual machines give several generations one name."""
+    about = _cpu_info()
+    numbers = ("cpu family", "model", "CPU implementer", "CPU part")  # the latter two on ARM, where there is no name
+    return ", ".join([_cpu_name(), *(f"{number} {about[number]}" for number in numbers if number in about)])
+
+
 def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
+    return _cpu_info().get("model name") or platform.processor() or "unknown"
+
+
+def _cpu_info() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first processor, nothing where there is none."""
+    path, about = Path("/proc/cpuinfo"), {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        key, _, value = line.partition(":")
+        about.setdefault(key.strip(), value.strip())
+    return about
 
 
 def ratios(rows: Sequence[Row]) -> dict[tuple[str, str], float]:

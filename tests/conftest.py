@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+import distill  # noqa: F401 (before any test imports transformers, whose imports' warnings it ends)
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests that run side by side share the cores instead of fighting for them.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))

@@ -1,9 +1,11 @@
 """A small real server of the endpoints that training uses: a tiny transformers model behind HTTP, which can fail."""
 
 import json
+import select
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +18,8 @@ class ModelServer:
     """Serves a folder at `url`.
 
     `faults` are taken from the left, one a request to /v1/completions: a status, `cut` (half an answer), `silent`
-    (without log-probabilities), a number of seconds to sleep, or None for a true answer.
+    (without log-probabilities), a number of seconds after which it comes unless whoever asked has given up, something
+    to call first, or None for a true answer.
     """
 
     def __init__(self, folder: Path, *, echo_only: bool = False, port: int = 0) -> None:
@@ -58,13 +61,26 @@ class ModelServer:
         self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         self._start(self.port)
 
+    def go_away(self, until: Callable[[], bool]) -> None:
+        """Stops, and starts again as soon as `until()` holds."""
+
+        def come_back() -> None:
+            while not until():
+                time.sleep(0.001)
+            self.start_again()
+
+        self.stop()
+        threading.Thread(target=come_back, daemon=True).start()
+
     def _answer(self, handler: BaseHTTPRequestHandler, body: dict | None) -> None:
         path = handler.path.split("?")[0]
         with self._lock:
             self.calls.append((path, body))
             fault = self.faults.popleft() if path == "/v1/completions" and self.faults else None
         if isinstance(fault, float):
-            time.sleep(fault)
+            select.select([handler.connection], [], [], fault)  # readable once the other side has closed it
+        if callable(fault):
+            fault()
         route = getattr(self, "_" + path.strip("/").replace("/", "_"), None)
         status = fault if isinstance(fault, int) else 200 if route else 404
         try:

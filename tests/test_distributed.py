@@ -3,13 +3,9 @@
 import itertools
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -199,7 +195,10 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(uneven, tmp_path
         job(path, tmp_path / "hung", 3, signal=("SIGSTOP", 1, 2), words=words),
     )
     assert (killed["statuses"], hung["statuses"]) == ([1, 1, -9], [1, None, 1]), said
-    assert max(killed["seconds"], hung["seconds"]) < 30
+    # The time-out is a promise in seconds; what a process needs beside its waits depends on the machine. It gets what
+    # these ranks needed to load their models and take two steps.
+    for result in (killed, hung):
+        assert result["ending"] < 30 + result["starting"]
     for rank in (2, 1):
         assert f"error: rank {rank} died or hangs: rank 0 of 3 has waited for it (training.rank_timeout_s: 30)" in said
     assert "Traceback" not in said
@@ -208,15 +207,10 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_others_stop(uneven, tmp_path
 def test_torchrun_starts_the_ranks_again_from_the_last_checkpoint(uneven, whole, tmp_path):
     path, run = uneven(ALL_WEIGHTS | {"training.save_every": 1}), tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", "-m", "distill.train", "--config", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=quiet(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        wait_for(lambda: metrics_lines(run) >= 3, process)
-        os.kill(worker(process.pid, 1), signal.SIGKILL)
-        output = process.communicate(timeout=300)[0].decode()
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
+    command += ["--max-restarts", "1", "tests/signalled.py", "SIGKILL", "1", "3", str(run), "--config", str(path)]
+    result = subprocess.run(command, cwd=ROOT, env=quiet(), capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
     assert "error: rank 1 died or hangs" in output
     assert "continuing after step" in output
     assert_close_runs(whole(ALL_WEIGHTS), run)
@@ -226,29 +220,6 @@ def saved_tensors(found: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
     tensors = {name: torch.full(shape, torch.nan) for name, shape in found.shapes.items()}
     found.read(tensors)
     return tensors
-
-
-def metrics_lines(run) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(condition, process) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, process.stdout.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def worker(agent: int, rank: int) -> int:
-    """The process of a rank that torchrun has started."""
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    return next(int(pid) for pid in children if f"RANK={rank}".encode() in environ(pid))
-
-
-def environ(pid: str) -> list[bytes]:
-    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 @pytest.mark.parametrize("changes", [{"teacher.precision": "int8"}, {"teacher.offload": True}])

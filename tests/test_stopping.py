@@ -63,12 +63,15 @@ def test_starting_over_keeps_the_earlier_run(write_config, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 2
 
 
-def after_two_steps(config: Path, folder: Path, *, seconds: float) -> tuple[subprocess.Popen, Path]:
+HANGS = 600  # seconds after which a process that should have come to its end is given up, on any machine
+
+
+def after_two_steps(config: Path, folder: Path) -> tuple[subprocess.Popen, Path]:
     """The command at work, with two lines in its metrics, and their file."""
     command = [sys.executable, "-m", "distill.train", "--config", str(config)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + HANGS
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None, process.stdout.read().decode()
         assert time.monotonic() < deadline
@@ -79,9 +82,9 @@ def after_two_steps(config: Path, folder: Path, *, seconds: float) -> tuple[subp
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_continues(write_config, tmp_path, number, status):
     path = write_config({"training.num_epochs": 1000, "prompts.eval": None})
-    process, metrics = after_two_steps(path, tmp_path / "run", seconds=120)
+    process, metrics = after_two_steps(path, tmp_path / "run")
     process.send_signal(number)
-    output = process.communicate(timeout=60)[0].decode()
+    output = process.communicate(timeout=HANGS)[0].decode()
     assert process.returncode == status, output
     done = len(read_json_lines(metrics))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
@@ -114,13 +117,17 @@ def test_a_second_interrupt_stops_at_once_and_what_was_saved_continues(write_con
     """The evaluation at the end of the step would take long: the second SIGINT does not wait for it."""
     changes = {"training.save_every": 1, "training.eval_every": 2, "evaluation.num_rollouts_per_prompt": 20_000}
     path = write_config({**changes, "training.num_epochs": 100})
-    process, _ = after_two_steps(path, tmp_path / "run", seconds=240)
+    process, _ = after_two_steps(path, tmp_path / "run")
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    said = b""
+    while b"Ctrl-C stops at once" not in said:  # only then does the second one count as such
+        line = process.stdout.readline()
+        assert line, said.decode()
+        said += line
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=20)[0].decode()
+    output = process.communicate(timeout=HANGS)[0].decode()
     assert process.returncode == -signal.SIGINT, output
-    assert "Ctrl-C stops at once" in output
+    assert [line["step"] for line in read_json_lines(tmp_path / "run" / "evaluations.jsonl")] == [0]
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000001"]
 
 
@@ -154,7 +161,7 @@ def test_a_signal_is_remembered_and_the_second_interrupt_stops_at_once(write_con
     code = (
         "import os, signal, time; from distill.train import SignalWatch; watch = SignalWatch();"
         "os.kill(os.getpid(), signal.SIGINT); print(watch.received.name, flush=True);"
-        "os.kill(os.getpid(), signal.SIGINT); time.sleep(10)"
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(600)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.stdout.strip() == "SIGINT"

@@ -297,7 +297,7 @@ def others(tmp_path, tiny_pair, poisoned, servers):
             return str(tmp_path / "controls.txt")
         if value in ("served", "slow", "failing", "student"):
             server = servers[key]
-            server.faults.extend({"slow": [0.3], "failing": [503]}.get(value, []))
+            server.faults.extend({"slow": [2.0], "failing": [503]}.get(value, []))
             return server.url
         if value == "named":
             (tmp_path / "named.jsonl").write_text('{"prompt": "Say one.", "teacher": "two"}\n{"prompt": "Say two."}\n')

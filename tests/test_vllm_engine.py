@@ -5,8 +5,6 @@ tests/vllm/ runs the same against vLLM itself.
 
 import io
 import json
-import threading
-import time
 from concurrent.futures import wait
 from signal import SIGTERM, Signals
 
@@ -71,22 +69,20 @@ def test_the_same_seed_gives_the_same_numbers_and_each_prompt_its_own(server, wr
     assert len(set(seeds)) == len(seeds) // 2 - 2  # two runs; an evaluation's two prompts have the same ones twice
 
 
+def at_the_sixth_rollout(server, call) -> None:
+    """Lets the server call this when a run asks for its sixth rollout: a run like the one it has just served."""
+    rollout = ["n" in body for path, body in server.calls if path == "/v1/completions"]
+    sixth = [at for at, is_one in enumerate(rollout) if is_one][5]
+    server.faults.extend([None] * sixth + [call])
+
+
 def test_a_restarted_server_gets_the_weights_again(server, write_config, tmp_path):
     execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "calm")})))
-    count, noticed = len(server.calls), tmp_path / "rough" / "events.jsonl"
-
-    def interrupt() -> None:
-        while sum("n" in (body or {}) for _, body in server.calls[count:]) < 6:
-            time.sleep(0.001)
-        server.stop()
-        while not noticed.stat().st_size:
-            time.sleep(0.001)
-        server.start_again()  # with the weights that it began with
-
-    thread = threading.Thread(target=interrupt, daemon=True)
-    thread.start()
-    execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "rough")})))
-    thread.join()
+    noticed = tmp_path / "rough" / "events.jsonl"
+    # It starts again with the weights that it began with.
+    at_the_sixth_rollout(server, lambda: server.go_away(until=lambda: noticed.stat().st_size > 0))
+    changes = {"training.output_dir": str(tmp_path / "rough"), "rollout.retries": 14}
+    execute(write_config(served(server, **changes)))
     assert metrics_of(tmp_path / "calm") == metrics_of(tmp_path / "rough")
     assert {event["event"] for event in read_json_lines(noticed)} == {"server"}
 
@@ -106,18 +102,8 @@ def test_another_run_that_uses_the_server_is_noticed(server, write_config):
 def test_weights_that_do_not_arrive_end_the_run_resumably(server, write_config, tmp_path, capsys):
     execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "calm")})))
     path = write_config(served(server))
-    heard = []
-
-    def listen() -> None:
-        while sum("n" in (body or {}) for _, body in server.calls[heard[0] :]) < 6:
-            time.sleep(0.001)
-        server.deaf = True
-
-    heard.append(len(server.calls))
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
+    at_the_sixth_rollout(server, lambda: setattr(server, "deaf", True))
     assert main(["--config", str(path)]) == 2
-    thread.join()
     error = capsys.readouterr().err
     assert "its log-probabilities of a fixed text are off by" in error
     assert "Saved after step" in error
