@@ -3,6 +3,7 @@
 TensorBoard comes with the development packages; what is tested of the others needs them installed (one extra each).
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -78,28 +79,15 @@ def wait_until(condition) -> None:
         time.sleep(0.05)
 
 
-def trackio_rows(columns: str) -> list[tuple]:
+def trackio_rows() -> list[tuple[str, int, str]]:
     with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "distill.db") as database:
-        return database.execute(f"SELECT {columns} FROM metrics ORDER BY step, id").fetchall()
+        return database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step, id").fetchall()
 
 
-def trackio_steps(_run: Path) -> set[int]:
-    try:
-        return {step for (step,) in trackio_rows("step")}
-    except sqlite3.OperationalError:  # no table yet
-        return set()
-
-
-def wandb_files(run: Path) -> list[Path]:
-    return sorted((run / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def wandb_steps(run: Path) -> set[int]:
-    return {items["_step"] for file in wandb_files(run) for items in wandb_history(file) if "_step" in items}
-
-
-# By tracker: the steps that it has on disk.
-WRITTEN = {"trackio": trackio_steps, "wandb": wandb_steps}
+def trackio_steps() -> set[int]:
+    with contextlib.suppress(sqlite3.OperationalError):  # no table yet
+        return {step for _, step, _ in trackio_rows()}
+    return set()
 
 
 def interrupted_then_continued(write_config, name: str) -> None:
@@ -125,8 +113,8 @@ def _run(path, kill_after: int | None) -> int:
             (name,), folder = self.parts.config.training.report_to, self.output.path
             told = folder / "tracking" / f"{name}.json"
             wait_until(lambda: told.exists() and json.loads(told.read_text())[1] >= 2 * 3)
-            # The step that will come again is written, where a tracker first gathers it in memory.
-            wait_until(lambda: name not in WRITTEN or kill_after in WRITTEN[name](folder))
+            if name == "trackio":  # gathers in memory what it is told, and is not told again: it has to be written
+                wait_until(lambda: kill_after in trackio_steps())
             os._exit(77)
 
     Progress.record = killing
@@ -157,7 +145,7 @@ def test_trackio_holds_every_number_once_after_a_kill(write_config, tmp_path, mo
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     interrupted_then_continued(write_config, "trackio")
     told: dict[str, list] = {}
-    rows = trackio_rows("run_name, step, metrics")
+    rows = trackio_rows()
     assert len({name for name, _, _ in rows}) == 1
     assert rows[0][0].startswith("run-")
     for _, step, metrics in rows:
@@ -185,25 +173,21 @@ def test_mlflow_holds_every_number_once_after_a_kill(write_config, tmp_path, mon
 
 @needs("wandb")
 def test_wandb_holds_every_number_once_after_a_kill(write_config, tmp_path, monkeypatch):
+    from wandb.proto.wandb_internal_pb2 import Record
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     interrupted_then_continued(write_config, "wandb")
     told: dict[str, list] = {}
-    files = wandb_files(tmp_path / "run")
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     assert len({file.name for file in files}) == 1  # parts of one run, by its id
-    for items in wandb_history(files[-1]):  # it was told everything again
+    for data in wandb_records(files[-1].read_bytes()):  # it was told everything again
+        history = Record.FromString(data).history
+        items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
         for tag, value in items.items():
             if "/" in tag:
                 told.setdefault(tag, []).append((items["_step"], value))
     assert_tracked(told, tmp_path / "run")
-
-
-def wandb_history(file: Path):
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    for data in wandb_records(file.read_bytes()):
-        history = Record.FromString(data).history
-        yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in history.item}
 
 
 def wandb_records(content: bytes):
