@@ -6,6 +6,7 @@ and within functions included; what one wing needs of another it takes from that
 
 import ast
 import graphlib
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,19 +148,34 @@ def faces() -> dict[str, dict[str, str]]:
     }
 
 
-def graph() -> dict[str, set[str]]:
-    """Each module with those that it imports; what comes through a face is an arrow to the file behind it."""
-    behind, found = faces(), {}
-    for module, tree in TREES.items():
-        if module in FLOORS:  # a face only hands on
-            continue
-        targets = (behind[target][name] if target in behind else target for _, target, name in house_imports(tree))
-        found[module] = set(targets)
-    return found
+def graph() -> dict[str, dict[str, int]]:
+    """Each module with those that it imports, and in which line; through a face, the files behind it."""
+    behind = faces()
+    return {
+        module: {
+            behind[target][name] if target in behind else target: line for line, target, name in house_imports(tree)
+        }
+        for module, tree in TREES.items()
+        if module not in FLOORS  # a face only hands on
+    }
+
+
+def circle_of(arrows: dict[str, dict[str, int]]) -> str:
+    """One circle of imports, each with its line; empty where there is none."""
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        back = error.args[1]  # each is imported by the one after it
+        return ", ".join(f"{b} imports {a} (line {arrows[b][a]})" for a, b in itertools.pairwise(back))
+    return ""
 
 
 def test_no_circle():
-    graphlib.TopologicalSorter(graph()).prepare()  # raises CycleError, which lists the circle
+    assert not circle_of(graph())
+    assert circle_of({"a": {"b": 3}, "b": {"c": 5}, "c": {"b": 7}}) in (
+        "b imports c (line 5), c imports b (line 7)",
+        "c imports b (line 7), b imports c (line 5)",
+    )
 
 
 @pytest.mark.parametrize("wing", FLOORS)
