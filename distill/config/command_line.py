@@ -17,7 +17,7 @@ def parse_command_line(argv: Sequence[str]) -> Config:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, for example configs/default.yaml")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, or the name of a recipe: default")
     source = CliSettingsSource(
         Config,
         root_parser=parser,
