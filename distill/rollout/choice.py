@@ -32,13 +32,13 @@ def local_engine(
     The other arguments are those of `NativeEngine`. Raises `NotImplementedError` for a model whose attention the native
     engine cannot run.
     """
-    dtype = choose_dtype(model, precision)
     if engine != "native":
-        return StockEngine(model, dtype=dtype, **options)
+        return StockEngine(model, dtype=choose_dtype(model, precision), **options)
     if reason := native_refusal(model):
         raise NotImplementedError(f"rollout.engine native: {reason}; set rollout.engine: transformers")
+    dtype = choose_dtype(model, precision)
     made = NativeEngine(model, dtype=dtype, memory_budget_bytes=memory_budget_bytes, **options)
-    check_decode_step(made._body, dtype)
+    check_decode_step(made.body, dtype)
     return made
 
 

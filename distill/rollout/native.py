@@ -29,10 +29,10 @@ class NativeEngine(RolloutEngine):
         self._memory_budget_bytes = memory_budget_bytes
         static = model.device.type == "cuda" and fits_static(model.config.get_text_config())
         self._decode = decode_static if static else decode
-        self._body, self._head = split_head(self._model)
+        self.body, self._head = split_head(self._model)
         one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         with torch.no_grad():
-            prompt, _ = prefill(self._body, one, torch.ones_like(one, dtype=torch.bool))
+            prompt, _ = prefill(self.body, one, torch.ones_like(one, dtype=torch.bool))
         self._token_bytes = sum(piece.nbytes for piece in (*prompt.keys, *prompt.values))
 
     def _run(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
@@ -40,11 +40,11 @@ class NativeEngine(RolloutEngine):
             num_rollouts = row_ids.numel() // input_ids.shape[0]
             for prompts, waves in self._waves(*input_ids.shape, num_rollouts):
                 self._rows_at_once = max(rows.stop - rows.start for rows in waves)
-                cache, last_hidden = prefill(self._body, input_ids[prompts], prompt_mask[prompts])
+                cache, last_hidden = prefill(self.body, input_ids[prompts], prompt_mask[prompts])
                 for rows in waves:
                     index = torch.arange(rows.start, rows.stop, device=input_ids.device) // num_rollouts - prompts.start
                     wave = Wave(
-                        self._body,
+                        self.body,
                         self._logits,
                         prompt=cache,
                         last_hidden=last_hidden,
@@ -56,7 +56,7 @@ class NativeEngine(RolloutEngine):
                         seed=self.seed,
                         out=Completions(*(tensor[rows] for tensor in out)),
                     )
-                    with attention_as(self._body, ATTENTION_NAME):
+                    with attention_as(self.body, ATTENTION_NAME):
                         self._decode(wave)
             return out.token_ids
 
