@@ -40,7 +40,7 @@ def test_it_holds_the_two_packages_only(wheel):
 
 
 def test_the_default_recipe_runs_in_an_empty_folder(installed, tmp_path):
-    """Two steps of it with tiny models, by the console command; the report and the chat of what came of it."""
+    """Two steps of it with tiny models, by the console command; and the other commands on what came of it."""
     empty = tmp_path / "empty"
     empty.mkdir()
     for name, family, seed in (("student", "llama", 1), ("teacher", "qwen3", 2)):
@@ -72,6 +72,10 @@ def test_the_default_recipe_runs_in_an_empty_folder(installed, tmp_path):
     assert (run / "report.html").exists()
     talked = distill("chat", str(run / "final"), "--max-new-tokens", "2", said="Hello\n\n")
     assert talked.returncode == 0, talked.stderr
+    prompts = installed / "distill" / "shipped" / "data" / "eval.txt"
+    models = ("--student", str(run / "final"), "--teacher", str(tmp_path / "teacher"))
+    compared = distill("evaluate", *models, "--prompts", str(prompts), "--num-rollouts", "1", "--max-new-tokens", "3")
+    assert "reverse kl" in compared.stdout, compared.stderr
     assert {path.name for path in empty.iterdir()} == {"outputs"}
     where = "import distill, distill_kernels as k; print(distill.__file__, k.__file__)"
     variables = os.environ | {"PYTHONPATH": str(installed)}
