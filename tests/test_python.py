@@ -184,6 +184,7 @@ def test_what_cannot_be_laid_over_is_named(write_config, overrides, said):
 
 def test_a_recipe_is_found_by_its_name_and_reads_the_prompts_beside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "default").mkdir()  # such as the output folder of an earlier run
     named, file = Config.load("default"), Config.load(ROOT / "configs" / "default.yaml")
     assert named.prompts.train == ROOT / "data" / "prompts.txt"
     assert named.prompts.eval == ROOT / "data" / "eval.txt"
@@ -192,6 +193,7 @@ def test_a_recipe_is_found_by_its_name_and_reads_the_prompts_beside_it(tmp_path,
     assert named.prompts.model_copy(update=paths) == file.prompts.model_copy(update=paths)
     with pytest.raises(ConfigError, match=r"defualt: there is no such file, and no recipe of that name; .*default"):
         Config.load("defualt")
+    (tmp_path / "default").rmdir()
     (tmp_path / "default").write_text((ROOT / "configs" / "lora.yaml").read_text())
     assert Config.load("default").student.lora, "a file of that name comes first"
 

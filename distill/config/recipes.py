@@ -19,7 +19,7 @@ def read_recipe(reference: str | Path) -> dict[str, Any]:
     The prompt files of a recipe are those beside it, wherever it is read from. Raises `ConfigError`.
     """
     path = Path(reference)
-    if path.exists() or path.suffix or path.name != str(reference):
+    if path.is_file() or path.suffix or path.name != str(reference):
         return read_yaml(path)
     found = {file.stem: file for file in sorted((ROOT / "configs").glob("*.yaml"))}
     if path.name not in found:
