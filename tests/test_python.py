@@ -174,6 +174,7 @@ def test_load_lays_overrides_over_a_file(write_config):
         ({"training.max_steps": "many"}, r"overrides: training.max_steps: found 'many', expected"),
         ({"training": 3}, r"overrides: training: found 3, expected"),
         ({"training": 3, "training.max_steps": 3}, r"overrides: 'training.max_steps' and one of its sections"),
+        ({"training.max_steps": 3, "training": {}}, r"overrides: 'training.max_steps' and one of its sections"),
         ({"student.lora": 4}, r"overrides: student.lora: found 4, expected"),
     ],
 )

@@ -52,14 +52,14 @@ class Config(BaseSettings):
 
         Raises `ConfigError`, which names each key that cannot be used.
         """
-        nested: dict[str, Any] = {}
-        for key, value in (overrides or {}).items():
+        overrides, nested = overrides or {}, {}
+        for key, value in overrides.items():
+            if any(key.startswith(f"{other}.") for other in overrides):
+                raise ConfigError(f"overrides: {key!r} and one of its sections are both given: leave one out")
             *sections, last = key.split(".")
-            place = nested
+            place: dict[str, Any] = nested
             for section in sections:
                 place = place.setdefault(section, {})
-                if not isinstance(place, dict):
-                    raise ConfigError(f"overrides: {key!r} and one of its sections are both given: leave one out")
             place[last] = value
         return load_config(path, nested, source="overrides")
 
