@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,12 @@ def test_the_default_recipe_runs_in_an_empty_folder(installed, tmp_path):
         tiny_model(family, vocab_size=264, seed=seed).save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
 
-    def distill(*words: str, said: str = "") -> subprocess.CompletedProcess:
-        command = [sys.executable, str(installed / "bin" / "distill"), *words]
+    def python(*words: str, said: str = "") -> subprocess.CompletedProcess:
         variables = os.environ | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, *words]
         return subprocess.run(command, cwd=empty, env=variables, input=said, capture_output=True, text=True)
+
+    distill = partial(python, str(installed / "bin" / "distill"))
 
     options = {
         "--student.model": str(tmp_path / "student"),
@@ -78,9 +81,7 @@ def test_the_default_recipe_runs_in_an_empty_folder(installed, tmp_path):
     assert "reverse kl" in compared.stdout, compared.stderr
     assert {path.name for path in empty.iterdir()} == {"outputs"}
     where = "import distill, distill_kernels as k; print(distill.__file__, k.__file__)"
-    variables = os.environ | {"PYTHONPATH": str(installed)}
-    code = [sys.executable, "-c", where]
-    came = subprocess.run(code, cwd=empty, env=variables, capture_output=True, text=True, check=True).stdout.split()
+    came = python("-c", where).stdout.split()
     assert came == [str(installed / name / "__init__.py") for name in ("distill", "distill_kernels")]
 
 

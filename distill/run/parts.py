@@ -1,6 +1,6 @@
 """What a run is made of: its models, prompts and engine, put together into a trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class RunParts:
 
         Raises `ConfigError`, `ModelError`, `PromptError`, `ServerError` and `CheckpointError`.
         """
-        self.config, self.ranks, self.tell = config, ranks, line_printer(console)
+        self.config, self.ranks, self._console = config, ranks, console
         self.device, self.dtype = device, choose_dtype(config.training.precision, device)
         pair = load_pair(config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
@@ -40,7 +40,7 @@ class RunParts:
         for teacher in teachers:
             check_against_itself(teacher, self.prompts.student.token_ids[0], self.vocab_size)
         self.layer_choice: dict[str, Any] | None = None
-        self.dropped_layers = self._choose_layers(pair, start, console)
+        self.dropped_layers = self._choose_layers(pair, start)
         self.student = make_student(pair.student, config, self.dropped_layers)
         self.student_parts = ranks.shard(self.student, ModelParts(*split_head(self.student), self.dtype))
         self.teachers = [ranks.shard(teacher.model, teacher.parts) for teacher in pair.teachers]
@@ -56,6 +56,10 @@ class RunParts:
             self.servers.append(self.engine.server)
         self.trainer = self._make_trainer()
 
+    def tell(self, line: str) -> None:
+        """Prints a line as it is."""
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
     def texts(self, prompts: Sequence[int]) -> list[str]:
         """The texts of some training prompts."""
         return [self.prompts.student.texts[index] for index in prompts]
@@ -70,14 +74,14 @@ class RunParts:
             "ranks": self.ranks.size,
         }
 
-    def _choose_layers(self, pair: Pair, start: Checkpoint | None, console: Console) -> Sequence[int]:
+    def _choose_layers(self, pair: Pair, start: Checkpoint | None) -> Sequence[int]:
         """The layers to drop: as configured, as the checkpoint's run found them, or found now."""
         if not isinstance(wanted := self.config.student.drop_layers, str):
             return wanted
         if start:  # of a run with another configuration, which is refused when all is loaded
             self.layer_choice = start.state.get("layer_choice") or {"dropped": ()}
         else:
-            self.layer_choice = choose_layers(self.config, pair, self.held_out, self.dtype, console)
+            self.layer_choice = choose_layers(self.config, pair, self.held_out, self.dtype, self._console)
             self.layer_choice = self.ranks.of_first(self.layer_choice)
         return self.layer_choice["dropped"]
 
@@ -108,8 +112,3 @@ class RunParts:
             async_batches=config.rollout.async_batches,
             ranks=self.ranks,
         )
-
-
-def line_printer(console: Console) -> Callable[[str], None]:
-    """Prints a line as it is."""
-    return lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)

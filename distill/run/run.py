@@ -19,7 +19,7 @@ from distill.run.ending import write_models, write_summary
 from distill.run.live_report import LiveReport
 from distill.run.loading import choose_device
 from distill.run.output import NoOutput, OutputError, OutputFolder
-from distill.run.parts import RunParts, line_printer
+from distill.run.parts import RunParts
 from distill.run.progress import Progress
 from distill.run.summary import Summary
 from distill.run.trackers import Trackers, check_installed
@@ -153,7 +153,7 @@ class Run:
         over = began.exists() if self.config.training.resume == "never" else finished.exists()
         if self.start is None and over:
             kept = self.output.set_aside()
-            line_printer(self.console)(f"the earlier run's folder is now {kept}")
+            self.parts.tell(f"the earlier run's folder is now {kept}")
         if self.start:
             with self.output.writing("the damaged checkpoints' new names"):
                 checkpoint.set_aside_newer(self.output.checkpoints, self.start.step)
