@@ -260,7 +260,9 @@ def test_memory_that_really_runs_out_in_an_update(write_config, tmp_path):
         "training.max_steps": 1,
         "prompts.eval": None,
     }
-    in_a_process(REAL_UPDATE, write_config(changes), 100)
+    # Between what the whole group needs and what its half does: where oneDNN itself, and no tensor, meets the limit, it
+    # can make no kernel any more in that process, however much there is later.
+    in_a_process(REAL_UPDATE, write_config(changes), 160)
     events = read_json_lines(tmp_path / "run" / "events.jsonl")
     assert any("memory ran out in the update phase" in event["message"] for event in events)
     execute(write_config(changes | {"training.output_dir": str(tmp_path / "whole")}))
