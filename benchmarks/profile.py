@@ -218,10 +218,10 @@ def counted(work: Work, device: torch.device) -> tuple[dict[str, float], dict[st
     return plans[0].seconds, plans[1].seconds, max(1, plans[0].waves)
 
 
-def planned(sizes: Sizes, device: torch.device, micro_batch: int) -> dict[str, dict[str, Any]]:
-    """The plan's bytes and FLOPs for what each range holds."""
+def work_of(sizes: Sizes, device: torch.device, micro_batch: int) -> Work:
+    """What a step does, for the plan."""
     size = 2 if device.type == "cuda" else 4
-    work = Work(
+    return Work(
         sizes.student,
         sizes.teacher,
         sizes.P,
@@ -234,6 +234,11 @@ def planned(sizes: Sizes, device: torch.device, micro_batch: int) -> dict[str, d
         rollout_itemsize=size,
         teacher_itemsize=size,
     )
+
+
+def planned(sizes: Sizes, device: torch.device, micro_batch: int) -> dict[str, dict[str, Any]]:
+    """The plan's bytes and FLOPs for what each range holds."""
+    work = work_of(sizes, device, micro_batch)
     moved, flops, _ = counted(work, device)
     short_moved, short_flops, waves = counted(replace(work, T=sizes.profiled_tokens), device)
     moved |= {part: short_moved[part] for part in PHASES["rollout"]}
