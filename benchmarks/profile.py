@@ -13,7 +13,6 @@ import datetime
 import importlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -179,10 +178,10 @@ def decode_step_marked(device: torch.device, number: int) -> Iterator[None]:
 
 
 def trace(sizes: Sizes, steps: int, device: torch.device) -> tuple[list[Any], Trainer]:
-    """The last of so many optimizer steps as the profiler saw it, the others before it unseen."""
-    # CUPTI does not survive its end beside CUDA graphs; PyTorch sets the same where it makes graphs itself.
-    os.environ.setdefault("TEARDOWN_CUPTI", "0")
-    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    """The last of so many optimizer steps as the profiler saw it.
+
+    One trace a process: after a first one, CUPTI may give no kernels at all, so the steps before are not traced.
+    """
     torch.manual_seed(0)
     trainer = trainer_of(sizes, steps, device)
     results = trainer.steps()
