@@ -38,12 +38,20 @@ def write_card(folder: Path, outcome: Outcome) -> None:
         evaluations=[evaluations[0], evaluations[-1]] if evaluations else [],
         held_out=len(outcome.held_out_prompts),
         samples=outcome.shown(SHOWN),
-        versions={name: importlib.metadata.version(name) for name in ("distill-on-policy", "torch", "transformers")},
+        versions={name: version_of(name) for name in ("distill-on-policy", "torch", "transformers")},
         environment=outcome.environment,
         text=markdown,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "distill_config.yaml").write_text(to_yaml(outcome.config), encoding="utf-8")
+
+
+def version_of(package: str) -> str:
+    """As installed; a checkout is run without being installed, too."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def metadata(config: Config) -> str:
