@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from transformers import masking_utils
 from transformers.utils import import_utils
 
 from distill.models.sources import ModelError
@@ -51,6 +52,19 @@ def attention_as(body: nn.Module, name: str) -> Iterator[None]:
     finally:
         for config, name_before in before:
             config._attn_implementation = name_before
+
+
+@contextlib.contextmanager
+def unpacked_rows() -> Iterator[None]:
+    """Has the model take each row for one sequence meanwhile; transformers would read the positions to find that out,
+    and wait for the device in every call.
+    """
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 def flash_with_kvcache() -> Callable | None:
