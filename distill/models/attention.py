@@ -1,7 +1,6 @@
 """Which attention a model is computed with: chosen for a device, replaced for a call, and what is installed."""
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
@@ -69,8 +68,8 @@ def unpacked_rows() -> Iterator[None]:
 
 def flash_with_kvcache() -> Callable | None:
     """FlashAttention 2's decode function, or None where it is not installed."""
-    if importlib.util.find_spec("flash_attn") is None:
+    try:  # FlashAttention 4 alone leaves a folder of this name, without the function
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:
         return None
-    from flash_attn import flash_attn_with_kvcache
-
     return flash_attn_with_kvcache
