@@ -1,5 +1,6 @@
 """Memory that runs out: really (RLIMIT_AS), and at chosen calls; what is retried, kept, and said at the end."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -43,6 +44,48 @@ def test_what_says_that_memory_ran_out_is_known():
     assert all(map(is_out_of_memory, ERRORS))
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_is_known_behind_the_error_that_follows(error):
+    """As in the capture of a CUDA graph, whose end fails too."""
+
+    @contextlib.contextmanager
+    def capture():
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def caught(work) -> Exception:
+        with pytest.raises(RuntimeError) as found:
+            work()
+        return found.value
+
+    def captured():
+        with capture():
+            raise type(error)(*error.args)
+
+    def explained(cause):
+        try:
+            captured()
+        except RuntimeError as failure:
+            raise RuntimeError("the wave failed") from (failure if cause else None)
+
+    assert is_out_of_memory(caught(captured))
+    assert is_out_of_memory(caught(lambda: explained(True)))
+    assert not is_out_of_memory(caught(lambda: explained(False)))  # what `from None` says
+    limits, attempts = MemoryLimits(1, rows_per_wave=2), iter([captured, lambda: "done"])
+    assert limits.attempt("rollout", lambda: next(attempts)(), lambda: "1 rollout at once", "") == "done"
+
+
+def test_errors_that_lead_to_one_another_in_a_circle_end():
+    one, other = RuntimeError("one"), RuntimeError("other")
+    one.__context__, other.__cause__ = other, one
+    assert not is_out_of_memory(one)
+    other.__context__ = MemoryError()
+    other.__suppress_context__ = False
+    assert is_out_of_memory(one)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

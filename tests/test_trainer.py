@@ -1,6 +1,7 @@
 """The optimizer step: nothing in it waits for an accelerator but the metrics."""
 
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from distill.config import TrainingConfig
 from distill.loss import Group, LossOptions, ModelParts
 from distill.models import split_head
 from distill.rollout import SamplingOptions, local_engine
+from distill.runtime import PhaseClock
 from distill.training import Trainer
 from distill_kernels.chunks import WORKSPACE_BYTES
 
@@ -28,15 +30,32 @@ WAITING = {
     aten.repeat_interleave.Tensor: "repeat_interleave",
 }
 COPYING = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu", torch.Tensor.numpy: "numpy"}
+# Operations that make a tensor of what the host has, and send it where they are told in a copy that is waited for.
+SENDING = {torch.tensor, torch.as_tensor}
+
+
+def names_a_device(args: tuple, kwargs: dict) -> bool:
+    return any(isinstance(given, torch.device | str) for given in (*args, kwargs.get("device")))
 
 
 class Watch:
-    """Notes each wait for a tensor that would live on an accelerator: the given ones and all that is made of them."""
+    """Notes each wait for a tensor that would live on an accelerator: the given ones, all that is made of them, and
+    what is made or sent where a caller names a device. Sending waits too, but from memory that `pin` gave.
+    """
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self.waits: list[str] = []
         self._storages: dict[int, object] = {}  # kept, so that no address is used twice
+        self._pinned: dict[int, object] = {}
         self._mark(tensors)
+
+    def pin(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """In the place of `distill.runtime.clock._pinned`."""
+        if self._marked(tensor):
+            return tensor
+        copy = tensor.clone()
+        self._pinned[copy.untyped_storage()._cdata] = copy.untyped_storage()
+        return copy
 
     def _mark(self, values) -> None:
         for tensor in tree_leaves(values):
@@ -47,24 +66,48 @@ class Watch:
         tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
         return any(tensor.untyped_storage()._cdata in self._storages for tensor in tensors)
 
+    def _sent(self, tensor: torch.Tensor, result: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+        """The result of a `.to(device)` of a tensor of the host's, as a tensor that is there."""
+        if not (non_blocking and tensor.untyped_storage()._cdata in self._pinned):
+            self.waits.append("to")
+        result = result.clone()
+        self._mark(result)
+        return result
+
+    def _waits_for(self, function, args: tuple) -> str | None:
+        """What an operation with a marked tensor waits for, if anything."""
+        if function in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+            indices = [index for index in args[1] if index is not None]
+            if any(index.dtype == torch.bool for index in indices):
+                return "index by mask"
+            if not all(self._marked(index) for index in indices):
+                return "index from the host"
+        return WAITING.get(function)
+
     def modes(self) -> tuple[TorchFunctionMode, TorchDispatchMode]:
         watch = self
 
         class Copies(TorchFunctionMode):
             def __torch_function__(self, function, types, args=(), kwargs=None):
+                kwargs = kwargs or {}
                 if function in COPYING and watch._marked(args):
                     watch.waits.append(COPYING[function])
-                return function(*args, **(kwargs or {}))
+                result = function(*args, **kwargs)
+                if not names_a_device(args[1:] if function is torch.Tensor.to else (), kwargs):
+                    return result
+                if function is torch.Tensor.to and not watch._marked(args[0]):
+                    return watch._sent(args[0], result, kwargs.get("non_blocking", False))
+                if function in SENDING:
+                    watch.waits.append(function.__name__)
+                watch._mark(result)
+                return result
 
         class Waits(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 result = function(*args, **(kwargs or {}))
                 if watch._marked((args, kwargs)):
-                    by_mask = function is aten.index.Tensor and any(
-                        index is not None and index.dtype == torch.bool for index in args[1]
-                    )
-                    if function in WAITING or by_mask:
-                        watch.waits.append(WAITING.get(function, "index by mask"))
+                    if wait := watch._waits_for(function, args):
+                        watch.waits.append(wait)
                     watch._mark(result)
                 return result
 
@@ -112,6 +155,19 @@ def test_the_watch_sees_what_waits():
     assert watch.waits == ["item", "tolist", "index by mask", "cpu"]
 
 
+def test_the_watch_sees_what_is_sent():
+    device, there, host = torch.device("cpu"), torch.ones(3), torch.arange(3)
+    watch = Watch(there)
+    copies, waits = watch.modes()
+    with copies, waits:
+        index = watch.pin(host, device).to(device, non_blocking=True)
+        there[index], there.to(device), host.to(torch.float32), torch.zeros(3, device=device)[index]
+        assert not watch.waits
+        host.to(device), host.to(device, non_blocking=True), watch.pin(host, device).to(device)
+        there[host], torch.tensor([1.0], device=device), index.max().item(), torch.arange(3, device=device).tolist()
+    assert watch.waits == ["to"] * 3 + ["index from the host", "tensor", "item", "tolist"]
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -124,14 +180,16 @@ def test_the_watch_sees_what_waits():
     ids=lambda loss: "-".join(loss),
 )
 def test_a_step_waits_for_its_metrics_only(trainer, loss, monkeypatch):
-    """The metrics' one read: the figures of the line, and each rollout's divergence."""
+    """The metrics' one read: the figures of the line, and each rollout's divergence; nor is anything sent unpinned."""
     # What only tensors on a CPU are asked, as these are.
     monkeypatch.setattr(sys.modules["distill_kernels.linear_distill_loss"], "_known_to_be_one", lambda upstream: False)
     made = trainer(**loss)
     made._sample(0, [[0, 1]], 0)
     rollouts = made.rollouts
     on_device = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprob, rollouts.sampling_logprob)
-    watch = Watch(*on_device, *made.student.parameters(), *made.teachers[0].body.parameters())
+    models = (made.student, made.teachers[0].body)
+    watch = Watch(*on_device, *(tensor for model in models for tensor in (*model.parameters(), *model.buffers())))
+    monkeypatch.setattr("distill.runtime.clock._pinned", watch.pin)
     copies, waits = watch.modes()
     with copies, waits:
         metrics, _ = made._step(Group.of(rollouts), groups_in_batch=1)
@@ -150,6 +208,34 @@ def test_no_logits_of_all_tokens_exist_in_a_step(trainer, objective, monkeypatch
     peak = peak_memory(lambda: results.append(next(steps)))
     assert results[0].metrics["completion_tokens"] * 20_480 * 4 == 480 * 2**20
     assert peak < 160 * 2**20
+
+
+def test_the_clock_waits_for_its_last_event_by_itself(monkeypatch):
+    class Event:
+        reached: ClassVar[list] = []
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.number = len(Event.reached)
+            Event.reached.append(False)
+
+        def synchronize(self):
+            Event.reached[: self.number + 1] = [True] * (self.number + 1)
+
+        def elapsed_time(self, other):
+            assert Event.reached[self.number]
+            assert Event.reached[other.number]
+            return 1000.0 * (other.number - self.number)
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    clock = PhaseClock(torch.device("cuda"))
+    assert clock.read() == {}
+    for name in ("score", "update", "score"):
+        with clock.phase(name):
+            pass
+    assert clock.read() == {"score": 2.0, "update": 1.0}
 
 
 @pytest.mark.cuda

@@ -22,7 +22,8 @@ from transformers import AttentionInterface
 from distill.forward.cpu_linear import OneDnnLinears
 from distill.forward.packing import MAX_PADDING, Rows, host_rows, length_buckets, pack, pad
 from distill.forward.prefix_attention import PrefixLayout, prefix_attention
-from distill.models import attention_as, checkpointed, sharing_refusal
+from distill.models import attention_as, checkpointed, sharing_refusal, unpacked_rows
+from distill.runtime import to_device
 
 ATTENTION = "shared_prefix"
 # Rows are computed plainly when that takes no more than this times the tokens of sharing. Measured on a CPU: the merge
@@ -94,7 +95,7 @@ def shared_hidden(
     """
     device = prompt_ids.device
     packed = pack(rows, prompt_ids.shape[1], completion_ids.shape[1])
-    source, positions, states = _to_device(packed[:3], device)
+    source, positions, states = (to_device(each, device) for each in packed[:3])
     layout = PrefixLayout(packed.segments, packed.shared, device, rows.longest())
     token_ids = torch.cat([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
     ours = functools.partial(attention_as, body, ATTENTION)
@@ -128,25 +129,17 @@ def padded_hidden(
     token_ids = torch.cat([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
     found = []
     for batch in batches:
-        source, states = _to_device(batch, prompt_ids.device)
-        with checkpointed(body, _nothing) if checkpointing else _nothing():
+        source, states = (to_device(each, prompt_ids.device) for each in batch)
+        with unpacked_rows(), checkpointed(body, _nothing) if checkpointing else _nothing():
             hidden = body(input_ids=token_ids[source], use_cache=False).last_hidden_state
         found.append(hidden.flatten(0, 1)[states])
-    (order,) = _to_device([order], prompt_ids.device)
-    return torch.cat(found)[order]
+    return torch.cat(found)[to_device(order, prompt_ids.device)]
 
 
 def refuse_like(body: nn.Module, other: nn.Module) -> None:
     """Has `other`, which computes what `body` does, share no prompts where `body` was found unable to."""
     if body in _REFUSED:
         _REFUSED[other] = _REFUSED[body]
-
-
-def _to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """CPU tensors on `device`, copied without making the host wait."""
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 def _shared_prefix_attention(

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distill.runtime import to_device
+
 # Segments of one dense call: none is padded by more than this share of the longest.
 BUCKET_SPREAD = 0.25
 
@@ -94,16 +96,14 @@ class PrefixLayout:
         column = torch.arange(width)
         read = begin[:, None] + torch.minimum(column, length[:, None] - 1)
         write = torch.where(column < length[:, None], read, spare)
-        return Bucket(len(group), width, first, read.flatten().to(self.device), write.flatten().to(self.device))
+        return Bucket(len(group), width, first, *(to_device(each.flatten(), self.device) for each in (read, write)))
 
     @cached_property
     def offsets(self) -> tuple[Tensor, Tensor, Tensor]:
         """Cumulative lengths, int32: of the segments, of the sharing queries, of the shared keys."""
         lengths = (self.segments, [s.query_length for s in self.shared], [s.key_length for s in self.shared])
-        sums = [torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in lengths]
-        if self.device.type == "cuda":
-            sums = [each.pin_memory().to(self.device, non_blocking=True) for each in sums]
-        return tuple(sums)
+        sums = (torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in lengths)
+        return tuple(to_device(each, self.device) for each in sums)
 
 
 def prefix_attention(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.loss.options import LossOptions
+from distill.runtime import to_device
 from distill_kernels import TokenStats
 
 
@@ -49,7 +50,7 @@ def _returns(values: Tensor, lengths: Tensor, discount: float) -> Tensor:
     if discount == 0:
         return values
     valid = _valid(lengths)
-    index = valid.flatten().nonzero()[:, 0].to(values.device, non_blocking=True)
+    index = to_device(valid.flatten().nonzero()[:, 0], values.device)
     padded = values.new_zeros(valid.numel()).index_copy(0, index, values).view(valid.shape)
     columns = list(padded.unbind(1))
     for k in reversed(range(len(columns) - 1)):
@@ -61,12 +62,11 @@ def _leave_one_out(reward: Tensor, lengths: Tensor, prompt_index: Tensor, discou
     """[K] baselines b·h from the other rollouts of each row's prompt; 0 where there is no other."""
     device, same = reward.device, prompt_index[:, None] == prompt_index
     others = (same & ~torch.eye(len(lengths), dtype=torch.bool)).to(reward.dtype)  # [R, R]
-    share = (others / others.sum(1, keepdim=True).clamp(min=1)).to(device, non_blocking=True)
+    share = to_device(others / others.sum(1, keepdim=True).clamp(min=1), device)
     # Lengths that are checked would be waited for.
-    there = lengths.to(device, non_blocking=True)
-    of_row = torch.segment_reduce(reward, "mean", lengths=there, initial=0, unsafe=True)
+    of_row = torch.segment_reduce(reward, "mean", lengths=to_device(lengths, device), initial=0, unsafe=True)
     baseline = share @ of_row  # [R]
-    row = torch.arange(len(lengths)).repeat_interleave(lengths).to(device, non_blocking=True)
+    row = to_device(torch.arange(len(lengths)).repeat_interleave(lengths), device)
     if discount == 0:
         return baseline[row]
     valid = _valid(lengths)
@@ -74,7 +74,7 @@ def _leave_one_out(reward: Tensor, lengths: Tensor, prompt_index: Tensor, discou
     horizon = rest if discount == 1 else (1 - discount**rest) / (1 - discount)
     reached = others @ valid.to(reward.dtype)
     level = torch.where(reached > 0, others @ horizon / reached.clamp(min=1), 1.0)
-    return baseline[row] * level[valid].to(device, non_blocking=True)
+    return baseline[row] * to_device(level[valid], device)
 
 
 def _valid(lengths: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from distill.loss.group import Group
 from distill.loss.head_pair import HeadPair
 from distill.loss.model_parts import ModelParts
 from distill.loss.options import LossOptions
+from distill.runtime import to_device
 from distill_kernels import TokenStats, linear_distill_loss
 
 
@@ -91,13 +92,13 @@ def accumulate_gradients(
             hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
         device, heads = hidden.device, pairs[group.teacher_of(rows)]
         theirs, ids = heads.theirs(teacher_hidden, rows, hidden), group.valid(group.completion_ids, rows)
-        credit = None if advantage is None else advantage[tokens.to(device)]
+        credit = None if advantage is None else advantage[to_device(tokens, device)]
         if credit is None and heads.teacher.sampled_only:
             credit = heads.statistics(hidden.detach(), theirs, ids).reward
         loss, stats = linear_distill_loss(
             *heads.inputs(hidden, theirs),
             ids,
-            weights[tokens].to(device),
+            to_device(weights[tokens], device),
             objective=options.objective,
             sampling_logprob=None if ratio_to is None else group.valid(ratio_to, rows),
             importance_clip=None if ratio_to is None else options.importance_clip,
@@ -141,9 +142,8 @@ def _row_sums(gradient: Tensor | None, lengths: Tensor) -> Tensor | None:
     """[k, H] summed over each row's tokens: [r, H] float32."""
     if gradient is None:
         return None
-    lengths = lengths.to(gradient.device, non_blocking=True)
     # The lengths are ours; to check them, it would wait for the device.
-    return torch.segment_reduce(gradient.float(), "sum", lengths=lengths, unsafe=True)
+    return torch.segment_reduce(gradient.float(), "sum", lengths=to_device(lengths, gradient.device), unsafe=True)
 
 
 def _summed(found: list[tuple], group: Group, micro_batches: Sequence[Tensor]) -> GroupGradient:
@@ -153,7 +153,7 @@ def _summed(found: list[tuple], group: Group, micro_batches: Sequence[Tensor]) -
         zero = torch.zeros(2, device=device)
         return GroupGradient(zero[0], in_row_order([], group, micro_batches), None, zero)
     losses, parts, shifts, agreements = zip(*found, strict=True)
-    agree, rows = torch.cat(agreements).float(), torch.cat(list(micro_batches)).to(device, non_blocking=True)
+    agree, rows = torch.cat(agreements).float(), to_device(torch.cat(list(micro_batches)), device)
     return GroupGradient(
         torch.stack(losses).sum(),
         in_row_order(parts, group, micro_batches),
@@ -167,7 +167,7 @@ def in_row_order(parts: Sequence[TokenStats], group: Group, micro_batches: Seque
     device, K = group.completion_ids.device, int(group.completion_lengths.sum())
     if not parts:
         return TokenStats(*torch.zeros(len(TokenStats._fields), K, device=device))
-    tokens = torch.cat([group.tokens_of(rows) for rows in micro_batches]).to(device, non_blocking=True)
+    tokens = to_device(torch.cat([group.tokens_of(rows) for rows in micro_batches]), device)
     return TokenStats(*(_placed(columns, tokens, K) for columns in zip(*parts, strict=True)))
 
 

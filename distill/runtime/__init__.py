@@ -3,7 +3,7 @@
 In: work to be done. Out: the same work in pieces that fit, its seconds and bytes. Nothing here knows of models.
 """
 
-from distill.runtime.clock import PhaseClock, peak_memory_bytes, to_host
+from distill.runtime.clock import PhaseClock, peak_memory_bytes, to_device, to_host
 from distill.runtime.files import JsonLines, json_line, read_json_lines, write_whole
 from distill.runtime.memory import MemoryLimitError, MemoryLimits, free_bytes, is_out_of_memory
 from distill.runtime.micro_batches import host_integers
@@ -22,6 +22,7 @@ __all__ = [
     "json_line",
     "peak_memory_bytes",
     "read_json_lines",
+    "to_device",
     "to_host",
     "write_whole",
 ]

@@ -1,4 +1,4 @@
-"""Where the time went and what the memory came to; and how figures come off a device.
+"""Where the time went and what the memory came to; and how figures come to a device and off it.
 
 Every value that lives on an accelerator is gathered into one tensor and read once a step.
 """
@@ -36,13 +36,25 @@ class PhaseClock:
         return event
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase; on a GPU the caller has synchronised by then."""
+        """Seconds by phase; on a GPU this waits for the end of the last one."""
         totals: dict[str, float] = {}
+        if self._cuda and self._spans:
+            self._spans[-1][2].synchronize()
         for name, start, end in self._spans:
             seconds = start.elapsed_time(end) / 1000 if self._cuda else end - start
             totals[name] = totals.get(name, 0.0) + seconds
         self._spans.clear()
         return totals
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """What the host has planned, on `device`, copied without making the host wait."""
+    return _pinned(tensor, device).to(device, non_blocking=True)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` where a GPU can fetch it by itself: a copy from any other memory is waited for."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def to_host(values: dict[str, Tensor]) -> dict[str, Any]:

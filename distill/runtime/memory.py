@@ -34,10 +34,22 @@ class MemoryLimitError(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
+    """Whether an exception, or one that led to it or was handled when it came, says that memory ran out.
+
+    What runs out in the capture of a CUDA graph is followed by the failure of the capture's end, which hides it.
+    """
+    chain, seen = [error], set()
+    while chain:
+        found = chain.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(found, RuntimeError) and any(message in str(found) for message in MESSAGES):
+            return True
+        chain += (found.__cause__, None if found.__suppress_context__ else found.__context__)
+    return False
 
 
 class MemoryLimits:

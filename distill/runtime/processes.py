@@ -15,6 +15,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from distill.runtime.clock import to_device
+
 T = TypeVar("T")
 Errors = tuple[type[Exception], ...]
 
@@ -110,7 +112,7 @@ class Processes:
         if mask is None:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         else:
-            tensor = torch.where(mask.to(tensor.device, non_blocking=True), tensor, 0).contiguous()
+            tensor = torch.where(to_device(mask, tensor.device), tensor, 0).contiguous()
         distributed.all_reduce(tensor, group=self._group_of(tensor))
         return tensor
 

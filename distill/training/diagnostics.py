@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.loss import Group, GroupGradient, LossOptions
-from distill.runtime import to_host
+from distill.runtime import to_device, to_host
 
 Metrics = dict[str, float | list[float | None]]
 
@@ -29,11 +29,13 @@ def step_metrics(
     What a step cannot say is NaN, which is written as null.
     """
     stats, device = result.stats, result.loss.device
-    lengths = group.completion_lengths.to(device, non_blocking=True)
+    lengths = to_device(group.completion_lengths, device)
     gap = (stats.student_logprob - group.valid(group.logprob, torch.arange(len(lengths)))).abs()
     if options.temperature != 1:  # then the loss's log-probabilities are others than the sampler's
         gap = torch.full_like(gap, torch.nan)
-    clipped = torch.nan if options.reward_clip is None else (stats.reward.abs() > options.reward_clip).float().mean()
+    clipped = torch.full_like(result.loss, torch.nan)
+    if options.reward_clip is not None:
+        clipped = (stats.reward.abs() > options.reward_clip).float().mean()
     found = to_host(
         {
             "loss": result.loss,
@@ -47,9 +49,9 @@ def step_metrics(
             "top_token_agreement": result.agreement[0] / result.agreement[1],
             "sampler_logprob_gap": gap.mean(),
             "sampler_logprob_gap_max": gap.max(),
-            "reward_clipped_fraction": torch.as_tensor(clipped, device=device),
+            "reward_clipped_fraction": clipped,
             "grad_norm": grad_norm,
-            "truncated_fraction": 1 - group.finished.to(device, non_blocking=True).float().mean(),
+            "truncated_fraction": 1 - to_device(group.finished, device).float().mean(),
             **gradient_noise(result.row_gradients, group, options),
             "row_reverse_kl": torch.segment_reduce(stats.reverse_kl, "mean", lengths=lengths, unsafe=True),
         }
@@ -70,7 +72,7 @@ def gradient_noise(row_gradients: Tensor | None, group: Group, options: LossOpti
     unknown = torch.full((), torch.nan, device=device)
     if row_gradients is None or left_out or N == 1 or (count != N).any():
         return dict.fromkeys(names, unknown)
-    order = group.prompt_index.argsort(stable=True).to(device, non_blocking=True)
+    order = to_device(group.prompt_index.argsort(stable=True), device)
     u = row_gradients[order].view(B, N, -1) * (B * N)  # [B, N, H]
     within = u.var(1).sum(1).mean() / (B * N)
     between = u.mean(1).var(0).sum() / B - within if B > 1 else unknown
@@ -81,13 +83,12 @@ def gradient_noise(row_gradients: Tensor | None, group: Group, options: LossOpti
 def _at_ends(values: Tensor, group: Group) -> Tensor:
     """Mean over the end-of-sequence tokens; NaN where every completion was cut."""
     ends = (group.starts[1:] - 1)[group.finished]
-    return values[ends.to(values.device, non_blocking=True)].mean()
+    return values[to_device(ends, values.device)].mean()
 
 
 def _by_position(values: Tensor, lengths: Tensor) -> Tensor:
     """Means over the positions 0, 1 to 2, 3 to 6, 7 to 14, ... of the completions."""
     position = torch.cat([torch.arange(length) for length in lengths.tolist()])
     bucket = (position + 1).log2().floor().long()
-    index = bucket.to(values.device, non_blocking=True)
-    sums = values.new_zeros(int(bucket.max()) + 1).index_add(0, index, values)
-    return sums / bucket.bincount().to(values.device, non_blocking=True)
+    sums = values.new_zeros(int(bucket.max()) + 1).index_add(0, to_device(bucket, values.device), values)
+    return sums / to_device(bucket.bincount(), values.device)

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from distill.loss import Group, GroupGradient, ModelParts, Rollouts
 from distill.models import alias, whole
 from distill.rollout import RolloutEngine
-from distill.runtime import MemoryLimitError, MemoryLimits, Processes
+from distill.runtime import MemoryLimitError, MemoryLimits, Processes, to_device
 from distill.servers import ServerError
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Ranks(Processes):
         mine = {"prompt_ids": prompt_ids[own, first:], "prompt_mask": prompt_mask[own, first:]}
         part = self._agreed(lambda: engine.generate(**mine, num_rollouts=num_rollouts, prompt_keys=prompt_keys[own]))
         width = self.largest(part.completion_ids.shape[1])
-        rows = (own[:, None] * num_rollouts + torch.arange(num_rollouts)).flatten().to(prompt_ids.device)
+        rows = to_device((own[:, None] * num_rollouts + torch.arange(num_rollouts)).flatten(), prompt_ids.device)
 
         def everyone(values: Tensor, padding: int = 0) -> Tensor:
             """[r] or [r, t] of this rank's rows to [R] or [R, width] of all."""

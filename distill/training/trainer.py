@@ -27,7 +27,7 @@ from distill.loss import (
 )
 from distill.models import whole
 from distill.rollout import RolloutEngine
-from distill.runtime import MemoryLimits, PhaseClock, peak_memory_bytes
+from distill.runtime import MemoryLimits, PhaseClock, peak_memory_bytes, to_device
 from distill.training.diagnostics import step_metrics
 from distill.training.ranks import Ranks
 
@@ -152,15 +152,13 @@ class Trainer:
             if self.async_batches and following < self.total_steps:
                 place = (epoch, batch + 1) if batch + 1 < len(batches) else (epoch + 1, 0)
                 self.ahead, self.ahead_sampled_at = self.engine.begin(**self._request(*place)), step
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         self.rollouts = rollouts.planned_on_host()
         self.rollout_seconds = self.clock.read()["rollout"]
 
     def _request(self, epoch: int, batch: int) -> dict[str, Any]:
         """What the engine is asked for a batch."""
         batches = self.prompt_batches(epoch)
-        prompt_ids, prompt_mask = (tensor.to(self.device) for tensor in self.encode(batches[batch]))
+        prompt_ids, prompt_mask = (to_device(tensor, self.device) for tensor in self.encode(batches[batch]))
         # A prompt's draw is numbered over the whole run, so that no two draws share random numbers.
         first = epoch * sum(map(len, batches)) + sum(map(len, batches[:batch]))
         return {
