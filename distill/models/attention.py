@@ -1,8 +1,7 @@
 """Which attention a model is computed with: chosen for a device, replaced for a call, and what is installed."""
 
 import contextlib
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -51,12 +50,3 @@ def attention_as(body: nn.Module, name: str) -> Iterator[None]:
     finally:
         for config, name_before in before:
             config._attn_implementation = name_before
-
-
-def flash_with_kvcache() -> Callable | None:
-    """FlashAttention 2's decode function, or None where it is not installed."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return None
-    from flash_attn import flash_attn_with_kvcache
-
-    return flash_attn_with_kvcache

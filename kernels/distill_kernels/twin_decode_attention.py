@@ -3,6 +3,7 @@
 A loop over prompts, each with one product for all of its rows. Rows without prompts are one group.
 """
 
+import itertools
 import math
 
 import torch
@@ -30,7 +31,7 @@ def attend(
     seen = min(int(position) + 1, T)
     query = query.to(dtype).reshape(R, Hkv, Hq // Hkv, D) * scale  # [R, Hkv, g, D]
     bounds = [0, R] if row_start is None else row_start.tolist()
-    for prompt, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for prompt, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if begin == end:
             continue
         of_rows, own_values = query[begin:end], values[begin:end, :, :seen].to(dtype)
