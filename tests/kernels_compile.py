@@ -1,10 +1,20 @@
-"""Compiles every Triton kernel to machine code, which needs no GPU; a line a variant. A process of its own runs it."""
+"""Compiles every Triton kernel to machine code, which needs no GPU; a line a variant. A process of its own runs it.
 
+The attention kernels get the divisibility hints that aligned tensors give them in a run, so that it is the code of a
+run whose registers are counted.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distill_kernels import triton_math, triton_reverse_kl, triton_rows, triton_sample
+from distill_kernels import triton_decode_attention, triton_math, triton_reverse_kl, triton_rows, triton_sample
 
 FLOATS = "*fp32"
 POINTERS = {
@@ -38,7 +48,75 @@ def compile_kernel(kernel, warps: int, **constants) -> None:
         print(f"compiled {kernel.__name__} for {capability}: {constants}")
 
 
+def attention_type_of(name: str, floats: str) -> str:
+    types = {"pieces": FLOATS, "piece_lse": FLOATS, "ended": "*i1", "scale_log2": "fp32"}
+    types |= dict.fromkeys(("position", "row_start", "left_padding"), "*i64")
+    tensors = ("query", "keys", "values", "prompt_keys", "prompt_values", "out")
+    return types.get(name, floats if name in tensors else "i32")
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of its stack, which holds what found no register."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", shown.stdout).groups()
+    return int(registers), int(stack)
+
+
+def compile_attention(kernel, floats: str, most_registers: int, warps: int = 4, stages: int = 3, **constants) -> None:
+    names = [parameter.name for parameter in kernel.params]
+    signature = {n: "constexpr" if n in constants else attention_type_of(n, floats) for n in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = [
+        name
+        for name, kind in signature.items()
+        if kind.startswith("*") or name.endswith(("row", "head", "slot"))  # pointers and strides
+    ]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    for capability in (80, 90):
+        compiled = triton.compile(
+            ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": warps, "num_stages": stages},
+        )
+        registers, stack = resources(compiled.asm["cubin"])
+        shared = compiled.metadata.shared
+        used = f"{registers} registers, {stack} bytes of stack, {shared} of shared memory"
+        print(f"compiled {kernel.__name__} for {capability}: {floats} {constants}, {used}")
+        # 32 bytes of stack are no spill of the loop; 99 KB of shared memory are what the smallest cards have.
+        assert registers <= most_registers, used
+        assert stack <= 32, used
+        assert shared <= 99 * 1024, used
+
+
+def attention() -> None:
+    for dtype, D, most_registers in (
+        (torch.bfloat16, 64, 128),
+        (torch.bfloat16, 80, 168),
+        (torch.bfloat16, 128, 168),
+        (torch.bfloat16, 256, 128),
+        (torch.float32, 64, 168),
+        (torch.float32, 128, 168),
+    ):
+        floats = "*bf16" if dtype == torch.bfloat16 else FLOATS
+        block_d = triton.next_power_of_2(D)
+        for prompts in (4, 0):
+            plan = triton_decode_attention.plan(64, 16, 8, D, 512, dtype.itemsize, B=prompts, P=256, rows=16)
+            compile_attention(
+                triton_decode_attention._pieces_kernel, floats, most_registers, plan.warps, plan.stages,
+                HQ=16, HKV=8, D=D, BLOCK_D=block_d, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, OWN_M=16,
+                PROMPT=prompts > 0, PADDED=True, ENDED=True, ONLY=False, PRECISION="ieee",
+            )  # fmt: skip
+    compile_attention(
+        triton_decode_attention._merge_kernel, "*bf16", 64, HQ=16, D=128, BLOCK_D=128, HEADS=8, PIECES=5, ENDED=True
+    )
+
+
 def main() -> None:
+    attention()
     block, warps = triton_math.BLOCK, triton_math.WARPS
     for objective in range(-1, 4):
         for extras in (False, True):

@@ -11,7 +11,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from distill.rollout import SamplingOptions, local_engine
 from distill.rollout.decode import Completions, Wave, decode, prefill
-from distill.rollout.kv_cache import DecodeCache, PromptCache, attention_with_lse
+from distill.rollout.kv_cache import DecodeCache, PromptCache, StaticDecodeCache, attention_with_lse
 from distill_kernels import Sample
 
 KV_HEADS, GROUP, WIDTH = 2, 3, 8
@@ -60,6 +60,36 @@ def test_two_piece_attention_is_attention_on_the_whole_row(counts: tuple[int, ..
         output = cache.attend(query, *cache.update(*new, 0), 0, WIDTH**-0.5, window)
         torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-5)
         cache.advance()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("counts", [(1, 1, 1), (4, 4, 4), (3, 1, 2)])
+def test_a_static_cache_attends_as_the_other_does(
+    counts: tuple[int, ...], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a number that says where it is, fused (in PyTorch here) or not; rows end, and some are dropped."""
+    monkeypatch.setattr(StaticDecodeCache, "fused", fused)
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.arange(7) >= torch.tensor([0, 6, 3])[:, None]
+    prompt = PromptCache(*([torch.randn(3, KV_HEADS, 7, WIDTH, generator=generator)] for _ in range(2)), mask)
+    index = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    caches = [made(prompt, index, 7) for made in (DecodeCache, StaticDecodeCache)]
+    caches[1].ended = torch.zeros(len(index), dtype=torch.bool)
+    for step in range(6):
+        if step == 3:
+            kept = torch.tensor([0, len(index) - 1])
+            caches[1].length = step
+            for cache in caches:
+                cache.keep(kept)
+            index, caches[1].ended = index[kept], caches[1].ended[kept]
+        caches[1].ended[1] = step == 5
+        query = torch.randn(len(index), KV_HEADS * GROUP, 1, WIDTH, generator=generator)
+        new = [torch.randn(len(index), KV_HEADS, 1, WIDTH, generator=generator) for _ in range(2)]
+        expected, output = (cache.attend(query, *cache.update(*new, 0), 0, 0.3, None) for cache in caches)
+        alive = ~caches[1].ended if fused else slice(None)
+        torch.testing.assert_close(output[alive], expected[alive], rtol=1e-5, atol=1e-5)
+        for cache in caches:
+            cache.advance()
 
 
 NEEDS_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

@@ -277,4 +277,4 @@ def test_triton_source_compiles_for_a_gpu():
         [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("compiled") >= 20
+    assert done.stdout.count("compiled") >= 40

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_kernels_reverse_kl.py", "test_kernels_linear.py", "test_kernels_sample.py", "test_kernels_contract.py")
+FILES = tuple(f"test_kernels_{of}.py" for of in ("reverse_kl", "linear", "sample", "decode_attention", "contract"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU itself")

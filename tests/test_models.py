@@ -1,10 +1,7 @@
 """Loading, layer dropping, the split into body and head, and the checks between student and teacher."""
 
-import importlib
-import importlib.util
 import json
 import shutil
-import sys
 import zipfile
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 from conftest import TINY_FAMILIES, ship_code, tiny_model, tiny_tokenizer
 
 from distill.models import ModelError, check_pair, eos_ids, load_model, load_tokenizer, sources, split_head
-from distill.models.attention import choose_attention, flash_with_kvcache
+from distill.models.attention import choose_attention
 
 IDS = torch.arange(3, 13)[None]
 
@@ -188,21 +185,6 @@ def test_attention_is_the_best_there_is_and_a_missing_one_is_an_error():
     assert choose_attention("eager", cpu) == "eager"
     with pytest.raises(ModelError, match=r"flash_attention_2 needs a GPU.*found no GPU"):
         choose_attention("flash_attention_2", cpu)
-
-
-def test_flash_attention_4_alone_is_no_flash_attention_2(tmp_path, monkeypatch):
-    """It leaves a namespace package of that name, which is found and has no decode function."""
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    assert flash_with_kvcache() is None
-    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert importlib.util.find_spec("flash_attn") is not None
-    assert flash_with_kvcache() is None
-    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    (tmp_path / "flash_attn" / "__init__.py").write_text("flash_attn_with_kvcache = print\n")
-    importlib.invalidate_caches()
-    assert flash_with_kvcache() is print
-    del sys.modules["flash_attn"]
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flash_attention_4"])

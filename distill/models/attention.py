@@ -1,7 +1,7 @@
 """Which attention a model is computed with: chosen for a device, replaced for a call, and what is installed."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -64,12 +64,3 @@ def unpacked_rows() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = before
-
-
-def flash_with_kvcache() -> Callable | None:
-    """FlashAttention 2's decode function, or None where it is not installed."""
-    try:  # FlashAttention 4 alone leaves a folder of this name, without the function
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError:
-        return None
-    return flash_attn_with_kvcache

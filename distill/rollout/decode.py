@@ -19,7 +19,8 @@ from distill_kernels import Sample, sample
 # Rows are dropped once this part of them has ended: copying their keys costs about as much as one step.
 COMPACT_BELOW = 0.9
 
-# On CUDA: how often the end is looked for; the rows a graph may have; the completion slots by which attention grows.
+# On CUDA: how often the end is looked for; the rows a graph may have; the completion slots by which attention
+# that is not fused grows.
 CHECK_EVERY = 16
 ROW_BUCKETS = (1, *(rows for power in range(1, 13) for rows in (2**power, 3 * 2**power // 2)))
 SLOTS_SHOWN = 128
@@ -166,19 +167,20 @@ def decode(wave: Wave) -> None:
 def decode_static(wave: Wave) -> None:
     """Runs a wave to its end in steps of fixed shape, on CUDA as replayed graphs.
 
-    The end is looked for every CHECK_EVERY steps. A graph serves until rows are dropped, down to a bucket of rows, or
-    until attention must see more completion slots; the step before a capture runs as usual and warms it up.
+    The end is looked for every CHECK_EVERY steps. A graph serves until rows are dropped, down to a bucket of rows, or,
+    unless attention follows the position by itself, until it must see more completion slots; the step before a capture
+    runs as usual and warms it up.
     """
     length = wave.sampling.max_new_tokens
     cache = StaticDecodeCache(wave.prompt, wave.prompt_index, length)
     position = torch.zeros(1, dtype=torch.long, device=wave.rows.device)
 
     def one_step() -> None:
-        token_ids = wave.draw(position)
+        token_ids, cache.ended = wave.draw(position), wave.ended
         wave.logits.copy_(wave.next_logits(cache, token_ids, position))
         position.add_(1)
 
-    replay, shown = None, 0
+    replay, shown = None, length if cache.fused else 0
     for step in range(length - 1):
         if step == shown:
             shown += SLOTS_SHOWN

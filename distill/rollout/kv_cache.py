@@ -3,7 +3,7 @@
 A `DecodeCache` is handed to stock model code as its `past_key_values`. The model writes through `update`; the
 attention function registered here reads the same object, which travels as a keyword argument of the model's forward.
 With one rollout a prompt, prompt and completion lie in one buffer. With more, attention runs in two pieces (the
-prompt's, one GEMM for all rows of the prompt, and the row's own) merged by their log-sum-exps.
+prompt's, one GEMM for all rows of the prompt, and the row's own) merged by their log-sum-exps; on CUDA as one kernel.
 Left out on purpose: paging. All rows of a wave are as long as one another, so a dense buffer wastes nothing.
 """
 
@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
-from distill.models import flash_with_kvcache
+from distill_kernels import decode_attention
+from distill_kernels.decode_attention import LARGEST_HEAD
 
 # Not a name with "flash" in it: transformers would take it for FlashAttention.
 ATTENTION_NAME = "distill_shared_prefix"
 
 # Finite, so that a piece in which a row sees nothing gives weight 0 in the merge and never NaN.
 MASKED = -1e30
+
+# Whether `StaticDecodeCache` runs attention as one kernel where it can; benchmarks time both ways.
+FUSED_ATTENTION = True
 
 
 class PromptCache(NamedTuple):
@@ -141,17 +145,25 @@ class DecodeCache(Cache):
 class StaticDecodeCache(DecodeCache):
     """The same addresses and shapes in every step, for CUDA graphs: the position is a tensor, not a number.
 
-    `show` says how many completion slots attention reads; slots past the position are masked. FlashAttention, where
-    it is installed, is told the position instead and reads no further. Sliding windows are not for this cache.
+    Where attention is `fused` into one kernel, it reads up to the position and skips rows that have `ended` ([R] bool,
+    if set). Elsewhere `show` says how many completion slots it reads; slots past the position are masked. Sliding
+    windows are not for this cache.
     """
+
+    ended: Tensor | None = None
 
     def __init__(self, prompt: PromptCache, prompt_index: Tensor, max_new_tokens: int) -> None:
         super().__init__(prompt, prompt_index, max_new_tokens)
-        on_gpu = prompt.mask.device.type == "cuda" and self._keys[0].dtype in (torch.float16, torch.bfloat16)
-        self._kernel = flash_with_kvcache() if on_gpu else None
         for buffer in (*self._keys, *self._values):
             buffer[:, :, self._offset :].zero_()  # masked slots are multiplied by 0, which a NaN would survive
         self._end = self._keys[0].shape[2]
+
+    @property
+    def fused(self) -> bool:
+        """On CUDA, for heads of up to LARGEST_HEAD, as wide for values as for keys."""
+        widths = ((k.shape[-1], v.shape[-1]) for k, v in zip(self._keys, self._values, strict=True))
+        heads_fit = all(key == value <= LARGEST_HEAD for key, value in widths)
+        return FUSED_ATTENTION and self._prompt_index.device.type == "cuda" and heads_fit
 
     def show(self, completion_slots: int) -> None:
         """Makes attention read this many completion slots; fewer than have been written would be wrong."""
@@ -166,7 +178,8 @@ class StaticDecodeCache(DecodeCache):
     def advance(self) -> None:
         """Only tensors change, so that a replayed graph does the same; the caller keeps `length` up to date."""
         self._slot += 1
-        self._seen += 1
+        if self.fused:
+            return
         # Past the last slot nothing is written or read any more.
         self._bias.index_fill_(-1, self._slot.clamp(max=self._bias.shape[-1] - 1), 0.0)
 
@@ -174,8 +187,11 @@ class StaticDecodeCache(DecodeCache):
         super()._arrange()
         device, written = self._prompt_index.device, self._offset + self.length
         self._slot = torch.tensor([written], device=device)
-        self._seen = torch.full((self._rows,), written + 1, dtype=torch.int32, device=device)
-        self._left_padding = (~self._prompt.mask).sum(-1, dtype=torch.int32)  # [B]
+        padding = (~self._prompt.mask).sum(-1)  # [B]
+        self._of_prompts = {"left_padding": padding if self.shared else padding[self._prompt_index]}
+        if self.shared:
+            rows = torch.bincount(self._prompt_index, minlength=padding.numel())
+            self._of_prompts |= {"row_start": nn.functional.pad(rows.cumsum(0), (1, 0)), "rows_a_prompt": self.width}
         future = torch.arange(self._keys[0].shape[2], device=device) > written
         bias = torch.zeros(1, 1, 1, future.numel(), dtype=self._keys[0].dtype, device=device)
         if not self.shared and self.bias is not None:
@@ -190,39 +206,14 @@ class StaticDecodeCache(DecodeCache):
     ) -> Tensor:
         if window is not None:
             raise ValueError("a sliding window moves with the position, which this cache does not know as a number")
-        if self._kernel is None:
+        if not self.fused:
             return super().attend(query, keys, values, layer, scale, None)
-        heads = query.transpose(1, 2)  # [R, 1, heads, D]
-        padding = None if self.shared else self._left_padding[self._prompt_index]
-        output, lse = self._flash(heads, keys, values, self._seen, padding, scale)
-        if not self.shared:
-            return output.squeeze(1)
-        if self.slots is not None:
-            heads = heads[self.rows_of_slots]
-        prompt_keys, prompt_values = self._prompt.keys[layer], self._prompt.values[layer]
-        prompts, _, length, _ = prompt_keys.shape
-        whole = torch.full_like(self._left_padding, length)
-        together = heads.reshape(prompts, self.width, *heads.shape[2:])
-        shared, shared_lse = self._flash(together, prompt_keys, prompt_values, whole, self._left_padding, scale)
-        shared, shared_lse = shared.flatten(0, 1), shared_lse.transpose(1, 2).flatten(0, 1)  # [slots, heads, ..]
-        if self.slots is not None:
-            shared, shared_lse = shared[self.slots], shared_lse[self.slots]
-        return merge_pieces(output.squeeze(1), lse.squeeze(-1), shared, shared_lse)
-
-    def _flash(
-        self, query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, left_padding: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """[b, q, heads, D] on [b, kv heads, slots, D], to [b, q, heads, D] and float32 [b, heads, q] (nats)."""
-        return self._kernel(
-            query,
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            cache_seqlens=seen,
-            cache_leftpad=left_padding,
-            softmax_scale=scale,
-            causal=False,
-            return_softmax_lse=True,
-        )
+        of_prompts = self._of_prompts
+        if self.shared:
+            prompt_keys, prompt_values = self._prompt.keys[layer], self._prompt.values[layer]
+            of_prompts = of_prompts | {"prompt_keys": prompt_keys, "prompt_values": prompt_values}
+        query = query.squeeze(2)
+        return decode_attention(query, keys, values, self._slot, scale=scale, ended=self.ended, **of_prompts)
 
 
 def merge_pieces(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:

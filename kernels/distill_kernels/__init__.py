@@ -1,6 +1,7 @@
 """Fused operations of on-policy distillation: tensors in, tensors out. `reference` states what each one means."""
 
 from distill_kernels import reference
+from distill_kernels.decode_attention import decode_attention
 from distill_kernels.linear_distill_loss import linear_distill_loss
 from distill_kernels.linear_reverse_kl import linear_reverse_kl
 from distill_kernels.reverse_kl import reverse_kl
@@ -10,6 +11,7 @@ from distill_kernels.types import Sample, TokenStats
 __all__ = [
     "Sample",
     "TokenStats",
+    "decode_attention",
     "linear_distill_loss",
     "linear_reverse_kl",
     "reference",

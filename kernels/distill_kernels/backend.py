@@ -17,7 +17,7 @@ _interpreting = False
 
 
 def implementation(of: str, device: torch.device) -> ModuleType:
-    """The module `triton_{of}` or `twin_{of}`, which hold the same functions: of `rows`, `reverse_kl` or `sample`."""
+    """The module `triton_{of}` or `twin_{of}`, which hold the same functions: of `rows`, `sample` and so on."""
     runs_triton = device.type == "cuda" or _interpreting
     return import_module(f"distill_kernels.{'triton' if runs_triton else 'twin'}_{of}")
 

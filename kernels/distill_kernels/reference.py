@@ -140,6 +140,39 @@ def sampling_logprobs(
     return scaled.log_softmax(-1)
 
 
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    *,
+    scale: float,
+    prompt_keys: Tensor | None = None,
+    prompt_values: Tensor | None = None,
+    row_start: Tensor | None = None,
+    rows_a_prompt: int | None = None,
+    left_padding: Tensor | None = None,
+    ended: Tensor | None = None,
+) -> Tensor:
+    """Attention of [R, Hq, D] on every row's whole keys: those of its prompt, repeated, then its own."""
+    R, T = keys.shape[0], keys.shape[2]
+    real = (torch.arange(T, device=keys.device) <= position).expand(R, T)
+    if prompt_keys is not None:
+        index = torch.arange(len(prompt_keys), device=keys.device).repeat_interleave(row_start.diff())
+        keys = torch.cat([prompt_keys[index], keys], 2)
+        values = torch.cat([prompt_values[index], values], 2)
+        real = torch.cat([real.new_ones(R, prompt_keys.shape[2]), real], 1)
+        left_padding = None if left_padding is None else left_padding[index]
+    if left_padding is not None:
+        real = real & (torch.arange(real.shape[1], device=keys.device) >= left_padding[:, None])
+    values = values.masked_fill(~real[:, None, :, None], 0)
+    group = query.shape[1] // keys.shape[1]
+    scores = torch.einsum("rhd,rhnd->rhn", query, keys.repeat_interleave(group, 1)) * scale
+    weights = scores.masked_fill(~real[:, None], -math.inf).softmax(-1)
+    out = torch.einsum("rhn,rhnd->rhd", weights, values.repeat_interleave(group, 1))
+    return out if ended is None else out.masked_fill(ended[:, None, None], 0)
+
+
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     logits = hidden.to(dtype) @ weight.to(dtype).T

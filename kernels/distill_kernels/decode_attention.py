@@ -1,0 +1,138 @@
+"""`decode_attention`: one new token a row attends to its prompt's keys, stored once a prompt, and to its own.
+
+For row r of prompt b, with softmax and sums in float32 and scores that are never rounded to half precision:
+
+    out[r, h] = softmax(scale * query[r, h] K^T) V,   K = prompt_keys[b, h / g] after its padding,
+                                                      then keys[r, h / g] up to `position`
+
+On CUDA nothing is read back and every shape is fixed, so that a captured graph follows `position` and `ended`.
+
+Bytes: 2 Hkv D w for each prompt's P keys (times the pieces a prompt's rows are cut into, which the L2 cache holds)
+and for each living row's position + 1 keys. Left out on purpose: sliding windows, gradients.
+"""
+
+import torch
+from torch import Tensor
+
+from distill_kernels import backend, checks
+
+LARGEST_HEAD = 256
+
+
+@torch.library.custom_op("distill_kernels::decode_attention", mutates_args=())
+def _decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    prompt_keys: Tensor | None,
+    prompt_values: Tensor | None,
+    row_start: Tensor | None,
+    rows_a_prompt: int,
+    left_padding: Tensor | None,
+    ended: Tensor | None,
+    scale: float,
+) -> Tensor:
+    out = query.new_empty(query.shape)
+    backend.implementation("decode_attention", query.device).attend(
+        query,
+        keys,
+        values,
+        position,
+        out,
+        prompt_keys=prompt_keys,
+        prompt_values=prompt_values,
+        row_start=row_start,
+        rows_a_prompt=rows_a_prompt,
+        left_padding=left_padding,
+        ended=ended,
+        scale=scale,
+    )
+    return out
+
+
+@_decode_attention.register_fake
+def _(query, *_) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    *,
+    scale: float,
+    prompt_keys: Tensor | None = None,
+    prompt_values: Tensor | None = None,
+    row_start: Tensor | None = None,
+    rows_a_prompt: int | None = None,
+    left_padding: Tensor | None = None,
+    ended: Tensor | None = None,
+) -> Tensor:
+    """Attention of query [R, Hq, D] on keys and values [R, Hkv, T, D], of which 0 to `position` ([1] int64) count.
+
+    With `prompt_keys` and `prompt_values` [B, Hkv, P, D], the rows `row_start[b]` to `row_start[b + 1]` ([B + 1]
+    int64, from 0 to R) also see those of prompt b. `rows_a_prompt` says how many rows a prompt has at most (R if
+    absent; with fewer than there are, the output is wrong). `left_padding` (int64; [B], or [R] without prompts) counts
+    the first keys that are none; no row may be padding alone. Rows that have `ended` ([R] bool) give 0, unread.
+
+    All dtypes are one; D is at most LARGEST_HEAD; the last stride must be 1, the others are free. No gradients.
+
+    Raises ValueError for a wrong shape, dtype, stride or device.
+    """
+    _check(query, keys, values, prompt_keys, prompt_values)
+    R = query.shape[0]
+    for name, vector, length in (("position", position, 1), ("row_start", row_start, _prompts(prompt_keys) + 1)):
+        _check_integers(name, vector, length, query.device)
+    if (row_start is None) != (prompt_keys is None):
+        raise ValueError("row_start comes with prompt_keys and prompt_values; found one without the other")
+    _check_integers("left_padding", left_padding, R if prompt_keys is None else _prompts(prompt_keys), query.device)
+    if ended is not None and (ended.dtype != torch.bool or ended.shape != (R,) or ended.device != query.device):
+        raise ValueError(f"ended must be [{R}] bool on {query.device}; found {_found(ended)} on {ended.device}")
+    rows_a_prompt = R if rows_a_prompt is None else rows_a_prompt
+    optional = (prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended)
+    return _decode_attention(query, keys, values, position, *optional, scale)
+
+
+def _check(
+    query: Tensor, keys: Tensor, values: Tensor, prompt_keys: Tensor | None, prompt_values: Tensor | None
+) -> None:
+    checks.check_floats(query=query, keys=keys, values=values, prompt_keys=prompt_keys, prompt_values=prompt_values)
+    if query.dim() != 3 or keys.dim() != 4:
+        raise ValueError(f"query must be [R, Hq, D] and keys [R, Hkv, T, D]; found {_found(query)} and {_found(keys)}")
+    (R, Hq, D), Hkv = query.shape, keys.shape[1]
+    if keys.shape[0] != R or keys.shape[3] != D or Hq % Hkv or not 0 < D <= LARGEST_HEAD:
+        raise ValueError(
+            f"query [R, Hq, D] and keys [R, Hkv, T, D] must agree in R and D, Hq be a multiple of Hkv and D at most "
+            f"{LARGEST_HEAD}; found {_found(query)} and {_found(keys)}"
+        )
+    if (prompt_keys is None) != (prompt_values is None):
+        raise ValueError("prompt_keys and prompt_values come together; found one without the other")
+    pairs = {"keys": keys, "values": values, "prompt_keys": prompt_keys, "prompt_values": prompt_values}
+    for name, tensor in pairs.items():
+        if tensor is None:
+            continue
+        like = keys.shape if name == "values" else prompt_keys.shape if name == "prompt_values" else tensor.shape
+        if tensor.shape != like or tensor.dim() != 4 or tensor.shape[1::2] != (Hkv, D) or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} must be {query.dtype} [{'B' if 'prompt' in name else R}, {Hkv}, slots, {D}], keys and values "
+                f"alike; found {_found(tensor)}"
+            )
+    for name, tensor in {"query": query, **pairs}.items():
+        if tensor is not None and tensor.stride(-1) != 1:
+            raise ValueError(f"{name}'s last stride must be 1; found strides {list(tensor.stride())}")
+
+
+def _check_integers(name: str, vector: Tensor | None, length: int, device: torch.device) -> None:
+    if vector is not None:
+        checks.check_vector(name, vector, length, "the other tensors")
+        checks.check_integers(name, vector, device)
+
+
+def _prompts(prompt_keys: Tensor | None) -> int:
+    return 0 if prompt_keys is None else prompt_keys.shape[0]
+
+
+def _found(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

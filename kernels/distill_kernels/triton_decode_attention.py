@@ -1,0 +1,294 @@
+"""Attention of a decode step in Triton: what `twin_decode_attention` does for a CPU. One launch, and one that merges.
+
+A piece is a range of keys: the first pieces cut up the prompt, the others the row's own keys up to the position.
+Programs of the first kind take a prompt's rows times the grouped heads as the rows of their products, so that the
+prompt's keys are read once for all of them; programs of the second take one row. Each keeps a float32 output and a
+base-2 log-sum-exp. The prompt's programs come first: they are the longest. How much one program does depends on
+shapes alone, so that a captured graph serves every position.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distill_kernels.triton_math import offset_of
+
+PROGRAMS = 256  # about two for every multiprocessor of a large card: fewer are cut into more pieces
+PIECES = 16  # the most that a prompt, or a row's own keys, are cut into
+MERGED = 1024  # elements of the output that a program of the merge holds
+
+
+class Plan(NamedTuple):
+    """How a call is cut up. `plan` chooses; a benchmark may choose otherwise."""
+
+    prompt_pieces: int
+    own_pieces: int
+    block_m: int
+    """Rows times grouped heads that a program takes against the prompt's keys."""
+    block_n: int
+    """Keys that a program holds at once."""
+    warps: int = 4
+    stages: int = 2
+
+
+def plan(R: int, Hq: int, Hkv: int, D: int, T: int, itemsize: int, *, B: int = 0, P: int = 0, rows: int = 0) -> Plan:
+    """For R rows with buffers of T keys and, where B > 0, prompts of P keys with at most `rows` rows each."""
+    group = Hq // Hkv
+    # Larger blocks take registers from the programs of the rows, which are the most, or spill.
+    half, narrow = itemsize <= 2, D <= 128 if itemsize <= 2 else D <= 64
+    block_n = (64 if narrow else 32) if half else (32 if narrow else 16)
+    block_m = 32 if half and narrow and rows * group > 16 else 16
+    of_prompts = B * Hkv * triton.cdiv(max(1, rows) * group, block_m)
+    return Plan(_pieces(of_prompts, P) if B else 0, _pieces(R * Hkv, T), block_m, block_n)
+
+
+def _pieces(programs: int, keys: int) -> int:
+    """A power of two: enough for PROGRAMS, of 64 keys or more."""
+    wanted = min(triton.cdiv(PROGRAMS, max(1, programs)), triton.cdiv(keys, 64), PIECES)
+    return triton.next_power_of_2(max(1, wanted))
+
+
+@triton.jit
+def _load_rows(base, rows, row_stride, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] at base + rows * row_stride, 0 for rows that are not there and past column D."""
+    d = tl.arange(0, BLOCK_D)
+    mask = there[:, None]
+    if BLOCK_D != D:
+        mask = mask & (d < D)[None, :]
+    return tl.load(base + rows[:, None] * row_stride + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _piece(
+    query, keys, values, key_stride, value_stride, first, end, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of query [BLOCK_M, BLOCK_D] over the keys first..end of one head, and its base-2 log-sum-exp.
+
+    Without keys 0 and -inf.
+    """
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(first, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = n < end
+        k = _load_rows(keys, n, key_stride, inside, D, BLOCK_D)
+        scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale_log2
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - new[:, None])
+        move = tl.exp2(peak - new)
+        total = total * move + tl.sum(weights, 1)
+        v = _load_rows(values, n, value_stride, inside, D, BLOCK_D)
+        out = out * move[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        peak = new
+    seen = total > 0
+    safe = tl.where(seen, total, 1.0)
+    return out / safe[:, None], tl.where(seen, peak + tl.log2(safe), float("-inf"))
+
+
+@triton.jit
+def _store_piece(out, lse, pieces, piece_lse, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr, ONLY: tl.constexpr):
+    """Writes a piece's result at the flat (piece, row, head) `at`; the only piece has no use for its log-sum-exp."""
+    d = tl.arange(0, BLOCK_D)
+    mask = there[:, None]
+    if BLOCK_D != D:
+        mask = mask & (d < D)[None, :]
+    tl.store(pieces + at[:, None] * D + d[None, :], out.to(pieces.dtype.element_ty), mask=mask)
+    if not ONLY:
+        tl.store(piece_lse + at, lse, mask=there)
+
+
+@triton.jit(
+    do_not_specialize=["R", "P", "T", "prompt_programs", "prompt_pieces", "blocks", "own_pieces"]
+)  # of no use to the compiler, and a compilation each time rows are dropped
+def _pieces_kernel(
+    query, keys, values, prompt_keys, prompt_values, pieces, piece_lse, position, row_start, left_padding, ended,
+    query_row, query_head, key_row, key_head, key_slot, value_row, value_head, value_slot,
+    prompt_key_row, prompt_key_head, prompt_key_slot, prompt_value_row, prompt_value_head, prompt_value_slot,
+    R, P, T, prompt_programs, prompt_pieces, blocks, own_pieces, scale_log2,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, OWN_M: tl.constexpr, PROMPT: tl.constexpr, PADDED: tl.constexpr, ENDED: tl.constexpr,
+    ONLY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = HQ // HKV
+    pid = tl.program_id(0)
+    if pid < prompt_programs:
+        if PROMPT:
+            piece = pid % prompt_pieces
+            block = (pid // prompt_pieces) % blocks
+            head = (pid // (prompt_pieces * blocks)) % HKV
+            prompt = pid // (prompt_pieces * blocks * HKV)
+            begin = tl.load(row_start + prompt).to(tl.int32)
+            rows = tl.load(row_start + prompt + 1).to(tl.int32) - begin
+            m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+            there = m < rows * G
+            row = begin + m // G
+            column = head * G + m % G
+            first = 0
+            if PADDED:
+                first = tl.load(left_padding + prompt).to(tl.int32)
+            width = tl.cdiv(tl.cdiv(P - first, prompt_pieces), BLOCK_N) * BLOCK_N
+            first += piece * width
+            end = tl.minimum(first + width, P)
+            alive = there
+            if ENDED:
+                alive = alive & (tl.load(ended + row, mask=there, other=1) == 0)
+            end = tl.where(tl.max(alive.to(tl.int32), 0) > 0, end, 0)
+            q = _load_rows(query + head * G * query_head, row * query_row + m % G * query_head, 1, there, D, BLOCK_D)
+            out, lse = _piece(
+                q,
+                prompt_keys + offset_of(prompt, prompt_key_row) + offset_of(head, prompt_key_head),
+                prompt_values + offset_of(prompt, prompt_value_row) + offset_of(head, prompt_value_head),
+                prompt_key_slot, prompt_value_slot, first, end, scale_log2, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
+            at = offset_of(piece * R + row, HQ) + column
+            _store_piece(out, lse, pieces, piece_lse, at, there, D, BLOCK_D, ONLY)
+    else:
+        own = pid - prompt_programs
+        own_piece = own % own_pieces
+        own_head = (own // own_pieces) % HKV
+        own_row = own // (own_pieces * HKV)
+        g = tl.arange(0, OWN_M)
+        in_group = g < G
+        own_first = 0
+        if PADDED and not PROMPT:
+            own_first = tl.load(left_padding + own_row).to(tl.int32)
+        seen = tl.minimum(tl.load(position).to(tl.int32) + 1, T)
+        if ENDED:
+            seen = tl.where(tl.load(ended + own_row) == 0, seen, 0)
+        own_width = tl.cdiv(tl.cdiv(seen - own_first, own_pieces), BLOCK_N) * BLOCK_N
+        own_first += own_piece * own_width
+        own_end = tl.minimum(own_first + own_width, seen)
+        own_query = query + offset_of(own_row, query_row) + own_head * G * query_head
+        own_out, own_lse = _piece(
+            _load_rows(own_query, g, query_head, in_group, D, BLOCK_D),
+            keys + offset_of(own_row, key_row) + offset_of(own_head, key_head),
+            values + offset_of(own_row, value_row) + offset_of(own_head, value_head),
+            key_slot, value_slot, own_first, own_end, scale_log2, D, BLOCK_D, OWN_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        own_at = offset_of((prompt_pieces + own_piece) * R + own_row, HQ) + own_head * G + g
+        _store_piece(own_out, own_lse, pieces, piece_lse, own_at, in_group, D, BLOCK_D, ONLY)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _merge_kernel(
+    pieces, piece_lse, out, ended, R,
+    HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, PIECES: tl.constexpr,
+    ENDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    there = head < HQ
+    d = tl.arange(0, BLOCK_D)
+    mask = there[:, None] & (d < D)[None, :]
+    peak = tl.full([HEADS], float("-inf"), tl.float32)
+    for piece in tl.static_range(PIECES):
+        at = offset_of(piece * R + row, HQ) + head
+        peak = tl.maximum(peak, tl.load(piece_lse + at, mask=there, other=float("-inf")))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has ended may see nothing
+    total = tl.zeros([HEADS], tl.float32)
+    merged = tl.zeros([HEADS, BLOCK_D], tl.float32)
+    for piece in tl.static_range(PIECES):
+        at = offset_of(piece * R + row, HQ) + head
+        weight = tl.exp2(tl.load(piece_lse + at, mask=there, other=float("-inf")) - peak)
+        total += weight
+        merged += weight[:, None] * tl.load(pieces + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+    merged = merged / tl.where(total > 0, total, 1.0)[:, None]
+    if ENDED:
+        merged = tl.where(tl.load(ended + row) == 0, merged, 0.0)
+    at = offset_of(row, HQ) + head
+    tl.store(out + at[:, None] * D + d[None, :], merged.to(out.dtype.element_ty), mask=mask)
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    out: Tensor,
+    *,
+    prompt_keys: Tensor | None,
+    prompt_values: Tensor | None,
+    row_start: Tensor | None,
+    rows_a_prompt: int,
+    left_padding: Tensor | None,
+    ended: Tensor | None,
+    scale: float,
+) -> None:
+    """Writes the contiguous out [R, Hq, D]; see `decode_attention`."""
+    (R, Hq, D), (_, Hkv, T, _) = query.shape, keys.shape
+    if R == 0:
+        return
+    B, P = (0, 0) if prompt_keys is None else (prompt_keys.shape[0], prompt_keys.shape[2])
+    chosen = plan(R, Hq, Hkv, D, T, query.dtype.itemsize, B=B, P=P, rows=rows_a_prompt)
+    number = chosen.prompt_pieces + chosen.own_pieces
+    pieces = out if number == 1 else torch.empty(number, R, Hq, D, dtype=torch.float32, device=out.device)
+    piece_lse = torch.empty(number, R, Hq, dtype=torch.float32, device=out.device)
+    group, block_d = Hq // Hkv, max(16, triton.next_power_of_2(D))
+    blocks = triton.cdiv(rows_a_prompt * group, chosen.block_m)
+    prompt_programs = B * Hkv * blocks * chosen.prompt_pieces
+    stored = (_or(prompt_keys, keys), _or(prompt_values, values))
+    strides = [stride for tensor in (keys, values, *stored) for stride in tensor.stride()[:3]]
+    _pieces_kernel[(prompt_programs + R * Hkv * chosen.own_pieces,)](
+        query,
+        keys,
+        values,
+        *stored,
+        pieces,
+        piece_lse,
+        position,
+        _or(row_start, position),
+        _or(left_padding, position),
+        _or(ended, position),
+        query.stride(0),
+        query.stride(1),
+        *strides,
+        R,
+        P,
+        T,
+        prompt_programs,
+        chosen.prompt_pieces,
+        blocks,
+        chosen.own_pieces,
+        scale * math.log2(math.e),
+        HQ=Hq,
+        HKV=Hkv,
+        D=D,
+        BLOCK_D=block_d,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        OWN_M=max(16, triton.next_power_of_2(group)),
+        PROMPT=prompt_keys is not None,
+        PADDED=left_padding is not None,
+        ENDED=ended is not None,
+        ONLY=number == 1,
+        PRECISION="ieee",
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    if number > 1:
+        heads = min(max(1, MERGED // block_d), triton.next_power_of_2(Hq))
+        _merge_kernel[(R, triton.cdiv(Hq, heads))](
+            pieces,
+            piece_lse,
+            out,
+            _or(ended, position),
+            R,
+            HQ=Hq,
+            D=D,
+            BLOCK_D=block_d,
+            HEADS=heads,
+            PIECES=number,
+            ENDED=ended is not None,
+        )
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """An absent tensor needs some pointer, which no kernel follows."""
+    return stand_in if tensor is None else tensor
