@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_kernels_reverse_kl.py", "test_kernels_linear.py", "test_kernels_sample.py", "test_kernels_contract.py")
+FILES = (
+    "test_kernels_reverse_kl.py",
+    "test_kernels_linear.py",
+    "test_kernels_products.py",
+    "test_kernels_sample.py",
+    "test_kernels_contract.py",
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU itself")

@@ -80,18 +80,40 @@ class HeadProducts:
                     out.addmm_(grad[:, columns], block)
         return out
 
-    def add_weight_gradient(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None:
-        """total [V, H] += grad [k, V]^T hidden [k, H]."""
+    def weight_gradient(self, grad: Tensor, hidden: Tensor, total: Tensor, *, first: bool) -> None:
+        """total [V, H] = grad [k, V]^T hidden [k, H], added to what `total` holds unless this is the first."""
         hidden = hidden.to(self.operand)
         if self.one_dnn:
             for columns in self._vocabulary_blocks(hidden.shape[1]):
-                total[columns] += cpu_product.product(grad[:, columns].t(), hidden.t())
+                product = cpu_product.product(grad[:, columns].t(), hidden.t())
+                if first:
+                    total[columns].copy_(product)
+                else:
+                    total[columns] += product
             return
         with _products(self.dtype):
-            if self.native:
-                torch.addmm(total, grad.T, hidden, out_dtype=self.accumulate, out=total)
+            if first:
+                self._mm(grad.T, hidden, total)
+            elif self.native:
+                torch.addmm(total, grad.T, hidden, out_dtype=self.accumulate, out=total)  # float32 `total`: torch 2.10
             else:
                 total.addmm_(grad.T, hidden)
+
+    def bias_gradient(self, grad: Tensor, factor: Tensor, total: Tensor) -> None:
+        """total [V] += factor [k] grad [k, V], of a half-precision `grad` without a copy in float32.
+
+        There the factor is a sum of three of its numbers, so that only `grad` itself is rounded, in units of the
+        largest: float16 begins at 6e-8.
+        """
+        if not self.native:
+            total.addmv_(grad.T, factor)
+            return
+        unit = factor.abs().amax().clamp(min=torch.finfo(factor.dtype).tiny)
+        rest, parts = factor / unit, []
+        for _ in range(3):
+            parts.append(rest.to(self.operand))
+            rest = rest - parts[-1]
+        total += torch.mm(torch.stack(parts), grad, out_dtype=self.accumulate).sum(0) * unit
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         if self.native:

@@ -16,7 +16,7 @@ tensor exists.
 
 FLOPs: 2 K V (3 Hs + Ht), or 2 K V (Hs + Ht) without gradients and 2 K V (2 Hs + Ht) with a frozen head. Bytes: the
 logits buffers are written once, read twice (once where no gradient is asked for), and the gradient is written and
-read twice; the float32 weight gradient is read and written once a chunk.
+read twice; the float32 weight gradient is written once a chunk and read in all but the first.
 Extra memory, whatever K is: the workspace of `chunks.WORKSPACE_BYTES` and the float32 gradients [K, Hs] and [Vs, Hs].
 """
 
@@ -63,7 +63,7 @@ def _linear_distill_loss(
     teacher = HeadProducts(teacher_weight[:V], teacher_hidden, dtype)
     outputs = _outputs(student_hidden, student_weight, teacher_hidden, teacher_weight, needed)
     _, stats, d_hidden, d_weight, d_bias = outputs
-    d_weight.zero_(), d_bias.zero_()
+    d_weight[V if K else 0 :].zero_(), d_bias.zero_()  # the first chunk writes the other rows of the weight's
     weights = token_weight.to(dtype)
     losses, row_scale = torch.empty(2, K, dtype=dtype, device=device)
     separate = any(needed) and student.operand != dtype  # else the gradient overwrites the student's logits
@@ -94,9 +94,10 @@ def _linear_distill_loss(
         if needed[0]:
             student.hidden_gradient(grad, d_hidden[part]).mul_(factor[:, None])
         if needed[1]:
-            student.add_weight_gradient(grad, student_hidden[part] * factor[:, None], d_weight[:V])
+            scaled = student_hidden[part] * factor[:, None]
+            student.weight_gradient(grad, scaled, d_weight[:V], first=part.start == 0)
         if needed[2]:
-            d_bias[:V].addmv_(grad.to(dtype).T, factor)
+            student.bias_gradient(grad, factor, d_bias[:V])
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]
 
@@ -132,13 +133,24 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    # Without materialised zeros, a loss that nothing depends on has no upstream gradient.
-    one = upstream is not None and _known_to_be_one(upstream)
+    if upstream is None:  # without materialised zeros, of a loss that nothing depends on
+        return (None,) * 21
+    one = _known_to_be_one(upstream)
     scaled = [
-        (gradient if one else gradient * upstream).to(dtype) if needed and upstream is not None else None
+        None if not needed else gradient.to(dtype) if one else _product(gradient, upstream, dtype)
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
     return *scaled, *[None] * 18
+
+
+def _product(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * upstream in `dtype`, in one pass and without a float32 tensor of the weight's size.
+
+    A new tensor even where the dtype stays: the saved one may be asked for again (`retain_graph`).
+    """
+    if upstream.requires_grad:  # of a backward pass that is itself differentiated, which takes no `out`
+        return (gradient * upstream).to(dtype)
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _known_to_be_one(upstream: Tensor) -> bool:
