@@ -19,7 +19,7 @@ def product_of_tensor_cores(a, b, *, out_dtype, out=None, add=None):
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """Half-precision operands stay as they are, as on CUDA."""
+    """Half-precision operands stay as they are and rows are aligned, as on CUDA."""
     ordinary = chunks.HeadProducts.__init__
 
     def native(products, *arguments):
@@ -27,6 +27,7 @@ def tensor_cores(monkeypatch):
         products.native, products.operand = products.dtype != products.accumulate, products.dtype
 
     def start():
+        monkeypatch.setitem(chunks.ROW_ALIGNMENT, "cpu", 64)
         monkeypatch.setattr(chunks.HeadProducts, "__init__", native)
         monkeypatch.setattr(torch, "mm", product_of_tensor_cores)
         monkeypatch.setattr(torch, "addmm", lambda add, a, b, **rest: product_of_tensor_cores(a, b, add=add, **rest))

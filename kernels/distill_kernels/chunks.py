@@ -19,6 +19,9 @@ from distill_kernels import cpu_product
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 """Budget for the two logits buffers and the logits' gradient, when a call names none."""
 
+ROW_ALIGNMENT = {"cuda": 64}
+"""Elements of which a buffer's rows begin at a multiple, 1 where absent."""
+
 _CAST_BYTES = 16 * 2**20  # of widened weights
 _BLOCK_BYTES = 4 * 2**20  # of a product's result
 
@@ -29,10 +32,28 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def rows_per_chunk(K: int, V: int, bytes_per_column: int, workspace_bytes: int | None, device: torch.device) -> int:
-    """How many rows of V columns fit: at least 1, at most K, a multiple of 16 where there are more than 16."""
-    budget = WORKSPACE_BYTES["cuda" if device.type == "cuda" else "cpu"] if workspace_bytes is None else workspace_bytes
-    rows = max(1, min(K, budget // (V * bytes_per_column)))
-    return rows if rows in (1, K) or rows < 16 else rows // 16 * 16
+    """How many rows of V columns fit: at least 1, at most K, and where K does not fit a multiple of 16.
+
+    On CUDA of 128, the rows of a product's tile, where that many fit. Columns are counted as `row_buffer` lays them.
+    """
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    budget = WORKSPACE_BYTES[kind] if workspace_bytes is None else workspace_bytes
+    rows = max(1, min(K, budget // (_columns(V, device) * bytes_per_column)))
+    if rows == K:
+        return rows
+    whole = 128 if kind == "cuda" and rows >= 128 else 16
+    return rows // whole * whole or rows
+
+
+def row_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised [rows, V]. On CUDA every row is aligned, whatever V is: for vector loads and cuBLAS."""
+    return torch.empty(rows, _columns(V, device), dtype=dtype, device=device)[:, :V]
+
+
+def _columns(V: int, device: torch.device) -> int:
+    """From one row of a buffer to the next, in elements."""
+    unit = ROW_ALIGNMENT.get(device.type, 1)
+    return -(-V // unit) * unit
 
 
 def chunks(K: int, rows: int) -> Iterator[slice]:
