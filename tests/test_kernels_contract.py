@@ -11,7 +11,7 @@ from kernels_common import INTERPRETING, over_implementations, running
 
 from benchmarks.harness import peak_memory
 from distill_kernels import backend, checks, linear_distill_loss, linear_reverse_kl, reverse_kl, sample
-from distill_kernels.chunks import rows_per_chunk
+from distill_kernels.chunks import ROW_ALIGNMENT, row_buffer, rows_per_chunk
 
 RUNS_TRITON = INTERPRETING or torch.cuda.is_available()
 if RUNS_TRITON:
@@ -229,7 +229,20 @@ def test_rows_per_chunk():
     assert rows_per_chunk(100, 49_152, 8, 128 * 2**20, cpu) == 100
     assert rows_per_chunk(5, 10**9, 8, 1, cpu) == 1
     assert rows_per_chunk(0, 10, 8, None, cpu) == 1
-    assert rows_per_chunk(10**6, 151_936, 10, None, torch.device("cuda")) == 1408
+    cuda = torch.device("cuda")
+    assert rows_per_chunk(10**6, 151_936, 10, None, cuda) == 1408
+    assert rows_per_chunk(10**6, 151_936, 8, None, cuda) == 1664  # 1,766 fit
+    assert rows_per_chunk(100, 151_936, 8, None, cuda) == 100
+    assert rows_per_chunk(200, 65, 8, 8 * 128 * 100, cuda) == 96  # columns are padded to 128
+
+
+def test_row_buffer(monkeypatch):
+    """Rows are as wide as asked for, and begin at multiples of the alignment."""
+    cpu = torch.device("cpu")
+    assert row_buffer(3, 65, torch.float32, cpu).is_contiguous()
+    monkeypatch.setitem(ROW_ALIGNMENT, "cpu", 64)
+    buffer = row_buffer(3, 65, torch.bfloat16, cpu)
+    assert (buffer.shape, buffer.stride()) == ((3, 65), (128, 1))
 
 
 @pytest.mark.skipif(not RUNS_TRITON, reason="needs a process that runs Triton source")

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = tuple(f"test_kernels_{of}.py" for of in ("reverse_kl", "linear", "sample", "decode_attention", "contract"))
+FILES = tuple(
+    f"test_kernels_{of}.py" for of in ("reverse_kl", "linear", "products", "sample", "decode_attention", "contract")
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU itself")

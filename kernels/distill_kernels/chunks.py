@@ -19,6 +19,9 @@ from distill_kernels import cpu_product
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 """Budget for the two logits buffers and the logits' gradient, when a call names none."""
 
+ROW_ALIGNMENT = {"cuda": 64}
+"""Elements of which a buffer's rows begin at a multiple, 1 where absent."""
+
 _CAST_BYTES = 16 * 2**20  # of widened weights
 _BLOCK_BYTES = 4 * 2**20  # of a product's result
 
@@ -29,10 +32,28 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def rows_per_chunk(K: int, V: int, bytes_per_column: int, workspace_bytes: int | None, device: torch.device) -> int:
-    """How many rows of V columns fit: at least 1, at most K, a multiple of 16 where there are more than 16."""
-    budget = WORKSPACE_BYTES["cuda" if device.type == "cuda" else "cpu"] if workspace_bytes is None else workspace_bytes
-    rows = max(1, min(K, budget // (V * bytes_per_column)))
-    return rows if rows in (1, K) or rows < 16 else rows // 16 * 16
+    """How many rows of V columns fit: at least 1, at most K, and where K does not fit a multiple of 16.
+
+    On CUDA of 128, the rows of a product's tile, where that many fit. Columns are counted as `row_buffer` lays them.
+    """
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    budget = WORKSPACE_BYTES[kind] if workspace_bytes is None else workspace_bytes
+    rows = max(1, min(K, budget // (_columns(V, device) * bytes_per_column)))
+    if rows == K:
+        return rows
+    whole = 128 if kind == "cuda" and rows >= 128 else 16
+    return rows // whole * whole or rows
+
+
+def row_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised [rows, V]. On CUDA every row is aligned, whatever V is: for vector loads and cuBLAS."""
+    return torch.empty(rows, _columns(V, device), dtype=dtype, device=device)[:, :V]
+
+
+def _columns(V: int, device: torch.device) -> int:
+    """From one row of a buffer to the next, in elements."""
+    unit = ROW_ALIGNMENT.get(device.type, 1)
+    return -(-V // unit) * unit
 
 
 def chunks(K: int, rows: int) -> Iterator[slice]:
@@ -80,18 +101,40 @@ class HeadProducts:
                     out.addmm_(grad[:, columns], block)
         return out
 
-    def add_weight_gradient(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None:
-        """total [V, H] += grad [k, V]^T hidden [k, H]."""
+    def weight_gradient(self, grad: Tensor, hidden: Tensor, total: Tensor, *, first: bool) -> None:
+        """total [V, H] = grad [k, V]^T hidden [k, H], added to what `total` holds unless this is the first."""
         hidden = hidden.to(self.operand)
         if self.one_dnn:
             for columns in self._vocabulary_blocks(hidden.shape[1]):
-                total[columns] += cpu_product.product(grad[:, columns].t(), hidden.t())
+                product = cpu_product.product(grad[:, columns].t(), hidden.t())
+                if first:
+                    total[columns].copy_(product)
+                else:
+                    total[columns] += product
             return
         with _products(self.dtype):
-            if self.native:
-                torch.addmm(total, grad.T, hidden, out_dtype=self.accumulate, out=total)
+            if first:
+                self._mm(grad.T, hidden, total)
+            elif self.native:
+                torch.addmm(total, grad.T, hidden, out_dtype=self.accumulate, out=total)  # float32 `total`: torch 2.10
             else:
                 total.addmm_(grad.T, hidden)
+
+    def bias_gradient(self, grad: Tensor, factor: Tensor, total: Tensor) -> None:
+        """total [V] += factor [k] grad [k, V], of a half-precision `grad` without a copy in float32.
+
+        There the factor is a sum of three of its numbers, so that only `grad` itself is rounded, in units of the
+        largest: float16 begins at 6e-8.
+        """
+        if not self.native:
+            total.addmv_(grad.T, factor)
+            return
+        unit = factor.abs().amax().clamp(min=torch.finfo(factor.dtype).tiny)
+        rest, parts = factor / unit, []
+        for _ in range(3):
+            parts.append(rest.to(self.operand))
+            rest = rest - parts[-1]
+        total += torch.mm(torch.stack(parts), grad, out_dtype=self.accumulate).sum(0) * unit
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         if self.native:

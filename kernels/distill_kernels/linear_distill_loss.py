@@ -16,7 +16,7 @@ tensor exists.
 
 FLOPs: 2 K V (3 Hs + Ht), or 2 K V (Hs + Ht) without gradients and 2 K V (2 Hs + Ht) with a frozen head. Bytes: the
 logits buffers are written once, read twice (once where no gradient is asked for), and the gradient is written and
-read twice; the float32 weight gradient is read and written once a chunk.
+read twice; the float32 weight gradient is written once a chunk and read in all but the first.
 Extra memory, whatever K is: the workspace of `chunks.WORKSPACE_BYTES` and the float32 gradients [K, Hs] and [Vs, Hs].
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from distill_kernels import backend, checks
-from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, rows_per_chunk
+from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
 from distill_kernels.linear_reverse_kl import shared_columns
 from distill_kernels.types import OBJECTIVES, TokenStats
 
@@ -58,24 +58,21 @@ def _linear_distill_loss(
     """Loss [], statistics [6, K], and the `needed` gradients of student hidden states, weight and bias (else empty)."""
     checks.check_token_ids(token_ids, vocab_size)
     K, V, device = student_hidden.shape[0], vocab_size, student_hidden.device
-    dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    student = HeadProducts(student_weight[:V], student_hidden, dtype)
-    teacher = HeadProducts(teacher_weight[:V], teacher_hidden, dtype)
     outputs = _outputs(student_hidden, student_weight, teacher_hidden, teacher_weight, needed)
-    _, stats, d_hidden, d_weight, d_bias = outputs
-    d_weight.zero_(), d_bias.zero_()
-    weights = token_weight.to(dtype)
-    losses, row_scale = torch.empty(2, K, dtype=dtype, device=device)
-    separate = any(needed) and student.operand != dtype  # else the gradient overwrites the student's logits
-    rows = rows_per_chunk(K, V, 2 * dtype.itemsize + separate * student.operand.itemsize, workspace_bytes, device)
-    student_buffer, teacher_buffer = torch.empty(2, rows, V, dtype=dtype, device=device)
-    grad_buffer = torch.empty(rows, V, dtype=student.operand, device=device) if separate else student_buffer
-    for part in chunks(K, rows):
-        k = part.stop - part.start
-        grad = grad_buffer[:k] if any(needed) else None
+    _, stats, *gradients = outputs
+    weights = token_weight.to(stats.dtype)
+    losses, row_scale = stats.new_empty(2, K)
+    student = HeadProducts(student_weight[:V], student_hidden, stats.dtype)
+    teacher = HeadProducts(teacher_weight[:V], teacher_hidden, stats.dtype)
+    gradients[1][V if K else 0 :].zero_(), gradients[2].zero_()  # the first chunk writes the weight's first V rows
+    buffers = _buffers(K, V, student, any(needed), workspace_bytes, device)
+    student_head = shared_columns(student_bias, student_softcap, student_scale, V)
+    teacher_head = shared_columns(teacher_bias, teacher_softcap, teacher_scale, V)
+    for part in chunks(K, len(buffers[0])):
+        student_logits, teacher_logits, grad = (None if b is None else b[: part.stop - part.start] for b in buffers)
         backend.implementation("rows", device).distill_rows(
-            student.logits(student_hidden[part], student_buffer[:k]),
-            teacher.logits(teacher_hidden[part], teacher_buffer[:k]),
+            student.logits(student_hidden[part], student_logits),
+            teacher.logits(teacher_hidden[part], teacher_logits),
             token_ids[part],
             None if sampling_logprob is None else sampling_logprob[part],
             stats[:, part],
@@ -87,18 +84,50 @@ def _linear_distill_loss(
             importance_clip=importance_clip,
             beta=beta,
             temperature=temperature,
-            student_head=shared_columns(student_bias, student_softcap, student_scale, V),
-            teacher_head=shared_columns(teacher_bias, teacher_softcap, teacher_scale, V),
+            student_head=student_head,
+            teacher_head=teacher_head,
         )
         factor = weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
-        if needed[0]:
-            student.hidden_gradient(grad, d_hidden[part]).mul_(factor[:, None])
-        if needed[1]:
-            student.add_weight_gradient(grad, student_hidden[part] * factor[:, None], d_weight[:V])
-        if needed[2]:
-            d_bias[:V].addmv_(grad.to(dtype).T, factor)
+        _write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]
+
+
+def _buffers(
+    K: int, V: int, student: HeadProducts, gradient: bool, workspace_bytes: int | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For the rows of a chunk: both models' logits, and the gradient of the student's, its logits' own buffer if the
+    products take what the logits are."""
+    dtype, operand = student.accumulate, student.operand
+    separate = gradient and operand != dtype
+    rows = rows_per_chunk(K, V, 2 * dtype.itemsize + separate * operand.itemsize, workspace_bytes, device)
+    logits = row_buffer(rows, V, dtype, device)
+    grad = row_buffer(rows, V, operand, device) if separate else logits
+    return logits, row_buffer(rows, V, dtype, device), grad if gradient else None
+
+
+def _write_gradients(
+    student: HeadProducts,
+    grad: Tensor | None,
+    student_hidden: Tensor,
+    part: slice,
+    factor: Tensor,
+    needed: list[bool],
+    gradients: list[Tensor],
+) -> None:
+    """A chunk's gradients of hidden states, weight and bias, by its logits' gradient factor [k] * grad [k, V].
+
+    The first chunk writes the weight's, the others add to it.
+    """
+    d_hidden, d_weight, d_bias = gradients
+    V = len(student.weight)
+    if needed[0]:
+        student.hidden_gradient(grad, d_hidden[part]).mul_(factor[:, None])
+    if needed[1]:
+        scaled = student_hidden[part] * factor[:, None]
+        student.weight_gradient(grad, scaled, d_weight[:V], first=part.start == 0)
+    if needed[2]:
+        student.bias_gradient(grad, factor, d_bias[:V])
 
 
 def _outputs(
@@ -108,7 +137,7 @@ def _outputs(
     teacher_weight: Tensor,
     needed: list[bool],
 ) -> Gradients:
-    """Uninitialised outputs of the op, in the dtype of the accumulation."""
+    """Outputs of the op in the dtype of the accumulation, uninitialised."""
     K, (V, H) = student_hidden.shape[0], student_weight.shape
     dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
     shapes = ((), (6, K), (K, H) if needed[0] else (0,), (V, H) if needed[1] else (0,), (V,) if needed[2] else (0,))
@@ -132,13 +161,24 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    # Without materialised zeros, a loss that nothing depends on has no upstream gradient.
-    one = upstream is not None and _known_to_be_one(upstream)
+    if upstream is None:  # without materialised zeros, of a loss that nothing depends on
+        return (None,) * 21
+    one = _known_to_be_one(upstream)
     scaled = [
-        (gradient if one else gradient * upstream).to(dtype) if needed and upstream is not None else None
+        None if not needed else gradient.to(dtype) if one else _product(gradient, upstream, dtype)
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
     return *scaled, *[None] * 18
+
+
+def _product(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * upstream in `dtype`, in one pass and without a float32 tensor of the weight's size.
+
+    A new tensor even where the dtype stays: the saved one may be asked for again (`retain_graph`).
+    """
+    if upstream.requires_grad:  # of a backward pass that is itself differentiated, which takes no `out`
+        return (gradient * upstream).to(dtype)
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _known_to_be_one(upstream: Tensor) -> bool:

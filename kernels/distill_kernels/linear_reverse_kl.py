@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill_kernels import backend, checks
-from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, rows_per_chunk
+from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
 from distill_kernels.types import Head, TokenStats
 
 
@@ -40,8 +40,7 @@ def _linear_reverse_kl(
     student = HeadProducts(student_weight[:V], student_hidden, dtype)
     teacher = HeadProducts(teacher_weight[:V], teacher_hidden, dtype)
     rows = rows_per_chunk(K, V, 2 * dtype.itemsize, workspace_bytes, device)
-    student_logits = torch.empty(rows, V, dtype=dtype, device=device)
-    teacher_logits = torch.empty(rows, V, dtype=dtype, device=device)
+    student_logits, teacher_logits = (row_buffer(rows, V, dtype, device) for _ in range(2))
     stats = torch.empty(6, K, dtype=dtype, device=device)
     for part in chunks(K, rows):
         k = part.stop - part.start

@@ -9,13 +9,13 @@ for each lane of a block and are reduced once a row; only the maxima are reduced
 import triton
 import triton.language as tl
 
-BLOCK = 2048  # columns that a program holds at once; tests make it smaller
+BLOCK = 2048  # columns that a program holds at once; tests make it smaller, `benchmarks/row_blocks.py` times others
 WARPS = 16
 
 
-def block_of(V: int) -> int:
-    """No more columns at once than there are."""
-    return min(BLOCK, triton.next_power_of_2(V))
+def launch_options(V: int) -> dict[str, int]:
+    """Block and warps of a launch, as they are set at that moment; no more columns at once than there are."""
+    return {"BLOCK": min(BLOCK, triton.next_power_of_2(V)), "num_warps": WARPS}
 
 
 @triton.jit

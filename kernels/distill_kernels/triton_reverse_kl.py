@@ -6,14 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from distill_kernels.chunks import accumulation_dtype
-from distill_kernels.triton_math import WARPS, block_of, offset_of, shifted, tempered_logits
+from distill_kernels.triton_math import launch_options, offset_of, shifted, tempered_logits
 from distill_kernels.triton_rows import token_stats
 from distill_kernels.types import Head
 
 _PLAIN = Head(bias=None, softcap=None, scale=1.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stats_stride", "normalisers_stride", "upstream_stride", "upstream_step"],
+    do_not_specialize_on_alignment=["token_ids", "stats", "normalisers", "upstream"],
+)
 def _backward_kernel(
     student_ptr, teacher_ptr, token_ids, stats, normalisers, upstream, gradient_ptr,
     student_stride, student_step, teacher_stride, teacher_step, gradient_stride, stats_stride, normalisers_stride,
@@ -81,9 +84,9 @@ def reverse_kl_backward(
     K, V = student_logits.shape
     if K == 0:
         return
-    block = block_of(V)
+    options = launch_options(V)
     # Rows are the grid's first dimension, the only one that may pass 65,535.
-    _backward_kernel[(K, triton.cdiv(V, block))](
+    _backward_kernel[(K, triton.cdiv(V, options["BLOCK"]))](
         student_logits,
         teacher_logits,
         token_ids.contiguous(),
@@ -102,6 +105,5 @@ def reverse_kl_backward(
         upstream.stride(1),
         V,
         1 / temperature,
-        BLOCK=block,
-        num_warps=WARPS,
+        **options,
     )

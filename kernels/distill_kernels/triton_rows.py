@@ -5,8 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill_kernels.triton_math import (
-    WARPS,
-    block_of,
+    launch_options,
     log_mixture_of,
     mixture_kl,
     offset_of,
@@ -20,7 +19,14 @@ from distill_kernels.types import OBJECTIVES, Head
 _NONE, _SAMPLED, _REVERSE, _FORWARD, _JSD = (tl.constexpr(code) for code in range(-1, len(OBJECTIVES)))
 
 
-@triton.jit
+# What changes with the number of rows, from one step to the next, may not make another kernel: neither its size nor
+# where it begins. Pointers and strides of logits are specialised, which their loads of several columns need.
+@triton.jit(
+    do_not_specialize=["stats_stride", "normalisers_stride"],
+    do_not_specialize_on_alignment=[
+        "token_ids", "at_sampling_ptr", "advantage_ptr", "stats", "normalisers", "losses", "row_scale"
+    ],
+)  # fmt: skip
 def _rows_kernel(
     student_ptr, teacher_ptr, student_bias, teacher_bias, token_ids, at_sampling_ptr, advantage_ptr,
     stats, normalisers, losses, row_scale, grad_ptr,
@@ -218,8 +224,8 @@ def _launch_rows(
         _or(student_head.bias, student),
         _or(teacher_head.bias, teacher),
         token_ids.contiguous(),
-        _or(sampling_logprob, stats).contiguous(),
-        _or(advantage, stats).contiguous(),
+        stats if sampling_logprob is None else sampling_logprob.contiguous(),
+        stats if advantage is None else advantage.contiguous(),
         stats,
         _or(normalisers, stats),
         _or(losses, stats),
@@ -249,8 +255,7 @@ def _launch_rows(
         ADVANTAGE=advantage is not None,
         NORMALISERS=normalisers is not None,
         GRADIENT=grad is not None,
-        BLOCK=block_of(V),
-        num_warps=WARPS,
+        **launch_options(V),
     )
 
 

@@ -103,7 +103,10 @@ def _draw(row, column_step, V, peak, inverse_temperature, threshold, target, BLO
     return tl.where(found < 0, last, found)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["logprobs_stride", "seed", "top_k"],
+    do_not_specialize_on_alignment=["row_ids", "step_ptr", "token_ids", "logprobs"],
+)
 def _sample_kernel(
     logits, row_ids, step_ptr, token_ids, logprobs, row_stride, column_step, logprobs_stride, V,
     seed, inverse_temperature, top_k, top_p, log_min_p,

@@ -1,0 +1,73 @@
+"""The products of the linear ops where a CPU has none of the kind: CUDA's half-precision ones, emulated."""
+
+import pytest
+import torch
+from kernels_common import over_implementations, running
+from test_kernels_linear import make, over_objectives, run
+
+from distill_kernels import chunks, linear_distill_loss
+
+
+def product_of_tensor_cores(a, b, *, out_dtype, out=None, add=None):
+    """`torch.mm` and `torch.addmm` with `out_dtype` as CUDA has them, whose conditions it checks, on a CPU."""
+    assert a.dtype == b.dtype != out_dtype == torch.float32
+    assert add is None or add.dtype == out_dtype
+    assert out is None or out.dtype == out_dtype
+    result = a.float() @ b.float() + (0 if add is None else add)
+    return result if out is None else out.copy_(result)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """Half-precision operands stay as they are and rows are aligned, as on CUDA."""
+    ordinary = chunks.HeadProducts.__init__
+
+    def native(products, *arguments):
+        ordinary(products, *arguments)
+        products.native, products.operand = products.dtype != products.accumulate, products.dtype
+
+    def start():
+        monkeypatch.setitem(chunks.ROW_ALIGNMENT, "cpu", 64)
+        monkeypatch.setattr(chunks.HeadProducts, "__init__", native)
+        monkeypatch.setattr(torch, "mm", product_of_tensor_cores)
+        monkeypatch.setattr(torch, "addmm", lambda add, a, b, **rest: product_of_tensor_cores(a, b, add=add, **rest))
+
+    return start
+
+
+@over_implementations
+@over_objectives
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("K", [0, 7])
+def test_products_of_tensor_cores(tensor_cores, implementation, objective, dtype, K):
+    """Against the CPU's own: several chunks, a bias with factors of many magnitudes, columns past the shared ones."""
+    if implementation == "cuda" or (implementation == "twin" and objective == "sampled_reverse_kl"):
+        pytest.skip("CUDA has its own; the twin's gradient of this objective is float32")
+    torch.manual_seed(13)
+    with running(implementation) as device:
+        arguments = make(K, 310, 300, 16, 24, device=device, dtype=dtype)
+        arguments["token_weight"] *= 10.0 ** -torch.arange(K)
+        arguments["student_bias"] = torch.randn(310, requires_grad=True)
+        options = {"objective": objective, "vocab_size": 297, "student_softcap": 5.0}
+        _, _, truth = run(linear_distill_loss, arguments, 1.7, **options)
+        tensor_cores()
+        _, _, gradients = run(linear_distill_loss, arguments, 1.7, workspace_bytes=3 * 10 * 320, **options)
+    assert not gradients["student_weight"][297:].any()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == arguments[name].dtype
+        difference = (gradient - truth[name]).double().norm()
+        assert difference <= 1e-2 * truth[name].double().norm(), name
+
+
+def test_upstream_gradient_that_is_differentiated():
+    """The gradient is linear in the upstream one, which may itself want a gradient."""
+    torch.manual_seed(14)
+    arguments = make(3, 40, 40, 8, 8, device="cpu", dtype=torch.bfloat16)
+    weight = arguments["student_weight"]
+    upstream = torch.tensor(1.7, requires_grad=True)
+    loss, _ = linear_distill_loss(*arguments.values(), objective="reverse_kl")
+    (plain,) = torch.autograd.grad(loss * 1.7, weight, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss * upstream, weight, create_graph=True)
+    assert torch.equal(gradient, plain)
+    (slope,) = torch.autograd.grad(gradient.double().pow(2).sum(), upstream)
+    torch.testing.assert_close(slope.double(), 2 * plain.double().pow(2).sum() / 1.7, rtol=1e-2, atol=0)
