@@ -9,9 +9,16 @@ from conftest import tiny_model
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from distill.rollout import SamplingOptions, local_engine
+from distill.rollout import SamplingOptions, kv_cache, local_engine
 from distill.rollout.decode import Completions, Wave, decode, prefill
-from distill.rollout.kv_cache import DecodeCache, PromptCache, StaticDecodeCache, attention_with_lse
+from distill.rollout.kv_cache import (
+    DecodeCache,
+    PromptCache,
+    StaticDecodeCache,
+    attention_with_lse,
+    composed_attention,
+    merge_pieces,
+)
 from distill_kernels import Sample
 
 KV_HEADS, GROUP, WIDTH = 2, 3, 8
@@ -102,6 +109,34 @@ def test_log_sum_exp_of_attention(device: str) -> None:
     scores = query.double() @ keys.double().transpose(-1, -2) * 0.5
     torch.testing.assert_close(lse, scores.logsumexp(-1).float())
     torch.testing.assert_close(output, (scores.softmax(-1) @ values.double()).float())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("spread", [1, 2, 4])
+def test_of_attention_in_bfloat16_only_weights_and_result_are_rounded(
+    device: str, spread: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's way, in two pieces: at most the error of one softmax of float32 scores. `spread` is theirs."""
+    if device == "cpu":  # which has no such product
+        monkeypatch.setattr(kv_cache, "_float32_product", lambda a, b: a.float() @ b.float())
+    generator = torch.Generator().manual_seed(3)
+    shapes = (16, 64), (256, 64), (256, 64), (96, 64), (96, 64)
+    made = (
+        torch.randn(4, 2, *shape, generator=generator) * factor
+        for shape, factor in zip(shapes, (spread, 1, 1, 1, 1), strict=True)
+    )
+    query, *pieces = (tensor.to(device, torch.bfloat16) for tensor in made)
+    (output, lse), (own, own_lse) = (
+        composed_attention(query, keys, values, None, 0.125) for keys, values in (pieces[:2], pieces[2:])
+    )
+    assert output.dtype == lse.dtype == torch.float32
+    found = merge_pieces(own, own_lse, output, lse).to(query.dtype)
+    keys, values = torch.cat(pieces[::2], 2), torch.cat(pieces[1::2], 2)
+    exact = (query.double() @ keys.double().mT * 0.125).softmax(-1) @ values.double()
+    weights = (query.float() @ keys.float().mT * 0.125).softmax(-1).to(query.dtype)
+    reference = (weights.float() @ values.float()).to(query.dtype)
+    error, reference_error = ((result.double() - exact).square().mean().sqrt() for result in (found, reference))
+    assert error <= 1.05 * reference_error
 
 
 def test_a_row_is_written_up_to_its_end_and_no_further() -> None:

@@ -189,20 +189,8 @@ def _flash_backward(
     unused = torch.empty(0, device=query.device)
     grads = flash(grad_out, query, key, value, out, lse, *causal, 0.0, True, random, unused, scale=scale)
     if layout.shared:
-        parts = flash(
-            grad_out[queries],
-            query[queries],
-            key[keys],
-            value[keys],
-            out[queries],
-            lse[:, queries].contiguous(),
-            *prefix,
-            0.0,
-            False,
-            random,
-            unused,
-            scale=scale,
-        )
+        shared = (query[queries], key[keys], value[keys], out[queries], lse[:, queries].contiguous())
+        parts = flash(grad_out[queries], *shared, *prefix, 0.0, False, random, unused, scale=scale)
         for grad, part, where in zip(grads, parts, (queries, keys, keys), strict=True):
             grad[where] += part
     return grads

@@ -217,8 +217,9 @@ class StaticDecodeCache(DecodeCache):
 
 
 def merge_pieces(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    """Attention over two sets of keys from that over each: weighted by the softmax of their log-sum-exps."""
-    return torch.lerp(other, output, torch.sigmoid(lse - other_lse).unsqueeze(-1).to(output.dtype))
+    """Attention over two sets of keys from that over each, in float32 or better: weighted by their log-sum-exps."""
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    return torch.lerp(other.to(dtype), output.to(dtype), torch.sigmoid(lse - other_lse).unsqueeze(-1).to(dtype))
 
 
 def attention_with_lse(
@@ -226,16 +227,28 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Attention without a causal mask: [b, h, q, D] on [b, h, k, D], to [b, h, q, D] and float32 [b, h, q] (nats)."""
     if query.device.type == "cpu":
-        if bias is not None:
-            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], keys.shape[2])
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, 0.0, False, attn_mask=bias, scale=scale
-        )
-    scores = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
+        bias = None if bias is None else bias.expand(*query.shape[:3], keys.shape[2])
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, keys, values, 0.0, False, attn_mask=bias, scale=scale)
+    return composed_attention(query, keys, values, bias, scale)
+
+
+def composed_attention(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` of two products, to float32; in between only the weights of the values are rounded."""
+    scores = _float32_product(query, keys.transpose(-1, -2)) * scale
     if bias is not None:
         scores += bias
     lse = scores.logsumexp(-1, keepdim=True)
-    return torch.matmul((scores - lse).exp_().to(values.dtype), values), lse.squeeze(-1)
+    return _float32_product((scores - lse).exp_().to(values.dtype), values), lse.squeeze(-1)
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """[b, h, m, k] and [b, h, k, n] on a GPU to float32 [b, h, m, n], which half precision would round."""
+    if a.dtype == torch.float32:
+        return torch.matmul(a, b)
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
 
 
 def shared_prefix_attention(

@@ -33,9 +33,7 @@ def step_metrics(
     gap = (stats.student_logprob - group.valid(group.logprob, torch.arange(len(lengths)))).abs()
     if options.temperature != 1:  # then the loss's log-probabilities are others than the sampler's
         gap = torch.full_like(gap, torch.nan)
-    clipped = torch.full_like(result.loss, torch.nan)
-    if options.reward_clip is not None:
-        clipped = (stats.reward.abs() > options.reward_clip).float().mean()
+    clipped = gap * torch.nan if options.reward_clip is None else (stats.reward.abs() > options.reward_clip).float()
     found = to_host(
         {
             "loss": result.loss,
@@ -49,7 +47,7 @@ def step_metrics(
             "top_token_agreement": result.agreement[0] / result.agreement[1],
             "sampler_logprob_gap": gap.mean(),
             "sampler_logprob_gap_max": gap.max(),
-            "reward_clipped_fraction": clipped,
+            "reward_clipped_fraction": clipped.mean(),
             "grad_norm": grad_norm,
             "truncated_fraction": 1 - to_device(group.finished, device).float().mean(),
             **gradient_noise(result.row_gradients, group, options),
