@@ -227,6 +227,7 @@ EFFECTS = {
     "training.max_steps": ({}, 2, "numbers"),
     "training.tokens_per_micro_batch": ({}, 30, "calls"),
     "training.activation_checkpointing": ({}, True, "calls"),
+    "training.compile": ({}, True, "refused"),  # on a CPU; see test_compiling.py
     "training.device": ({}, "cuda:77", "refused"),
     "training.precision": ({}, "bfloat16", "numbers"),
     "training.attention": ({}, "eager", lambda run: run.parts.student.config._attn_implementation),

@@ -213,6 +213,9 @@ class TrainingConfig(Section):
     """Prompt and completion tokens in one forward and backward pass; lowers memory, never changes the gradient."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the decoder layers of student and teachers (`torch.compile`; on a GPU only). The first steps take about a
+    minute longer, all others less."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:INDEX`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -63,7 +63,7 @@ def completion_hidden(
     """
     rows = host_rows(prompt_ids, prompt_mask, completion_ids, completion_lengths, prompt_index)
     # A recomputation runs outside this context, and has to save what the first forward saved.
-    with _nothing() if checkpointing else OneDnnLinears():
+    with OneDnnLinears() if prompt_ids.device.type == "cpu" and not checkpointing else _nothing():
         return _hidden(body, prompt_ids, completion_ids, rows, checkpointing, one_call)
 
 
@@ -142,6 +142,7 @@ def refuse_like(body: nn.Module, other: nn.Module) -> None:
         _REFUSED[other] = _REFUSED[body]
 
 
+@torch.compiler.disable
 def _shared_prefix_attention(
     module: nn.Module,
     query: Tensor,

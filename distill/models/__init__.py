@@ -7,6 +7,7 @@ from distill.models.abilities import fits_static, native_refusal, sharing_refusa
 from distill.models.agreement import check_pair, eos_ids
 from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
+from distill.models.compiling import compile_layers
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
 from distill.models.sources import ModelError
@@ -20,6 +21,7 @@ __all__ = [
     "attention_as",
     "check_pair",
     "checkpointed",
+    "compile_layers",
     "describe",
     "eos_ids",
     "fits_static",

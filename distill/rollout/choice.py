@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.models import attention_as, linear_layers, native_refusal
+from distill.models import attention_as, compile_layers, linear_layers, native_refusal
 from distill.rollout.decode import decode_step, prefill
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.generation_copy import PackedLinear
@@ -25,11 +25,12 @@ def local_engine(
     engine: str = "native",
     precision: str = "auto",
     memory_budget_bytes: int | None = None,
+    compiled: bool = False,
     **options: Any,
 ) -> RolloutEngine:
     """An engine in this process; `precision` is `auto`, `float32` or `bfloat16`, `engine` `native` or `transformers`.
 
-    The other arguments are those of `NativeEngine`. Raises `NotImplementedError` for a model whose attention the native
+    `compiled` compiles the native engine's layers. The other arguments are those of `NativeEngine`. Raises `NotImplementedError` for a model whose attention the native
     engine cannot run.
     """
     if engine != "native":
@@ -39,6 +40,8 @@ def local_engine(
     dtype = choose_dtype(model, precision)
     made = NativeEngine(model, dtype=dtype, memory_budget_bytes=memory_budget_bytes, **options)
     check_decode_step(made.body, dtype)
+    if compiled:
+        compile_layers(made.body)
     return made
 
 

@@ -64,6 +64,7 @@ class DecodeCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.prompt_length + self.length
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Writes [R, kv heads, 1, D] at the current position; returns views of all that the rows' buffers hold."""
         end = self._offset + self.length + 1
@@ -169,6 +170,7 @@ class StaticDecodeCache(DecodeCache):
         """Makes attention read this many completion slots; fewer than have been written would be wrong."""
         self._end = min(self._offset + completion_slots, self._keys[0].shape[2])
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
         keys, values = self._keys[layer_idx][: self._rows], self._values[layer_idx][: self._rows]
         keys.index_copy_(2, self._slot, key_states.to(keys.dtype))
@@ -251,6 +253,7 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
 
 
+@torch.compiler.disable
 def shared_prefix_attention(
     module: nn.Module,
     query: Tensor,

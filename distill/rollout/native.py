@@ -40,7 +40,8 @@ class NativeEngine(RolloutEngine):
             num_rollouts = row_ids.numel() // input_ids.shape[0]
             for prompts, waves in self._waves(*input_ids.shape, num_rollouts):
                 self._rows_at_once = max(rows.stop - rows.start for rows in waves)
-                cache, last_hidden = prefill(self.body, input_ids[prompts], prompt_mask[prompts])
+                with torch.compiler.set_stance("force_eager"):  # a cache that grows is compiled anew for each length
+                    cache, last_hidden = prefill(self.body, input_ids[prompts], prompt_mask[prompts])
                 for rows in waves:
                     index = torch.arange(rows.start, rows.stop, device=input_ids.device) // num_rollouts - prompts.start
                     wave = Wave(

@@ -47,5 +47,6 @@ def make_engine(
         precision=precision,
         engine=rollout.engine,
         memory_budget_bytes=None if rollout.memory_gib is None else int(rollout.memory_gib * 2**30),
+        compiled=config.training.compile,
         limits=limits,
     )

@@ -8,13 +8,13 @@ from rich.console import Console
 
 from distill.config import Config
 from distill.loss import LossOptions, ModelParts
-from distill.models import describe, split_head
+from distill.models import compile_layers, describe, split_head
 from distill.prompts import epoch_batches, epoch_order, left_pad
 from distill.rollout import choose_dtype as choose_rollout_dtype
 from distill.run.checkpoint import Checkpoint, accept
 from distill.run.engines import make_engine
 from distill.run.layer_choice import choose_layers
-from distill.run.loading import Pair, choose_dtype, load_pair, make_student
+from distill.run.loading import Pair, check_compile, choose_dtype, load_pair, make_student
 from distill.run.prompt_sets import load_prompt_sets
 from distill.runtime import MemoryLimits
 from distill.training import Ranks, Trainer, check_against_itself
@@ -32,6 +32,7 @@ class RunParts:
         """
         self.config, self.ranks, self._console = config, ranks, console
         self.device, self.dtype = device, choose_dtype(config.training.precision, device)
+        check_compile(config, device, ranks)
         pair = load_pair(config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         teachers = [teacher.parts for teacher in pair.teachers]
@@ -52,6 +53,9 @@ class RunParts:
         self.engine = make_engine(
             self.student, config, self.tokenizer, self.vocab_size, self._precision(start), self.limits, ranks
         )
+        if config.training.compile:
+            for model in (self.student, *(teacher.model for teacher in pair.teachers if teacher.model)):
+                compile_layers(model)
         if config.rollout.server and ranks.rank == 0:
             self.servers.append(self.engine.server)
         self.trainer = self._make_trainer()

@@ -1,0 +1,80 @@
+"""Compiled layers: the same numbers, and as many compilations whatever the layers, lengths and rows."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from distill.forward import completion_hidden
+from distill.forward import hidden as forward_hidden
+from distill.models import compile_layers
+from distill.rollout import SamplingOptions, local_engine
+from distill.rollout.decode import decode_static
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    """Each test counts for itself. oneDNN's linears are a CPU's, where nothing is compiled outside tests."""
+    monkeypatch.setattr(forward_hidden, "OneDnnLinears", forward_hidden._nothing)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    before = torch._dynamo.config.allow_unspec_int_on_nn_module
+    yield
+    torch._dynamo.config.allow_unspec_int_on_nn_module = before
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def hidden_and_gradient(model, lengths: list[int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    prompt_ids = torch.randint(3, 97, (2, 30), generator=generator)
+    completion_ids = torch.randint(3, 97, (len(lengths), max(lengths)), generator=generator)
+    index = torch.arange(len(lengths)) // (len(lengths) // 2)
+    mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+    model.zero_grad()
+    hidden = completion_hidden(model.base_model, prompt_ids, mask, completion_ids, lengths, index)
+    hidden.square().sum().backward()
+    return [hidden.detach(), *(parameter.grad.clone() for parameter in model.base_model.parameters())]
+
+
+def test_a_training_pass_gives_the_same_and_is_compiled_once():
+    counts = []
+    for layers in (2, 4):
+        model = tiny_model("qwen3", num_hidden_layers=layers)
+        batches = [[12, 9, 14, 3], [5, 2, 7, 3], [4, 4, 6, 9, 1, 8]]
+        expected = [hidden_and_gradient(model, lengths) for lengths in batches]
+        torch._dynamo.reset()
+        before = graphs()
+        compile_layers(model, backend="aot_eager")
+        for lengths, numbers in zip(batches, expected, strict=True):
+            for found, wanted in zip(hidden_and_gradient(model, lengths), numbers, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        counts.append(graphs() - before)
+    assert counts[0] == counts[1] > 0
+
+
+def test_decoding_gives_the_same_and_is_compiled_once():
+    prompt_ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    counts = []
+    for layers in (2, 4):
+        model = tiny_model("qwen3", num_hidden_layers=layers)
+        options = {"sampling": SamplingOptions(6), "eos_token_ids": [], "pad_token_id": 0, "seed": 1}
+        engine = local_engine(model, precision="float32", **options)
+        engine._decode = decode_static
+
+        def draw(N, engine=engine):
+            mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+            return engine.generate(prompt_ids, mask, num_rollouts=N, prompt_keys=torch.arange(2))
+
+        expected = [draw(N) for N in (2, 3, 4)]
+        torch._dynamo.reset()
+        before = graphs()
+        compile_layers(engine.body, backend="aot_eager")
+        for N, wanted in zip((2, 3, 4), expected, strict=True):
+            found = draw(N)
+            assert torch.equal(found.completion_ids, wanted.completion_ids)
+            torch.testing.assert_close(found.logprob, wanted.logprob, rtol=1e-4, atol=1e-5)
+        counts.append(graphs() - before)
+    assert counts[0] == counts[1] > 0
