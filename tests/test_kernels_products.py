@@ -3,9 +3,9 @@
 import pytest
 import torch
 from kernels_common import over_implementations, running
-from test_kernels_linear import make, over_objectives, run
+from test_kernels_linear import TENSORS, make, over_objectives, run
 
-from distill_kernels import chunks, linear_distill_loss
+from distill_kernels import chunks, linear_distill_loss, linear_reverse_kl
 
 
 def product_of_tensor_cores(a, b, *, out_dtype, out=None, add=None):
@@ -57,6 +57,40 @@ def test_products_of_tensor_cores(tensor_cores, implementation, objective, dtype
         assert gradient.dtype == arguments[name].dtype
         difference = (gradient - truth[name]).double().norm()
         assert difference <= 1e-2 * truth[name].double().norm(), name
+
+
+@over_implementations
+def test_cast_weights(implementation):
+    """Float32 weights in the hidden states' dtype: the same numbers as of cast ones, and a gradient in float32."""
+    torch.manual_seed(15)
+    with running(implementation) as device:
+        arguments = make(7, 90, 90, 16, 24, device=device, dtype=torch.bfloat16)
+        master = torch.randn(90, 16, device=device, requires_grad=True)
+        teacher = torch.randn(90, 24, device=device)
+        casts = {"student_weight": master.detach().bfloat16().requires_grad_(), "teacher_weight": teacher.bfloat16()}
+        options = {"objective": "reverse_kl", "workspace_bytes": 3 * 12 * 128}
+        loss, stats, rounded = run(linear_distill_loss, arguments | casts, 1.7, **options)
+        floats = arguments | {"student_weight": master, "teacher_weight": teacher}
+        same_loss, same_stats, gradients = run(linear_distill_loss, floats, 1.7, cast_weights=True, **options)
+        assert torch.equal(loss, same_loss)
+        assert all(torch.equal(a, b) for a, b in zip(stats, same_stats, strict=True))
+        assert torch.equal(gradients["student_hidden"], rounded["student_hidden"])
+        gradient = gradients["student_weight"]
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient.bfloat16(), rounded["student_weight"])
+        assert (gradient.bfloat16() != gradient).float().mean() > 0.9
+        scored = [floats[name] for name in TENSORS[:5]]
+        own = linear_reverse_kl(*scored, cast_weights=True, workspace_bytes=3 * 8 * 128)
+        torch.testing.assert_close(own.reverse_kl, stats.reverse_kl)
+
+
+def test_cast_weights_of_float32_changes_nothing():
+    torch.manual_seed(16)
+    arguments = make(7, 90, 90, 16, 24, device="cpu")
+    plain = run(linear_distill_loss, arguments, 1.7)
+    cast = run(linear_distill_loss, arguments, 1.7, cast_weights=True)
+    assert torch.equal(plain[0], cast[0])
+    assert all(torch.equal(plain[2][name], gradient) for name, gradient in cast[2].items())
 
 
 def test_upstream_gradient_that_is_differentiated():

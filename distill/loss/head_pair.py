@@ -25,8 +25,7 @@ class HeadPair(NamedTuple):
     vocab_size: int | None
 
     def inputs(self, student_hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights = (model.head.weight.to(model.dtype) for model in (self.student, self.teacher))
-        return student_hidden, next(weights), teacher_hidden, next(weights)
+        return student_hidden, self.student.head.weight, teacher_hidden, self.teacher.head.weight
 
     def theirs(self, teacher_hidden: Sequence[Tensor | None], rows: Tensor, student_hidden: Tensor) -> Tensor:
         """[k, Ht] of what `score` gave; 0 for a row that is computed only to take part, and counts for nothing."""
@@ -52,7 +51,8 @@ class HeadPair(NamedTuple):
 
     def options(self) -> dict:
         heads = self.student.head_arguments("student") | self.teacher.head_arguments("teacher")
-        return {"temperature": self.temperature, "vocab_size": self.vocab_size, **heads}
+        # Float32 weights are multiplied in the hidden states' precision; their gradient is float32 all the way.
+        return {"temperature": self.temperature, "vocab_size": self.vocab_size, "cast_weights": True, **heads}
 
     @torch.no_grad()
     def agreement(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:

@@ -65,17 +65,18 @@ def chunks(K: int, rows: int) -> Iterator[slice]:
 class HeadProducts:
     """The products with one head's weight [V, H], in chunks of rows.
 
-    Hidden states and weight of different dtypes are multiplied in the wider of the two.
+    Hidden states and weight of different dtypes are multiplied in the wider of the two; with `cast_weight` in the
+    hidden states', to which the weight is cast once. Its gradient is a sum in `accumulate` either way.
     """
 
-    def __init__(self, weight: Tensor, hidden: Tensor, accumulate: torch.dtype) -> None:
-        self.weight = weight
-        self.dtype = torch.promote_types(weight.dtype, hidden.dtype)
+    def __init__(self, weight: Tensor, hidden: Tensor, accumulate: torch.dtype, cast_weight: bool = False) -> None:
+        self.weight = weight.to(hidden.dtype) if cast_weight else weight
+        self.dtype = torch.promote_types(self.weight.dtype, hidden.dtype)
         self.accumulate = accumulate
         # On CUDA the tensor cores take half-precision operands as they are and accumulate in float32.
         self.native = weight.device.type == "cuda" and self.dtype != accumulate
         self.operand = self.dtype if self.native else accumulate
-        self.one_dnn = hidden.dtype == torch.float32 and cpu_product.available(weight)
+        self.one_dnn = hidden.dtype == torch.float32 and cpu_product.available(self.weight)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """out [k, V] = hidden [k, H] weight^T."""

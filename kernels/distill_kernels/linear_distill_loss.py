@@ -54,6 +54,7 @@ def _linear_distill_loss(
     student_scale: float,
     teacher_scale: float,
     workspace_bytes: int | None,
+    cast_weights: bool,
 ) -> Gradients:
     """Loss [], statistics [6, K], and the `needed` gradients of student hidden states, weight and bias (else empty)."""
     checks.check_token_ids(token_ids, vocab_size)
@@ -62,8 +63,8 @@ def _linear_distill_loss(
     _, stats, *gradients = outputs
     weights = token_weight.to(stats.dtype)
     losses, row_scale = stats.new_empty(2, K)
-    student = HeadProducts(student_weight[:V], student_hidden, stats.dtype)
-    teacher = HeadProducts(teacher_weight[:V], teacher_hidden, stats.dtype)
+    student = HeadProducts(student_weight[:V], student_hidden, stats.dtype, cast_weights)
+    teacher = HeadProducts(teacher_weight[:V], teacher_hidden, stats.dtype, cast_weights)
     gradients[1][V if K else 0 :].zero_(), gradients[2].zero_()  # the first chunk writes the weight's first V rows
     buffers = _buffers(K, V, student, any(needed), workspace_bytes, device)
     student_head = shared_columns(student_bias, student_softcap, student_scale, V)
@@ -162,13 +163,13 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 def _scale_gradients(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     if upstream is None:  # without materialised zeros, of a loss that nothing depends on
-        return (None,) * 21
+        return (None,) * 22
     one = _known_to_be_one(upstream)
     scaled = [
         None if not needed else gradient.to(dtype) if one else _product(gradient, upstream, dtype)
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
-    return *scaled, *[None] * 18
+    return *scaled, *[None] * 19
 
 
 def _product(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,6 +231,7 @@ def linear_distill_loss(
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
     workspace_bytes: int | None = None,
+    cast_weights: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """sum_k token_weight[k] * loss_k in nats, a float32 scalar, and the detached statistics, [K] float32 each.
 
@@ -238,7 +240,9 @@ def linear_distill_loss(
     the gradient is returned to autograd, which adds it to the embedding's.
 
     student_hidden [K, Hs], student_weight [Vs, Hs], teacher_hidden [K, Ht], teacher_weight [Vt, Ht]: float32,
-    bfloat16 or float16, float64 on a CPU; each may have its own (a product runs in the wider of its two).
+    bfloat16 or float16, float64 on a CPU; each may have its own (a product runs in the wider of its two, or with
+    `cast_weights` in the hidden states' dtype: float32 master weights in half precision, and their gradient still
+    float32, which is a sum of float32 products of half-precision numbers and never rounded to fewer bits).
     token_ids [K] int64. token_weight [K], 0 for a token to leave out, whatever its loss is. sampling_logprob [K],
     nats, importance_clip and advantage are for `sampled_reverse_kl` only; without the first, rho is 1. advantage [K],
     nats, takes the place of the token's reward in the loss and its gradient, not in the statistics. beta, for `jsd`,
@@ -289,5 +293,6 @@ def linear_distill_loss(
         student_scale,
         teacher_scale,
         workspace_bytes,
+        cast_weights,
     )
     return loss, TokenStats(*stats.unbind(0))

@@ -32,13 +32,14 @@ def _linear_reverse_kl(
     temperature: float,
     vocab_size: int,
     workspace_bytes: int | None,
+    cast_weights: bool,
 ) -> Tensor:
     """[6, K] statistics in the order of `TokenStats`."""
     checks.check_token_ids(token_ids, vocab_size)
     K, V, device = student_hidden.shape[0], vocab_size, student_hidden.device
     dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    student = HeadProducts(student_weight[:V], student_hidden, dtype)
-    teacher = HeadProducts(teacher_weight[:V], teacher_hidden, dtype)
+    student = HeadProducts(student_weight[:V], student_hidden, dtype, cast_weights)
+    teacher = HeadProducts(teacher_weight[:V], teacher_hidden, dtype, cast_weights)
     rows = rows_per_chunk(K, V, 2 * dtype.itemsize, workspace_bytes, device)
     student_logits, teacher_logits = (row_buffer(rows, V, dtype, device) for _ in range(2))
     stats = torch.empty(6, K, dtype=dtype, device=device)
@@ -83,11 +84,13 @@ def linear_reverse_kl(
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
     workspace_bytes: int | None = None,
+    cast_weights: bool = False,
 ) -> TokenStats:
     """Statistics of K tokens under two heads, [K] float32 each, in nats, never with gradients.
 
     student_hidden [K, Hs], student_weight [Vs, Hs], teacher_hidden [K, Ht], teacher_weight [Vt, Ht]: float32,
-    bfloat16 or float16, float64 on a CPU; each may have its own (a product runs in the wider of its two).
+    bfloat16 or float16, float64 on a CPU; each may have its own (a product runs in the wider of its two, or with
+    `cast_weights` in the hidden states' dtype).
     token_ids [K] int64. `vocab_size` is the number of leading columns that both models share, and may be absent
     where Vs = Vt. logits = softcap(scale * (h W^T + bias)), bias [V]; all statistics are at logits / temperature.
     `workspace_bytes` bounds the logits buffers.
@@ -123,5 +126,6 @@ def linear_reverse_kl(
             temperature,
             V,
             workspace_bytes,
+            cast_weights,
         )
     return TokenStats(*stats.unbind(0))
