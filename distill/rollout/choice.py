@@ -30,8 +30,8 @@ def local_engine(
 ) -> RolloutEngine:
     """An engine in this process; `precision` is `auto`, `float32` or `bfloat16`, `engine` `native` or `transformers`.
 
-    `compiled` compiles the native engine's layers. The other arguments are those of `NativeEngine`. Raises `NotImplementedError` for a model whose attention the native
-    engine cannot run.
+    `compiled` has the native engine compile its layers. The other arguments are those of `NativeEngine`. Raises
+    `NotImplementedError` for a model whose attention the native engine cannot run.
     """
     if engine != "native":
         return StockEngine(model, dtype=choose_dtype(model, precision), **options)
