@@ -38,11 +38,12 @@ class Shape(NamedTuple):
 SHAPES = (Shape(64, 16, 256, 512, 256), Shape(256, 16, 256, 512, 256))
 SMALL = (Shape(6, 3, 70, 100, 66, 4, 2, 16),)
 
-# prompt pieces, own pieces, block_m, block_n, warps, stages; the plan's own choice comes first, by itself
+# Prompt pieces, own pieces, block_m, block_n, warps, stages, most registers; the choice of `plan` comes before these.
 CUTS = (
-    (4, 1, 32, 64, 4, 2), (2, 1, 32, 64, 4, 2), (1, 1, 32, 64, 4, 2), (4, 2, 32, 64, 4, 2), (2, 2, 32, 64, 4, 2),
-    (4, 1, 32, 64, 4, 3), (2, 1, 32, 64, 4, 3), (4, 1, 16, 64, 4, 2), (4, 1, 16, 64, 4, 3), (4, 1, 32, 32, 4, 3),
-    (4, 1, 16, 32, 2, 3), (2, 1, 32, 128, 4, 2), (2, 1, 32, 64, 8, 2), (4, 1, 64, 64, 4, 2),
+    (2, 1, 32, 64, 4, 2, None), (4, 1, 32, 64, 4, 2, 128), (2, 1, 32, 64, 4, 2, 128), (4, 2, 32, 64, 4, 2, 128),
+    (4, 1, 32, 64, 4, 3, None), (2, 1, 32, 64, 4, 3, None), (4, 1, 16, 64, 4, 2, None), (4, 1, 16, 64, 4, 3, None),
+    (1, 1, 32, 64, 4, 2, 128), (4, 1, 32, 32, 4, 3, None), (4, 1, 16, 32, 2, 3, None), (2, 1, 32, 128, 4, 2, None),
+    (2, 1, 32, 64, 8, 2, None), (4, 1, 64, 64, 4, 2, None),
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ run() { # run SECONDS NAME COMMAND...: one part within its time, its output kept
   tail -n 25 "$out/$name.txt"
 }
 
-run 150 tests "$PYTHON" -m pytest -q tests -k "cuda or offsets or 2_to_the_31"
+run 210 tests "$PYTHON" -m pytest -q tests -k "cuda or offsets or 2_to_the_31"
 for file in benchmarks/test_*.py; do
   name=$(basename "$file" .py)
   limit=80
@@ -31,4 +31,5 @@ for file in benchmarks/test_*.py; do
   run "$limit" "$name" "$PYTHON" -m pytest -q "$file" \
     --results "$out/$name.json" --benchmark-json "$out/$name.pytest-benchmark.json"
 done
+run 60 decode_attention "$PYTHON" -m benchmarks.decode_attention
 exit $status

@@ -187,11 +187,11 @@ def test_registration(implementation):
         hidden, weight, *teacher_side, ids, token_weight = linear_arguments(device=device)
         needed = [True, True, False]
         student_side = (hidden.requires_grad_(), weight.requires_grad_(), None)
-        options = (None, None, needed, 1, None, 0.5, 1.0, 9, None, None, 1.0, 1.0, None)
+        options = (None, None, needed, 1, None, 0.5, 1.0, 9, None, None, 1.0, 1.0, None, True)
         torch.library.opcheck(
             ops.linear_distill_loss.default, (*student_side, *teacher_side, None, ids, token_weight, *options)
         )
-        scoring = (*linear_arguments(device=device)[:5], None, None, None, None, 1.0, 1.0, 1.0, 9, None)
+        scoring = (*linear_arguments(device=device)[:5], None, None, None, None, 1.0, 1.0, 1.0, 9, None, False)
         torch.library.opcheck(ops.linear_reverse_kl.default, scoring)
         step = torch.tensor(0, device=device)
         torch.library.opcheck(ops.sample.default, (teacher, ids, step, 7, 1.0, 3, 0.9, 0.0))

@@ -33,6 +33,8 @@ class Plan(NamedTuple):
     """Keys that a program holds at once."""
     warps: int = 4
     stages: int = 2
+    registers: int | None = None
+    """The most that a thread may have; None leaves it to the compiler."""
 
 
 def plan(R: int, Hq: int, Hkv: int, D: int, T: int, itemsize: int, *, B: int = 0, P: int = 0, rows: int = 0) -> Plan:
@@ -271,6 +273,7 @@ def attend(
         PRECISION="ieee",
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        maxnreg=chosen.registers,
     )
     if number > 1:
         heads = min(max(1, MERGED // block_d), triton.next_power_of_2(Hq))
