@@ -1,18 +1,11 @@
-"""Compiles every Triton kernel to machine code, which needs no GPU; a line a variant. A process of its own runs it.
-
-<<<<<<< HEAD
-The attention kernels get the divisibility hints that aligned tensors give them in a run, so that it is the code of a
-run whose registers are counted.
-"""
+"""Compiles every Triton kernel to machine code, which needs no GPU; a line a variant. A process of its own runs it."""
 
 import re
 import subprocess
 import tempfile
-from pathlib import Path
-=======
 from collections import defaultdict
 from functools import partial
->>>>>>> work-b
+from pathlib import Path
 
 import torch
 import triton
@@ -20,19 +13,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-<<<<<<< HEAD
-from distill_kernels import triton_decode_attention, triton_math, triton_reverse_kl, triton_rows, triton_sample
-=======
 from distill_kernels import (
     backend,
     linear_distill_loss,
     sample,
+    triton_decode_attention,
     triton_math,
     triton_reverse_kl,
     triton_rows,
     triton_sample,
 )
->>>>>>> work-b
 
 FLOATS = "*fp32"
 POINTERS = {
@@ -76,7 +66,49 @@ def compile_kernel(kernel, warps: int, **constants) -> None:
         print(f"compiled {kernel.__name__} for {capability}: {constants}")
 
 
-<<<<<<< HEAD
+def loss_of(rows: int) -> None:
+    """In chunks of 16 rows."""
+    hidden, weight = torch.randn(2, rows, 8), torch.randn(2, 96, 8)
+    arguments = hidden[0].requires_grad_(), weight[0], hidden[1], weight[1], torch.zeros(rows, dtype=torch.int64)
+    options = {"sampling_logprob": torch.zeros(rows + 1)[1:], "advantage": torch.zeros(rows)}
+    linear_distill_loss(*arguments, torch.ones(rows), workspace_bytes=16 * 8 * 96, **options)
+
+
+def statistics_of(rows: int) -> None:
+    logits, upstream = torch.randn(2, rows, 96), torch.randn(6, rows)
+    token_ids = torch.zeros(rows + 1, dtype=torch.int64)[1:]
+    stats, normalisers = triton_reverse_kl.reverse_kl_forward(*logits, token_ids, 1.0)
+    triton_reverse_kl.reverse_kl_backward(
+        *logits, token_ids, stats, normalisers, upstream, torch.empty_like(logits[0]), 1.0
+    )
+
+
+def sample_of(rows: int) -> None:
+    sample(torch.randn(rows, 96), temperature=0.7, top_k=rows, seed=rows, step=rows)
+
+
+def record(bind, kinds: set, *args, grid, warmup, num_warps, **options) -> None:
+    kinds.add(str(bind(*args, **options)[1]))
+
+
+def check_specialisations() -> None:
+    """A launcher compiles one kernel, whatever the number of rows is: launches are recorded, and nothing runs."""
+    backend._interpreting = True  # the launchers of CUDA, for tensors on a CPU
+    target, seen = make_backend(GPUTarget("cuda", 90, 32)), defaultdict(set)
+    kernels = triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._sample_kernel
+    for launch in loss_of, statistics_of, sample_of:
+        for kernel in kernels:
+            bind = create_function_from_signature(kernel.signature, kernel.params, target)
+            kernel.run = partial(record, bind, seen[launch.__name__, kernel.__name__])
+        for rows in (1, 2, 15, 16, 17, 64):
+            launch(rows)
+    for kernel in kernels:
+        del kernel.run
+    assert sum(map(len, seen.values())) >= 4
+    for key, kinds in seen.items():
+        assert len(kinds) <= 1, f"{key}: compiled {len(kinds)} times\n" + "\n".join(sorted(kinds))
+
+
 def attention_type_of(name: str, floats: str) -> str:
     types = {"pieces": FLOATS, "piece_lse": FLOATS, "ended": "*i1", "scale_log2": "fp32"}
     types |= dict.fromkeys(("position", "row_start", "left_padding"), "*i64")
@@ -146,53 +178,7 @@ def attention() -> None:
 
 def main() -> None:
     attention()
-=======
-def loss_of(rows: int) -> None:
-    """In chunks of 16 rows."""
-    hidden, weight = torch.randn(2, rows, 8), torch.randn(2, 96, 8)
-    arguments = hidden[0].requires_grad_(), weight[0], hidden[1], weight[1], torch.zeros(rows, dtype=torch.int64)
-    options = {"sampling_logprob": torch.zeros(rows + 1)[1:], "advantage": torch.zeros(rows)}
-    linear_distill_loss(*arguments, torch.ones(rows), workspace_bytes=16 * 8 * 96, **options)
-
-
-def statistics_of(rows: int) -> None:
-    logits, upstream = torch.randn(2, rows, 96), torch.randn(6, rows)
-    token_ids = torch.zeros(rows + 1, dtype=torch.int64)[1:]
-    stats, normalisers = triton_reverse_kl.reverse_kl_forward(*logits, token_ids, 1.0)
-    triton_reverse_kl.reverse_kl_backward(
-        *logits, token_ids, stats, normalisers, upstream, torch.empty_like(logits[0]), 1.0
-    )
-
-
-def sample_of(rows: int) -> None:
-    sample(torch.randn(rows, 96), temperature=0.7, top_k=rows, seed=rows, step=rows)
-
-
-def record(bind, kinds: set, *args, grid, warmup, num_warps, **options) -> None:
-    kinds.add(str(bind(*args, **options)[1]))
-
-
-def check_specialisations() -> None:
-    """A launcher compiles one kernel, whatever the number of rows is: launches are recorded, and nothing runs."""
-    backend._interpreting = True  # the launchers of CUDA, for tensors on a CPU
-    target, seen = make_backend(GPUTarget("cuda", 90, 32)), defaultdict(set)
-    kernels = triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._sample_kernel
-    for launch in loss_of, statistics_of, sample_of:
-        for kernel in kernels:
-            bind = create_function_from_signature(kernel.signature, kernel.params, target)
-            kernel.run = partial(record, bind, seen[launch.__name__, kernel.__name__])
-        for rows in (1, 2, 15, 16, 17, 64):
-            launch(rows)
-    for kernel in kernels:
-        del kernel.run
-    assert sum(map(len, seen.values())) >= 4
-    for key, kinds in seen.items():
-        assert len(kinds) <= 1, f"{key}: compiled {len(kinds)} times\n" + "\n".join(sorted(kinds))
-
-
-def main() -> None:
     check_specialisations()
->>>>>>> work-b
     block, warps = triton_math.BLOCK, triton_math.WARPS
     for objective in range(-1, 4):
         for extras in (False, True):
