@@ -85,7 +85,7 @@ def write_results(config: pytest.Config) -> None:
     if not path:
         return
     # Without the options that say where the results go, so that the command can be repeated as it stands.
-    ours = ("--results", path, "--tables", "-q")
+    ours = ("--results", path, "--tables", "-q", "--benchmark-disable")
     words = [str(word) for word in config.invocation_params.args if word not in ours]
     more = {"absent": config.stash[_absent]} if config.stash[_absent] else {}
     command = shlex.join(["pytest", *words])

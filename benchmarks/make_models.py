@@ -1,4 +1,4 @@
-"""`python -m benchmarks.make_models FOLDER`: random models of Qwen3's sizes and a tokenizer, for runs without a network.
+"""`python -m benchmarks.make_models FOLDER`: random models of Qwen3 sizes and a tokenizer, for runs without a network.
 
 FOLDER/student is a Qwen3-0.6B and FOLDER/teacher a Qwen3-4B in bfloat16 (9.2 GB together), made on the GPU where there
 is one. Both have one tokenizer, of words, in which no token ends a completion: every rollout is as long as it may be.
