@@ -279,9 +279,9 @@ def qwen3():
     return random_model(SMALL), random_model(LARGE, torch.bfloat16).requires_grad_(False)
 
 
-def record_phases(record, student, teacher, steps: Iterator[StepResult], P: int, T: int, N: int) -> None:
-    """Records a row for each phase of three steps, after one that warms up."""
-    results = [next(steps) for _ in range(4)][1:]
+def record_phases(record, student, teacher, steps: Iterator[StepResult], P: int, T: int, N: int, timed: int) -> None:
+    """Records a row for each phase of `timed` steps, after one that warms up."""
+    results = [next(steps) for _ in range(1 + timed)][1:]
     flops = {
         "rollout": 2 * multiplied_weights(student, P, T, N),
         "score": 2 * multiplied_weights(teacher, P, T, N),
@@ -299,7 +299,7 @@ def record_phases(record, student, teacher, steps: Iterator[StepResult], P: int,
 def test_qwen3_on_a_gpu(qwen3, record, shape):
     P, T, N = shape
     steps = our_steps(*qwen3, list(range(1, P + 1)), T, N, torch.bfloat16, generation="bfloat16")
-    record_phases(record, *qwen3, steps, P, T, N)
+    record_phases(record, *qwen3, steps, P, T, N, timed=3)
 
 
 @pytest.mark.cuda
@@ -310,7 +310,7 @@ def test_qwen3_beside_trl_on_a_gpu(qwen3, tmp_path, record, absent):
     steps = our_steps(
         *qwen3, tokenizer(prompt_of(tokenizer, P))["input_ids"], T, N, torch.bfloat16, generation="bfloat16"
     )
-    record_phases(record, *qwen3, steps, P, T, N)
+    record_phases(record, *qwen3, steps, P, T, N, timed=2)
     tokenizer.eos_token = "<pad>"  # which TRL asks for, and `min_new_tokens` keeps from being sampled
     group = f"whole step of Qwen3-0.6B from 4B in bfloat16, (P, T, N) = {(P, T, N)}"
     need_trl(absent, group)
