@@ -1,17 +1,21 @@
-"""Collects the rows that benchmarks record, prints them as one table, and writes them where --results says."""
+"""Collects the rows that benchmarks record, prints them as one table, and writes them where --results says.
+
+The file is written anew with every row, so that a run which is cut short leaves what it had measured.
+"""
 
 import shlex
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import tables
-from benchmarks.harness import Row, describe_machine, format_table, write_json
+from benchmarks.harness import DRY, Row, describe_machine, format_table, gpu_or_cpu, write_json
 
 _rows = pytest.StashKey[list[Row]]()
 _absent = pytest.StashKey[dict[str, str]]()
+_kept = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,10 +27,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
     config.stash[_absent] = {}
+    config.stash[_kept] = {}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `--whole-grid`, what takes minutes by itself is left out and said to be."""
+    """What needs a GPU is left out where there is none, and what takes minutes by itself without `--whole-grid`."""
+    if not (torch.cuda.is_available() or DRY):
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     if not config.getoption("--whole-grid"):
         for item in items:
             if item.get_closest_marker("whole_grid"):
@@ -35,14 +44,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return gpu_or_cpu()
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
     """Adds a row to the table at the end of the run."""
-    return request.config.stash[_rows].append
+
+    def add(row: Row) -> None:
+        request.config.stash[_rows].append(row)
+        write_results(request.config)
+
+    return add
 
 
 @pytest.fixture
@@ -55,20 +68,40 @@ def absent(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
     return note
 
 
+@pytest.fixture
+def keep(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
+    """Keeps a value beside the rows, by name, where --results says."""
+
+    def add(name: str, value: Any) -> None:
+        request.config.stash[_kept][name] = value
+        write_results(request.config)
+
+    return add
+
+
+def write_results(config: pytest.Config) -> None:
+    """Writes what there is so far where --results says."""
+    path = config.getoption("--results")
+    if not path:
+        return
+    # Without the options that say where the results go, so that the command can be repeated as it stands.
+    ours = ("--results", path, "--tables", "-q", "--benchmark-disable")
+    words = [str(word) for word in config.invocation_params.args if word not in ours]
+    more = {"absent": config.stash[_absent]} if config.stash[_absent] else {}
+    command = shlex.join(["pytest", *words])
+    write_json(path, config.stash[_rows], gpu_or_cpu(), command=command, **more, **config.stash[_kept])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash[_rows]
     if not rows:
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     terminalreporter.section("measured")
-    terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
+    about = describe_machine(gpu_or_cpu())
+    terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in about.items()))
     terminalreporter.write_line(format_table(rows))
     for what, reason in config.stash[_absent].items():
         terminalreporter.write_line(f"without {what}: {reason}")
-    if path := config.getoption("--results"):
-        # Without the options that say where the results go, so that the command can be repeated as it stands.
-        ours = ("--results", path, "--tables", "-q")
-        words = [word for word in config.invocation_params.args if word not in ours]
-        write_json(Path(path), rows, device, command=shlex.join(["pytest", *map(str, words)]))
-        if config.getoption("--tables"):
-            tables.main()
+    write_results(config)
+    if config.getoption("--results") and config.getoption("--tables"):
+        tables.main()

