@@ -6,7 +6,7 @@ from conftest import tiny_model
 
 from distill.forward import completion_hidden
 from distill.forward import hidden as forward_hidden
-from distill.models import compile_layers
+from distill.models import compile_layers, join_siblings
 from distill.rollout import SamplingOptions, local_engine
 from distill.rollout.decode import decode_static
 
@@ -76,5 +76,19 @@ def test_decoding_gives_the_same_and_is_compiled_once():
             found = draw(N)
             assert torch.equal(found.completion_ids, wanted.completion_ids)
             torch.testing.assert_close(found.logprob, wanted.logprob, rtol=1e-4, atol=1e-5)
+        counts.append(graphs() - before)
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_compiled_layer_makes_one_product_of_siblings():
+    ids, counts = torch.arange(3, 40)[None], []
+    for layers in (2, 4):
+        model = tiny_model("qwen3", num_hidden_layers=layers).requires_grad_(False)
+        expected = model(ids, use_cache=False).logits
+        join_siblings(model, list(model.parameters()))
+        torch._dynamo.reset()
+        before = graphs()
+        compile_layers(model, backend="aot_eager")
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
         counts.append(graphs() - before)
     assert counts[0] == counts[1] > 0

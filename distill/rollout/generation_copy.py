@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from distill.models import alias, is_adapted, linear_layers, merged_weight, whole
+from distill.models import alias, is_adapted, join_siblings, linear_layers, merged_weight, whole
 
 
 class GenerationCopy:
@@ -85,6 +85,8 @@ class GenerationCopy:
                     if source.requires_grad:
                         self._updates.append(_copier(source, copies[id(source)]))
                 module._parameters[name] = copies[id(source)]
+        if self.model.device.type == "cuda":
+            join_siblings(self.model, copies.values())
 
 
 class PackedLinear(nn.Module):
