@@ -5,6 +5,7 @@ reported with the range seen. A fraction of a limit is against a limit measured 
 data sheet. Memory is what the call needed at its peak beyond what was held before it.
 """
 
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -14,13 +15,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from distill.models import compile_layers
 from distill_kernels import cpu_product
 
 DRY = os.environ.get("DRY") == "1"
@@ -205,6 +208,19 @@ def _cpu_info() -> dict[str, str]:
         key, _, value = line.partition(":")
         about.setdefault(key.strip(), value.strip())
     return about
+
+
+@contextlib.contextmanager
+def compiled(*models: nn.Module) -> Iterator[None]:
+    """Has their decoder layers compiled meanwhile, as `training.compile` has them on a GPU; elsewhere they stay."""
+    if gpu_or_cpu().type == "cuda":
+        for model in models:
+            compile_layers(model)
+    try:
+        yield
+    finally:
+        for module in (module for model in models for module in model.modules()):
+            module._compiled_call_impl = None
 
 
 def ratios(rows: Sequence[Row]) -> dict[tuple[str, str], float]:

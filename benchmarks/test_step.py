@@ -21,6 +21,7 @@ from benchmarks.harness import (
     DRY,
     Row,
     Timing,
+    compiled,
     gemm_rate,
     gpu_or_cpu,
     interleave,
@@ -61,9 +62,9 @@ def models():
 
 
 def our_steps(
-    student, teacher, token_ids: list[int], T: int, N: int, dtype, *, generation: str
+    student, teacher, token_ids: list[int], T: int, N: int, dtype, *, generation: str, **options
 ) -> Iterator[StepResult]:
-    """Steps that each sample N rollouts of T tokens of one prompt and update the student."""
+    """Steps that each sample N rollouts of T tokens of one prompt and update the student; `options` are the engine's."""
     prompt = torch.tensor([token_ids], device=student.device)
     engine = local_engine(
         student,
@@ -72,6 +73,7 @@ def our_steps(
         pad_token_id=0,
         seed=0,
         precision=generation,
+        **options,
     )
     trainer = Trainer(
         student,
@@ -279,7 +281,9 @@ def qwen3():
     return random_model(SMALL), random_model(LARGE, torch.bfloat16).requires_grad_(False)
 
 
-def record_phases(record, student, teacher, steps: Iterator[StepResult], P: int, T: int, N: int, timed: int) -> None:
+def record_phases(
+    record, student, teacher, steps: Iterator[StepResult], P: int, T: int, N: int, timed: int, how: str = ""
+) -> None:
     """Records a row for each phase of `timed` steps, after one that warms up."""
     results = [next(steps) for _ in range(1 + timed)][1:]
     flops = {
@@ -289,7 +293,7 @@ def record_phases(record, student, teacher, steps: Iterator[StepResult], P: int,
     }
     side = 64 if DRY else 8192
     limit = gemm_rate(side, side, side, dtype=torch.bfloat16, device=gpu_or_cpu())
-    for row in phase_rows(results, f"Qwen3-0.6B from 4B, (P, T, N) = {(P, T, N)}", flops, limit):
+    for row in phase_rows(results, f"Qwen3-0.6B from 4B, (P, T, N) = {(P, T, N)}{how}", flops, limit):
         record(row)
     assert all(result.metrics["seconds_update"] > 0 for result in results)
 
@@ -304,13 +308,16 @@ def test_qwen3_on_a_gpu(qwen3, record, shape):
 
 @pytest.mark.cuda
 def test_qwen3_beside_trl_on_a_gpu(qwen3, tmp_path, record, absent):
-    """The phases of our step, then TRL's whole step; its first one warms up, a second is timed."""
+    """The phases of our step, plain and compiled, then TRL's whole step beside our plain one; its first warms up."""
     P, T, N = QWEN3_BESIDE_TRL
     tokenizer = word_tokenizer()
-    steps = our_steps(
-        *qwen3, tokenizer(prompt_of(tokenizer, P))["input_ids"], T, N, torch.bfloat16, generation="bfloat16"
-    )
+    make = partial(our_steps, *qwen3, tokenizer(prompt_of(tokenizer, P))["input_ids"], T, N, torch.bfloat16)
+    steps = make(generation="bfloat16")
     record_phases(record, *qwen3, steps, P, T, N, timed=2)
+    with compiled(*qwen3):
+        faster = make(generation="bfloat16", compiled=gpu_or_cpu().type == "cuda")
+        record_phases(record, *qwen3, faster, P, T, N, timed=3, how=", compiled")
+    del faster
     tokenizer.eos_token = "<pad>"  # which TRL asks for, and `min_new_tokens` keeps from being sampled
     group = f"whole step of Qwen3-0.6B from 4B in bfloat16, (P, T, N) = {(P, T, N)}"
     need_trl(absent, group)

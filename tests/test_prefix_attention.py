@@ -86,5 +86,8 @@ def test_the_gpu_kernels_are_no_worse_than_a_masked_softmax(dtype, groups):
     exact = [out, *torch.autograd.grad(out, wide, upstream)]
     ours = errors(prefix_attention, inputs, upstream, place, exact)
     plain = errors(masked_attention, inputs, upstream, place, exact)
-    for found, usual in zip(ours, plain, strict=True):
-        assert found <= usual + 4 * torch.finfo(dtype).eps
+    for found, usual, result in zip(ours, plain, exact, strict=True):
+        # float32 has no flash kernel here. The backward then starts from a rounded log-sum-exp and output, as a flash
+        # backward does, and a softmax's does not: units in the last place of the largest result, not of 1.
+        units = 4 if dtype == torch.bfloat16 else 16 * result.abs().max().item()
+        assert found <= usual + units * torch.finfo(dtype).eps
