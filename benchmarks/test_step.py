@@ -64,7 +64,7 @@ def models():
 def our_steps(
     student, teacher, token_ids: list[int], T: int, N: int, dtype, *, generation: str, **options
 ) -> Iterator[StepResult]:
-    """Steps that each sample N rollouts of T tokens of one prompt and update the student; `options` are the engine's."""
+    """Steps that each sample N rollouts of T tokens of one prompt and update the student; `options` are an engine's."""
     prompt = torch.tensor([token_ids], device=student.device)
     engine = local_engine(
         student,
