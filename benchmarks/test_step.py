@@ -33,7 +33,7 @@ from benchmarks.kernel_candidates import peer
 from benchmarks.make_models import LARGE, SMALL, prompt_of, random_model, word_tokenizer
 from distill.config import TrainingConfig
 from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score
-from distill.models import load_model, load_tokenizer, split_head
+from distill.models import fuse_norms, load_model, load_tokenizer, split_head
 from distill.rollout import SamplingOptions, local_engine
 from distill.training import StepResult, Trainer
 
@@ -66,6 +66,8 @@ def our_steps(
 ) -> Iterator[StepResult]:
     """Steps that each sample N rollouts of T tokens of one prompt and update the student; `options` are an engine's."""
     prompt = torch.tensor([token_ids], device=student.device)
+    if student.device.type == "cuda":  # as `load_model` does
+        fuse_norms(student), fuse_norms(teacher)
     engine = local_engine(
         student,
         sampling=SamplingOptions(max_new_tokens=T),

@@ -10,6 +10,7 @@ from distill.models.checkpointing import checkpointed
 from distill.models.compiling import compile_layers
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
+from distill.models.norms import fuse_norms
 from distill.models.siblings import join_siblings
 from distill.models.sources import ModelError
 from distill.models.structure import Head, alias, layer_stack, split_head, whole, without_layers
@@ -26,6 +27,7 @@ __all__ = [
     "describe",
     "eos_ids",
     "fits_static",
+    "fuse_norms",
     "is_adapted",
     "join_siblings",
     "layer_stack",

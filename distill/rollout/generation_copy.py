@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from distill.models import alias, is_adapted, join_siblings, linear_layers, merged_weight, whole
+from distill.models import alias, fuse_norms, is_adapted, join_siblings, linear_layers, merged_weight, whole
 
 
 class GenerationCopy:
@@ -87,6 +87,7 @@ class GenerationCopy:
                 module._parameters[name] = copies[id(source)]
         if self.model.device.type == "cuda":
             join_siblings(self.model, copies.values())
+            fuse_norms(self.model)
 
 
 class PackedLinear(nn.Module):

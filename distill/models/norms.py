@@ -1,0 +1,30 @@
+"""RMS norms as PyTorch's one kernel, on a GPU: written out, as models do it, a norm is six launches and as many copies."""
+
+import torch
+from torch import Tensor, nn
+
+PROBE_ROWS = 4
+
+
+class RmsNorm(nn.Module):
+    """weight * x / rms(x), rounded once; models round to half precision before they multiply by the weight, too."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+
+@torch.no_grad()
+def fuse_norms(model: nn.Module) -> None:
+    """Replaces, in place, every norm that gives what `RmsNorm` gives, as a probe finds: a class's name says little."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            eps, weight = getattr(norm, "variance_epsilon", getattr(norm, "eps", None)), getattr(norm, "weight", None)
+            if isinstance(eps, float) and isinstance(weight, nn.Parameter) and weight.dim() == 1:
+                probe = torch.arange(PROBE_ROWS * len(weight), device=weight.device).sin().mul(3).add(1)
+                probe, fused = probe.view(PROBE_ROWS, -1).to(weight.dtype), RmsNorm(weight, eps)
+                if torch.allclose(fused(probe), norm(probe), rtol=2e-2, atol=1e-3):
+                    setattr(parent, name, fused)
