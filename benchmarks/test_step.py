@@ -62,7 +62,16 @@ def models():
 
 
 def our_steps(
-    student, teacher, token_ids: list[int], T: int, N: int, dtype, *, generation: str, **options
+    student,
+    teacher,
+    token_ids: list[int],
+    T: int,
+    N: int,
+    dtype,
+    *,
+    generation: str,
+    micro_batch: int = 8192,
+    **options,
 ) -> Iterator[StepResult]:
     """Steps that each sample N rollouts of T tokens of one prompt and update the student; `options` are an engine's."""
     prompt = torch.tensor([token_ids], device=student.device)
@@ -84,7 +93,12 @@ def our_steps(
         engine,
         lambda epoch: [[0]],
         lambda indices: (prompt, torch.ones_like(prompt, dtype=torch.bool)),
-        TrainingConfig(num_rollouts_per_prompt=N, num_epochs=10**6, learning_rate=LEARNING_RATE),
+        TrainingConfig(
+            num_rollouts_per_prompt=N,
+            num_epochs=10**6,
+            learning_rate=LEARNING_RATE,
+            tokens_per_micro_batch=micro_batch,
+        ),
         LossOptions(objective="reverse_kl"),
         vocab_size=student.config.vocab_size,
     )
@@ -319,7 +333,10 @@ def test_qwen3_beside_trl_on_a_gpu(qwen3, tmp_path, record, absent):
     with compiled(*qwen3):
         faster = make(generation="bfloat16", compiled=gpu_or_cpu().type == "cuda")
         record_phases(record, *qwen3, faster, P, T, N, timed=3, how=", compiled")
-    del faster
+        del faster
+        at_once = make(generation="bfloat16", compiled=gpu_or_cpu().type == "cuda", micro_batch=P + N * T)
+        record_phases(record, *qwen3, at_once, P, T, N, timed=2, how=", compiled, one micro-batch")
+        del at_once
     tokenizer.eos_token = "<pad>"  # which TRL asks for, and `min_new_tokens` keeps from being sampled
     group = f"whole step of Qwen3-0.6B from 4B in bfloat16, (P, T, N) = {(P, T, N)}"
     need_trl(absent, group)

@@ -1,4 +1,4 @@
-"""RMS norms as PyTorch's one kernel, on a GPU: written out, as models do it, a norm is six launches and as many copies."""
+"""RMS norms as PyTorch's one kernel, on a GPU: written out, as models do it, a norm is six launches."""
 
 import torch
 from torch import Tensor, nn
