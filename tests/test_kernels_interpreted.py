@@ -14,6 +14,7 @@ import torch
 FILES = (
     "test_kernels_reverse_kl.py",
     "test_kernels_linear.py",
+    "test_kernels_student_product.py",
     "test_kernels_products.py",
     "test_kernels_sample.py",
     "test_kernels_contract.py",

@@ -23,7 +23,7 @@ Extra memory, whatever K is: the workspace of `chunks.WORKSPACE_BYTES` and the f
 import torch
 from torch import Tensor
 
-from distill_kernels import backend, checks
+from distill_kernels import backend, checks, student_product
 from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
 from distill_kernels.linear_reverse_kl import shared_columns
 from distill_kernels.types import OBJECTIVES, TokenStats
@@ -66,28 +66,36 @@ def _linear_distill_loss(
     student = HeadProducts(student_weight[:V], student_hidden, stats.dtype, cast_weights)
     teacher = HeadProducts(teacher_weight[:V], teacher_hidden, stats.dtype, cast_weights)
     gradients[1][V if K else 0 :].zero_(), gradients[2].zero_()  # the first chunk writes the weight's first V rows
-    buffers = _buffers(K, V, student, any(needed), workspace_bytes, device)
-    student_head = shared_columns(student_bias, student_softcap, student_scale, V)
-    teacher_head = shared_columns(teacher_bias, teacher_softcap, teacher_scale, V)
+    heads = {
+        "student_head": shared_columns(student_bias, student_softcap, student_scale, V),
+        "teacher_head": shared_columns(teacher_bias, teacher_softcap, teacher_scale, V),
+    }
+    in_product = student_product.applies(student, student_hidden, heads.values(), objective, any(needed))
+    if in_product:
+        buffers = student_product.buffers(K, V, student, objective, workspace_bytes)
+    else:
+        buffers = _buffers(K, V, student, any(needed), workspace_bytes, device)
+    distill = backend.implementation("student_product" if in_product else "rows", device)
+    room = distill.scratch(len(buffers[0]), V, objective, device) if in_product else None
     for part in chunks(K, len(buffers[0])):
-        student_logits, teacher_logits, grad = (None if b is None else b[: part.stop - part.start] for b in buffers)
-        backend.implementation("rows", device).distill_rows(
-            student.logits(student_hidden[part], student_logits),
-            teacher.logits(teacher_hidden[part], teacher_logits),
-            token_ids[part],
-            None if sampling_logprob is None else sampling_logprob[part],
-            stats[:, part],
-            losses[part],
-            row_scale[part],
-            grad,
-            advantage=None if advantage is None else advantage[part],
-            objective=objective,
-            importance_clip=importance_clip,
-            beta=beta,
-            temperature=temperature,
-            student_head=student_head,
-            teacher_head=teacher_head,
-        )
+        plane, teacher_logits, grad = (None if b is None else b[: part.stop - part.start] for b in buffers)
+        teacher.logits(teacher_hidden[part], teacher_logits)
+        of_rows = {
+            "token_ids": token_ids[part],
+            "sampling_logprob": None if sampling_logprob is None else sampling_logprob[part],
+            "advantage": None if advantage is None else advantage[part],
+            "stats": stats[:, part],
+            "losses": losses[part],
+            "row_scale": row_scale[part],
+            "grad": grad,
+        }
+        options = heads | {"objective": objective, "importance_clip": importance_clip, "temperature": temperature}
+        if in_product:
+            operands = student_product.operands(student, student_hidden[part])
+            distill.distill_product(*operands, teacher_logits, plane, room, **of_rows, **options)
+        else:
+            logits = student.logits(student_hidden[part], plane)
+            distill.distill_rows(logits, teacher_logits, **of_rows, **options, beta=beta)
         factor = weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
         _write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
