@@ -124,17 +124,18 @@ def test_extremes(implementation, objective, launches):
 @over_its_objectives
 @pytest.mark.parametrize("apart", [3.0, 0.02])
 def test_half_precision_planes(implementation, objective, apart):
-    """The gradient in the logits as bfloat16 leaves it, for models that differ much and little, and a token out of
-    range, against float64 and its rounding to bfloat16."""
+    """The gradient in the logits as half precision leaves it, for models that differ much and little, and a token out
+    of range, against float64 and its rounding. The interpreter cuts bfloat16 off instead of rounding it."""
     torch.manual_seed(3)
     k, V, H = 20, 600, 32
+    half = torch.bfloat16 if implementation == "cuda" else torch.float16
     with running(implementation) as device:
         module = backend.implementation("student_product", device)
         hidden = torch.randn(k, H, device=device).to(dtype_of(implementation))
-        weight = (torch.randn(V, H, device=device) * (3 / H**0.5)).to(dtype_of(implementation))
+        weight = (torch.randn(V, H, device=device) * (1.5 / H**0.5)).to(dtype_of(implementation))
         logits = hidden.double() @ weight.double().T
         teacher = torch.empty(k, 640, device=device)[:, :V].copy_(logits + apart * torch.randn_like(logits))
-        planes = [torch.empty(k, 640, device=device, dtype=torch.bfloat16)[:, :V] for _ in range(2)]
+        planes = [torch.empty(k, 640, device=device, dtype=half)[:, :V] for _ in range(2)]
         e, grad = planes[0], planes[objective == "reverse_kl"]
         token_ids = torch.randint(V, (k,), device=device)
         token_ids[4] = V
@@ -156,9 +157,13 @@ def test_half_precision_planes(implementation, objective, apart):
         reward = (q - p).gather(1, token_ids)
         truth = reward * (p.exp() - torch.zeros_like(p).scatter(1, token_ids, 1))
     ours = grad[valid].double() * row_scale[valid, None].double()
-    error, rounding = (ours - truth).norm(dim=1), (truth.bfloat16() - truth).norm(dim=1)
-    assert (error / rounding).mean() < (1.05 if objective == "sampled_reverse_kl" else 1.5)
-    assert (error / truth.norm(dim=1)).max() < 6e-3
+    rounding = (truth.to(half) - truth).norm(dim=1)
+    if objective == "reverse_kl":
+        assert ((ours - truth).norm(dim=1) / rounding).mean() < 1.5
+    else:  # each number rounded once, where it is not below the range of float16, by a float32 factor
+        allowed = torch.finfo(half).eps / 2 + 2e-6 + 1e-6 / reward.abs()
+        relative = ((ours - truth) / truth).abs()
+        assert (relative <= allowed)[e[valid].abs() > 1e-4].all()
     assert_as_good_as_pytorch(stats[1, valid], q.float().gather(1, token_ids)[:, 0], q.gather(1, token_ids)[:, 0], "q")
 
 

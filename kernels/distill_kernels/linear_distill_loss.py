@@ -70,7 +70,7 @@ def _linear_distill_loss(
         "student_head": shared_columns(student_bias, student_softcap, student_scale, V),
         "teacher_head": shared_columns(teacher_bias, teacher_softcap, teacher_scale, V),
     }
-    in_product = student_product.applies(student, student_hidden, heads.values(), objective, any(needed))
+    in_product = student_product.applies(student, student_hidden, heads.values(), temperature, objective, any(needed))
     if in_product:
         buffers = student_product.buffers(K, V, student, objective, workspace_bytes)
     else:

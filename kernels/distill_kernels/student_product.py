@@ -19,7 +19,14 @@ STUDENT_PRODUCT = True  # whether it runs where it applies; a benchmark times bo
 _OBJECTIVES = tuple(OBJECTIVES.index(name) for name in ("sampled_reverse_kl", "reverse_kl"))
 
 
-def applies(student: HeadProducts, hidden: Tensor, heads: Iterable[Head], objective: int, gradient: bool) -> bool:
+def applies(
+    student: HeadProducts,
+    hidden: Tensor,
+    heads: Iterable[Head],
+    temperature: float,
+    objective: int,
+    gradient: bool,
+) -> bool:
     """Whether it runs for these arguments."""
     weight = student.weight
     return (
@@ -27,7 +34,7 @@ def applies(student: HeadProducts, hidden: Tensor, heads: Iterable[Head], object
         and gradient
         and objective in _OBJECTIVES
         and _capable(student)
-        and all(head.bias is None and head.softcap is None for head in heads)
+        and all(_is_plain(head, temperature) for head in heads)
         and weight.dtype == hidden.dtype
         and _is_aligned(weight)
         and hidden.shape[1] * hidden.dtype.itemsize % 16 == 0
@@ -53,6 +60,11 @@ def operands(student: HeadProducts, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The two of a chunk's product, as descriptors want them: the hidden states copied unless they are already."""
     hidden, weight = hidden.to(student.operand).contiguous(), student.weight.to(student.operand)
     return hidden if hidden.data_ptr() % 16 == 0 else hidden.clone(), weight
+
+
+def _is_plain(head: Head, temperature: float) -> bool:
+    """No bias, no softcap, and a scale that 1e30, for a column that does not exist, can be divided by."""
+    return head.bias is None and head.softcap is None and 1e-6 < abs(head.scale / temperature) < 1e6
 
 
 def _capable(student: HeadProducts) -> bool:

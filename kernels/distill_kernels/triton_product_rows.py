@@ -13,27 +13,28 @@ from distill_kernels.types import OBJECTIVES
 
 PARTS = 4  # of a tile's columns in the product's epilogue
 SAMPLED, REVERSE = (tl.constexpr(OBJECTIVES.index(name)) for name in ("sampled_reverse_kl", "reverse_kl"))
-REF_S, REF_T, OWN, TOP, MEAN, SUM = (tl.constexpr(row) for row in range(6))
+REF_S, REF_T, OWN, TOP_S, TOP_T, MEAN, SUM = (tl.constexpr(row) for row in range(7))
 """Rows of `Scratch.per_row`: both models' logits of the token; the student's as the product has it, less that; then
-of the row the largest k, the mean of d under E, the sum of E in units of 2^k."""
+of the row the largest k and k_t, and relative to these the mean of d under E and the sum of E."""
 
 
 class Scratch(NamedTuple):
     """Of a chunk's rows beside the planes, about a fortieth of them: what passes from kernel to kernel, in float32."""
 
     per_row: Tensor
-    """[6, rows]"""
+    """[7, rows]"""
     part: Tensor
-    """[7, T, rows]: sum E, sum 2^(y - k_t), sum E x, sum 2^(y - k_t) y, sum E d, k, k_t of T tiles of columns."""
+    """[7, T, rows]: sum E, sum 2^y, sum E x, sum 2^y y, sum E d, all with x less k and y less k_t, then k and k_t, of T
+    tiles of columns."""
     means: Tensor
-    """[4 T, rows]: a. Of no rows for `sampled_reverse_kl`."""
+    """[4 T, rows]: a, of y less its tile's k_t and x less its k. Of no rows for `sampled_reverse_kl`."""
 
 
 def scratch(rows: int, V: int, columns: int, objective: int, device: torch.device) -> Scratch:
     """For chunks of at most `rows` rows and tiles of `columns` columns."""
     tiles = triton.cdiv(V, columns)
     of_means = rows if objective == REVERSE.value else 0
-    shapes = (6, rows), (7, tiles, rows), (PARTS * tiles, of_means)
+    shapes = (7, rows), (7, tiles, rows), (PARTS * tiles, of_means)
     return Scratch(*(torch.empty(shape, device=device) for shape in shapes))
 
 
@@ -76,20 +77,22 @@ def _finish_kernel(
     crosses = tl.zeros([TILES, ROWS], tl.float32)
     for start in range(0, tiles, TILES):
         at, exists = _over_tiles(part, rows, tiles, start, R, row_stride, TILES)
-        shrink_s = tl.exp2(tl.load(at + 5 * step, mask=exists, other=0.0) - top_s[None, :])
-        shrink_t = tl.exp2(tl.load(at + 6 * step, mask=exists, other=0.0) - top_t[None, :])
-        sums_s += tl.load(at, mask=exists, other=0.0) * shrink_s
-        sums_t += tl.load(at + step, mask=exists, other=0.0) * shrink_t
-        owns_s += tl.load(at + 2 * step, mask=exists, other=0.0) * shrink_s
-        owns_t += tl.load(at + 3 * step, mask=exists, other=0.0) * shrink_t
-        crosses += tl.load(at + 4 * step, mask=exists, other=0.0) * shrink_s
+        below_s = tl.load(at + 5 * step, mask=exists, other=0.0) - top_s[None, :]
+        below_t = tl.load(at + 6 * step, mask=exists, other=0.0) - top_t[None, :]
+        of_s = tl.load(at, mask=exists, other=0.0)
+        of_t = tl.load(at + step, mask=exists, other=0.0)
+        sums_s += of_s * tl.exp2(below_s)
+        sums_t += of_t * tl.exp2(below_t)
+        owns_s += (tl.load(at + 2 * step, mask=exists, other=0.0) + of_s * below_s) * tl.exp2(below_s)
+        owns_t += (tl.load(at + 3 * step, mask=exists, other=0.0) + of_t * below_t) * tl.exp2(below_t)
+        crosses += (tl.load(at + 4 * step, mask=exists, other=0.0) + of_s * (below_s - below_t)) * tl.exp2(below_s)
     sum_s = tl.sum(sums_s, 0)
     sum_t = tl.sum(sums_t, 0)
-    log_s = tl.log2(sum_s) + top_s  # of the normalisers, less the token's own logit
-    log_t = tl.log2(sum_t) + top_t
+    log_s = tl.log2(sum_s)  # of the normalisers, less the token's own logit and the largest k
+    log_t = tl.log2(sum_t)
     own = tl.load(per_row + OWN * row_stride + rows, mask=inside, other=0.0)
-    logprob_s = (own - log_s) * LN_2
-    logprob_t = (tl.where(own == own, 0.0, own) - log_t) * LN_2
+    logprob_s = (own - top_s - log_s) * LN_2
+    logprob_t = (tl.where(own == own, -top_t, own) - log_t) * LN_2
     logprob_s = tl.where(logprob_s > 0, 0.0, logprob_s)
     logprob_t = tl.where(logprob_t > 0, 0.0, logprob_t)
     mean = tl.sum(crosses, 0) / sum_s
@@ -117,7 +120,8 @@ def _finish_kernel(
     infinite = (loss == float("inf")) | (loss == float("-inf"))
     tl.store(losses + rows, loss, mask=inside)
     tl.store(row_scale + rows, tl.where(infinite, 0.0, factor / sum_s), mask=inside)
-    tl.store(per_row + TOP * row_stride + rows, top_s, mask=inside)
+    tl.store(per_row + TOP_S * row_stride + rows, top_s, mask=inside)
+    tl.store(per_row + TOP_T * row_stride + rows, top_t, mask=inside)
     tl.store(per_row + MEAN * row_stride + rows, mean, mask=inside)
     tl.store(per_row + SUM * row_stride + rows, sum_s, mask=inside)
 
@@ -130,7 +134,7 @@ def _target_kernel(
     tiles at once, only where some tile has a k, to give every tile the same."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids + row)
-    top = tl.load(per_row + TOP * row_stride + row)
+    top = tl.load(per_row + TOP_S * row_stride + row)
     own = tl.load(per_row + OWN * row_stride + row) - top
     target = tl.exp2(own) - tl.load(per_row + SUM * row_stride + row)
     e_row = e_ptr + row * e_stride
@@ -147,24 +151,27 @@ def _target_kernel(
         tl.store(e_row + token, target.to(e_ptr.dtype.element_ty), mask=(token >= 0) & (token < V))
 
 
-@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["per_row", "shifts", "means"])
+@triton.jit(
+    do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["per_row", "shifts_s", "shifts_t", "means"]
+)
 def _combine_kernel(
-    e_ptr, f_ptr, per_row, shifts, means, e_stride, f_stride, row_stride, V,
+    e_ptr, f_ptr, per_row, shifts_s, shifts_t, means, e_stride, f_stride, row_stride, V,
     SUB: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """F <- 2^(k - top) (F + (a - mean) E), in place: one program a row and COUNT parts of SUB columns."""
+    """F <- 2^(k - largest k) (F + (a - mean) E), in place: one program a row and COUNT parts of SUB columns."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     exists = index * SUB < V
-    top = tl.load(per_row + TOP * row_stride + row)
     mean = tl.load(per_row + MEAN * row_stride + row)
-    shift = tl.load(shifts + tl.cast(index // PARTS, tl.int64) * row_stride + row, mask=exists, other=0.0)
+    shift = tl.cast(index // PARTS, tl.int64) * row_stride + row
+    below_s = tl.load(shifts_s + shift, mask=exists, other=0.0) - tl.load(per_row + TOP_S * row_stride + row)
+    below_t = tl.load(shifts_t + shift, mask=exists, other=0.0) - tl.load(per_row + TOP_T * row_stride + row)
     a = tl.load(means + tl.cast(index, tl.int64) * row_stride + row, mask=exists, other=0.0)
-    shrink = tl.exp2(shift - top)
+    of_e = a + (below_s - below_t) - mean
     cols = index[:, None] * SUB + tl.arange(0, SUB)[None, :]
     e = tl.load(e_ptr + row * e_stride + cols, mask=cols < V, other=0.0).to(tl.float32)
     f = tl.load(f_ptr + row * f_stride + cols, mask=cols < V, other=0.0).to(tl.float32)
-    gradient = shrink[:, None] * (f + (a - mean)[:, None] * e)
+    gradient = tl.exp2(below_s)[:, None] * (f + of_e[:, None] * e)
     tl.store(f_ptr + row * f_stride + cols, gradient.to(f_ptr.dtype.element_ty), mask=cols < V)
 
 
@@ -231,6 +238,7 @@ def combine(room: Scratch, student: Tensor, grad: Tensor, columns: int) -> None:
         grad,
         room.per_row,
         room.part[5],
+        room.part[6],
         room.means,
         student.stride(0),
         grad.stride(0),

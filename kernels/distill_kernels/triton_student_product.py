@@ -8,6 +8,8 @@ of the row's own token,
     E = 2^(x - k)              k = 0 unless something in the tile is 2^64 times as probable as the token
     F = E (d - a)              d = x - y, a its mean under E over 64 columns; for `reverse_kl` only
 
+k, and k_t for y, are integers that go into the token's logit before it is subtracted: what is probable stays exact.
+
 `triton_product_rows` turns the partial sums into what `triton_rows` gives for a row. The gradient in the logits is then
 factor / S (E - S onehot) for `sampled_reverse_kl`, S the sum of E: the row's factor is applied to H columns instead of
 V, and only the token's own column is put right. For `reverse_kl` it is (F + (a - mean) E) / S, made in place of F.
@@ -89,35 +91,39 @@ def _tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _epilogue_part(
-    x, shift, teacher_desc, e_desc, f_desc, means_at, ref_t, inside, row, column, V, teacher_bits,
-    sum_s, sum_t, own_s, own_t, cross, shift_t, SUB: tl.constexpr, OBJECTIVE: tl.constexpr,
+    acc, base_s, ref_t, teacher_desc, e_desc, f_desc, row, column, student_bits, teacher_bits, no_column_t,
+    sum_s, sum_t, own_s, own_t, cross, shift_t, OBJECTIVE: tl.constexpr,
 ):  # fmt: skip
-    """A part of a tile's columns: stores its planes, and adds to the sums of the tile's rows."""
-    y = teacher_desc.load([row, column]) * teacher_bits - ref_t[:, None]
-    y = tl.where(x <= -1e29, -1e30, y)  # past the last column; asked of x, so that y gets the accumulators' layout
-    new_t = tl.maximum(tl.ceil(tl.max(y, 1)) - 64, shift_t)
-    f = tl.exp2(y - new_t[:, None])
-    shrink = tl.exp2(shift_t - new_t)
-    sum_t = sum_t * shrink + tl.sum(f, 1)
-    own_t = own_t * shrink + tl.sum(f * y, 1)
-    e = tl.exp2(x - shift[:, None])
+    """A part of a tile's columns: stores its planes, and adds to the sums of the tile's rows, which are relative to
+    the largest k_t so far. Then a, and that k_t."""
+    x = acc * student_bits - base_s[:, None]
+    e = tl.exp2(x)
     part_s = tl.sum(e, 1)
+    # Past the last column: asked of x, so that y has the layout of the accumulators.
+    y = tl.where(x <= -1e29, no_column_t, teacher_desc.load([row, column]))
+    new_t = tl.maximum(tl.ceil(tl.max(y * teacher_bits, 1) - ref_t) - 64, shift_t)
+    moved = new_t - shift_t
+    y = y * teacher_bits - (ref_t + new_t)[:, None]
+    f = tl.exp2(y)
+    own_t = (own_t - sum_t * moved) * tl.exp2(-moved) + tl.sum(f * y, 1)
+    sum_t = sum_t * tl.exp2(-moved) + tl.sum(f, 1)
     own_s += tl.sum(e * x, 1)
     d = x - y
     part_cross = tl.sum(e * d, 1)
+    mean = tl.where(part_s > 0, part_cross / part_s, 0.0)
     e_desc.store([row, column], e.to(e_desc.dtype))
     if OBJECTIVE == REVERSE:
-        mean = tl.where(part_s > 0, part_cross / part_s, 0.0)
-        tl.store(means_at, mean, mask=inside)
         f_desc.store([row, column], (e * (d - mean[:, None])).to(f_desc.dtype))
-    return sum_s + part_s, sum_t, own_s, own_t, cross + part_cross, new_t
+    cross += sum_s * moved + part_cross
+    return sum_s + part_s, sum_t, own_s, own_t, cross, new_t, mean
 
 
 @triton.jit(do_not_specialize=["R", "row_stride"], do_not_specialize_on_alignment=["token_ids", "per_row"])
 def _product_kernel(
     hidden_desc, weight_desc, teacher_desc, e_desc, f_desc, token_ids, per_row, part, means,
-    R, V, row_stride, student_bits, teacher_bits, STEPS: tl.constexpr, OBJECTIVE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    R, V, row_stride, student_bits, teacher_bits, no_column_s, no_column_t,
+    STEPS: tl.constexpr, OBJECTIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """E, F and the partial sums, as `Scratch` has them, of all tiles: a program takes every PROGRAMS-th."""
     tiles_m = tl.cdiv(R, BM)
@@ -137,35 +143,40 @@ def _product_kernel(
         inside = rows < R
         ref_s = tl.load(per_row + REF_S * row_stride + rows, mask=inside, other=0.0)
         ref_t = tl.load(per_row + REF_T * row_stride + rows, mask=inside, other=0.0)
-        x = acc * student_bits - ref_s[:, None]
+        acc = tl.where((cols < V)[None, :], acc, no_column_s)
         token = tl.load(token_ids + rows, mask=inside, other=-1)
         here = (token >= column) & (token < column + BN) & (token < V)
         if tl.max(here.to(tl.int32), 0) > 0:
-            own = tl.sum(tl.where(cols[None, :] == token[:, None].to(tl.int32), x, 0.0), 1)
-            tl.store(per_row + OWN * row_stride + rows, own, mask=here)
-        x = tl.where((cols < V)[None, :], x, -1e30)
-        shift = tl.maximum(tl.ceil(tl.max(x, 1)) - 64, 0.0)
+            own = tl.sum(tl.where(cols[None, :] == token[:, None].to(tl.int32), acc, 0.0), 1)
+            tl.store(per_row + OWN * row_stride + rows, own * student_bits - ref_s, mask=here)
+        shift = tl.maximum(tl.ceil(tl.max(acc * student_bits, 1) - ref_s) - 64, 0.0)
+        base = ref_s + shift
         zero = tl.zeros_like(shift)
-        a = means + tl.cast(tn, tl.int64) * 4 * row_stride + rows
-        x0, x1 = tl.split(tl.permute(tl.reshape(x, (BM, 2, BN // 2)), (0, 2, 1)))
-        x00, x01 = tl.split(tl.permute(tl.reshape(x0, (BM, 2, SUB)), (0, 2, 1)))
-        x10, x11 = tl.split(tl.permute(tl.reshape(x1, (BM, 2, SUB)), (0, 2, 1)))
-        sum_s, sum_t, own_s, own_t, cross, shift_t = _epilogue_part(
-            x00, shift, teacher_desc, e_desc, f_desc, a, ref_t, inside, row, column, V, teacher_bits,
-            zero, zero, zero, zero, zero, zero, SUB, OBJECTIVE,
+        acc0, acc1 = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        acc00, acc01 = tl.split(tl.permute(tl.reshape(acc0, (BM, 2, SUB)), (0, 2, 1)))
+        acc10, acc11 = tl.split(tl.permute(tl.reshape(acc1, (BM, 2, SUB)), (0, 2, 1)))
+        sum_s, sum_t, own_s, own_t, cross, shift_1, mean_0 = _epilogue_part(
+            acc00, base, ref_t, teacher_desc, e_desc, f_desc, row, column, student_bits, teacher_bits,
+            no_column_t, zero, zero, zero, zero, zero, zero, OBJECTIVE,
         )  # fmt: skip
-        sum_s, sum_t, own_s, own_t, cross, shift_t = _epilogue_part(
-            x01, shift, teacher_desc, e_desc, f_desc, a + row_stride, ref_t, inside, row, column + SUB, V,
-            teacher_bits, sum_s, sum_t, own_s, own_t, cross, shift_t, SUB, OBJECTIVE,
+        sum_s, sum_t, own_s, own_t, cross, shift_2, mean_1 = _epilogue_part(
+            acc01, base, ref_t, teacher_desc, e_desc, f_desc, row, column + SUB, student_bits, teacher_bits,
+            no_column_t, sum_s, sum_t, own_s, own_t, cross, shift_1, OBJECTIVE,
         )  # fmt: skip
-        sum_s, sum_t, own_s, own_t, cross, shift_t = _epilogue_part(
-            x10, shift, teacher_desc, e_desc, f_desc, a + 2 * row_stride, ref_t, inside, row, column + 2 * SUB, V,
-            teacher_bits, sum_s, sum_t, own_s, own_t, cross, shift_t, SUB, OBJECTIVE,
+        sum_s, sum_t, own_s, own_t, cross, shift_3, mean_2 = _epilogue_part(
+            acc10, base, ref_t, teacher_desc, e_desc, f_desc, row, column + 2 * SUB, student_bits, teacher_bits,
+            no_column_t, sum_s, sum_t, own_s, own_t, cross, shift_2, OBJECTIVE,
         )  # fmt: skip
-        sum_s, sum_t, own_s, own_t, cross, shift_t = _epilogue_part(
-            x11, shift, teacher_desc, e_desc, f_desc, a + 3 * row_stride, ref_t, inside, row, column + 3 * SUB, V,
-            teacher_bits, sum_s, sum_t, own_s, own_t, cross, shift_t, SUB, OBJECTIVE,
+        sum_s, sum_t, own_s, own_t, cross, shift_4, mean_3 = _epilogue_part(
+            acc11, base, ref_t, teacher_desc, e_desc, f_desc, row, column + 3 * SUB, student_bits, teacher_bits,
+            no_column_t, sum_s, sum_t, own_s, own_t, cross, shift_3, OBJECTIVE,
         )  # fmt: skip
+        if OBJECTIVE == REVERSE:
+            to_mean = means + tl.cast(tn, tl.int64) * 4 * row_stride + rows
+            tl.store(to_mean, mean_0 + (shift_4 - shift_1), mask=inside)
+            tl.store(to_mean + row_stride, mean_1 + (shift_4 - shift_2), mask=inside)
+            tl.store(to_mean + 2 * row_stride, mean_2 + (shift_4 - shift_3), mask=inside)
+            tl.store(to_mean + 3 * row_stride, mean_3, mask=inside)
         at = part + tl.cast(tn, tl.int64) * row_stride + rows
         step = tl.cast(tiles_n, tl.int64) * row_stride
         tl.store(at, sum_s, mask=inside)
@@ -174,7 +185,7 @@ def _product_kernel(
         tl.store(at + 3 * step, own_t, mask=inside)
         tl.store(at + 4 * step, cross, mask=inside)
         tl.store(at + 5 * step, shift, mask=inside)
-        tl.store(at + 6 * step, shift_t, mask=inside)
+        tl.store(at + 6 * step, shift_4, mask=inside)
 
 
 def scratch(rows: int, V: int, objective: int, device: torch.device) -> Scratch:
@@ -251,6 +262,7 @@ def _launch_product(
     programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count if on_gpu else 3
     _product_kernel[(programs,)](
         *descriptors, token_ids, room.per_row, room.part, room.means, len(hidden), V, room.per_row.stride(0), *bits,
-        STEPS=triton.cdiv(H, TILE.inner), OBJECTIVE=objective, BM=TILE.rows, BN=TILE.columns, BK=TILE.inner, GROUP=16,
-        PROGRAMS=programs, num_warps=TILE.warps, num_stages=TILE.stages,
+        *(-1e30 / unit for unit in bits), STEPS=triton.cdiv(H, TILE.inner), OBJECTIVE=objective,
+        BM=TILE.rows, BN=TILE.columns, BK=TILE.inner, GROUP=16, PROGRAMS=programs, num_warps=TILE.warps,
+        num_stages=TILE.stages,
     )  # fmt: skip
