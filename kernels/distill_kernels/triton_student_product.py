@@ -58,7 +58,7 @@ class Tile(NamedTuple):
 TILE = Tile(128, 256, 64, 3, 8)  # tests make it smaller; with four stages the shared memory is too small
 
 
-@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["hidden", "token_ids", "per_row"])
+@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["token_ids", "per_row"])
 def _references_kernel(
     hidden, weight, teacher, token_ids, per_row, hidden_stride, weight_stride, teacher_stride, row_stride, V,
     student_bits, teacher_bits, H: tl.constexpr, BLOCK: tl.constexpr,
