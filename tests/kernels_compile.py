@@ -91,13 +91,11 @@ def compile_product(objective: int) -> None:
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= SHARED_MEMORY, f"{compiled.metadata.shared} bytes of shared memory"
     sass = compiled.asm["sass"]
-    count = {name: len(re.findall(name, sass)) for name in ("HGMMA", r"WARPGROUP\.DEPBAR", "STL", "MUFU.EX2")}
-    products, waits, spilled, exponentials = count.values()
+    products, waits, spilled = (len(re.findall(name, sass)) for name in ("HGMMA", r"WARPGROUP\.DEPBAR", "STL"))
     assert products == tile.inner // 16, f"{products} matrix instructions in the loop"
     assert waits <= 3, f"{waits} waits: more than one a step, which runs the matrix instructions one after another"
-    # A thread has 256 of the tile's exponentials. What is stored are addresses, once before the loop.
-    assert spilled < 64 < 256 <= exponentials, f"{spilled} registers stored"
-    print(f"compiled {kernel.__name__} for 90: objective {objective}, {compiled.metadata.shared} bytes, {count}")
+    assert spilled < 64, f"{spilled} registers stored; a few are addresses, once before the loop, 128 hold the tile"
+    print(f"compiled {kernel.__name__} for 90: objective {objective}, {compiled.metadata.shared} bytes")
 
 
 def compile_product_rows() -> None:

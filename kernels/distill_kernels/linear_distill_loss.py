@@ -12,13 +12,16 @@ importance_clip) are constants of the gradient; m = beta q + (1 - beta) p (Agarw
 linear in the losses of the tokens with known weights, so the gradient needs nothing from outside but one number: a
 chunk of rows is multiplied by both heads, one row kernel writes the student's logit gradient, and that goes straight
 into both gradients. The backward pass multiplies them by the upstream gradient; nothing is computed twice, no [K, V]
-tensor exists.
+tensor exists. Where `student_product.applies`, on Hopper, the student's product itself writes the logit gradient.
 
 FLOPs: 2 K V (3 Hs + Ht), or 2 K V (Hs + Ht) without gradients and 2 K V (2 Hs + Ht) with a frozen head. Bytes: the
 logits buffers are written once, read twice (once where no gradient is asked for), and the gradient is written and
-read twice; the float32 weight gradient is written once a chunk and read in all but the first.
+read twice; the float32 weight gradient is written once a chunk and read in all but the first. From the student's
+product, only the teacher's buffer is, written and read once; the exact gradient is written and read once more.
 Extra memory, whatever K is: the workspace of `chunks.WORKSPACE_BYTES` and the float32 gradients [K, Hs] and [Vs, Hs].
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,33 +76,39 @@ def _linear_distill_loss(
     in_product = student_product.applies(student, student_hidden, heads.values(), temperature, objective, any(needed))
     if in_product:
         buffers = student_product.buffers(K, V, student, objective, workspace_bytes)
+        distill = student_product.way(student, len(buffers[0]), V, objective)
     else:
         buffers = _buffers(K, V, student, any(needed), workspace_bytes, device)
-    distill = backend.implementation("student_product" if in_product else "rows", device)
-    room = distill.scratch(len(buffers[0]), V, objective, device) if in_product else None
+        distill = partial(_distill_rows, student)
     for part in chunks(K, len(buffers[0])):
         plane, teacher_logits, grad = (None if b is None else b[: part.stop - part.start] for b in buffers)
-        teacher.logits(teacher_hidden[part], teacher_logits)
-        of_rows = {
-            "token_ids": token_ids[part],
-            "sampling_logprob": None if sampling_logprob is None else sampling_logprob[part],
-            "advantage": None if advantage is None else advantage[part],
-            "stats": stats[:, part],
-            "losses": losses[part],
-            "row_scale": row_scale[part],
-            "grad": grad,
-        }
-        options = heads | {"objective": objective, "importance_clip": importance_clip, "temperature": temperature}
-        if in_product:
-            operands = student_product.operands(student, student_hidden[part])
-            distill.distill_product(*operands, teacher_logits, plane, room, **of_rows, **options)
-        else:
-            logits = student.logits(student_hidden[part], plane)
-            distill.distill_rows(logits, teacher_logits, **of_rows, **options, beta=beta)
+        distill(
+            student_hidden[part],
+            teacher.logits(teacher_hidden[part], teacher_logits),
+            plane,
+            token_ids=token_ids[part],
+            sampling_logprob=None if sampling_logprob is None else sampling_logprob[part],
+            stats=stats[:, part],
+            losses=losses[part],
+            row_scale=row_scale[part],
+            grad=grad,
+            advantage=None if advantage is None else advantage[part],
+            objective=objective,
+            importance_clip=importance_clip,
+            beta=beta,
+            temperature=temperature,
+            **heads,
+        )
         factor = weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
         _write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]
+
+
+def _distill_rows(student: HeadProducts, hidden: Tensor, teacher: Tensor, room: Tensor, **options) -> None:
+    """The rows of a chunk from the student's logits, made in `room`, and the teacher's."""
+    rows = backend.implementation("rows", hidden.device)
+    rows.distill_rows(student.logits(hidden, room), teacher, **options)
 
 
 def _buffers(

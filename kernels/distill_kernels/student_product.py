@@ -1,17 +1,17 @@
 """When `linear_distill_loss` lets one kernel multiply by the student's head and make the logits' gradient, and in what.
 
-That is on Hopper and later, in bfloat16, for the two reverse objectives of a head without bias and softcap; everything
-else goes through `triton_rows`. float16 is left out: the gradient is kept relative to the probability of the row's
-own token, and the reciprocal of a sum in such units passes the range of float16.
+That is on Hopper, whose shared memory its tiles are cut for, in bfloat16, for the two reverse objectives of a head
+without bias and softcap; everything else goes through `triton_rows`. float16 is left out: the gradient is kept relative
+to the probability of the row's own token, and the reciprocal of a sum in such units passes the range of float16.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from distill_kernels import backend
-from distill_kernels.chunks import HeadProducts, row_buffer, rows_per_chunk
+from distill_kernels.chunks import ROW_ALIGNMENT, HeadProducts, row_buffer, rows_per_chunk
 from distill_kernels.types import OBJECTIVES, Head
 
 STUDENT_PRODUCT = True  # whether it runs where it applies; a benchmark times both ways
@@ -56,10 +56,20 @@ def buffers(
     return e, teacher, e if one_plane else row_buffer(rows, V, operand, device)
 
 
-def operands(student: HeadProducts, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The two of a chunk's product, as descriptors want them: the hidden states copied unless they are already."""
-    hidden, weight = hidden.to(student.operand).contiguous(), student.weight.to(student.operand)
-    return hidden if hidden.data_ptr() % 16 == 0 else hidden.clone(), weight
+def way(student: HeadProducts, rows: int, V: int, objective: int) -> Callable[..., None]:
+    """What makes the rows of a chunk, of at most `rows`, from hidden states, the teacher's logits and room for E, as
+    `triton_rows.distill_rows` does from both models' logits."""
+    device = student.weight.device
+    module = backend.implementation("student_product", device)
+    room = module.scratch(rows, V, objective, device)
+    weight = student.weight.to(student.operand)
+
+    def distill(hidden: Tensor, teacher: Tensor, e: Tensor, *, beta: float, **options) -> None:
+        hidden = hidden.to(student.operand).contiguous()
+        hidden = hidden if hidden.data_ptr() % 16 == 0 else hidden.clone()  # as descriptors want it
+        module.distill_product(hidden, weight, teacher, e, room, **options)
+
+    return distill
 
 
 def _is_plain(head: Head, temperature: float) -> bool:
@@ -68,9 +78,12 @@ def _is_plain(head: Head, temperature: float) -> bool:
 
 
 def _capable(student: HeadProducts) -> bool:
+    """Of this operand, on this device: for tests also a CPU that interprets the kernels and aligns rows for them."""
     device = student.weight.device
+    if ROW_ALIGNMENT.get(device.type, 1) % 8:
+        return False
     if device.type == "cuda":
-        return student.operand == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
+        return student.operand == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
     return backend.interpreting() and student.operand == torch.float32
 
 

@@ -217,15 +217,10 @@ def distill_product(
     logits [k, V]. `e` [k, V] is room for E; `grad` is `e` itself for `sampled_reverse_kl`, and another such buffer for
     `reverse_kl`.
     """
-    k, V = teacher.shape
     bits = tuple(head.scale / temperature * LOG2_E for head in (student_head, teacher_head))
-    H = weight.shape[1]
     token_ids = token_ids.contiguous()
-    _references_kernel[(k,)](
-        hidden, weight, teacher, token_ids, room.per_row, hidden.stride(0), weight.stride(0), teacher.stride(0),
-        room.per_row.stride(0), V, *bits, H=H, BLOCK=min(1024, triton.next_power_of_2(H)), num_warps=4,
-    )  # fmt: skip
-    _launch_product(hidden, weight, teacher, token_ids, e, grad, room, bits, objective)
+    launch_references(hidden, weight, teacher, token_ids, room, bits)
+    launch_product(hidden, weight, teacher, token_ids, e, grad, room, bits, objective)
     finish(
         room,
         sampling_logprob,
@@ -242,7 +237,18 @@ def distill_product(
         combine(room, e, grad, TILE.columns)
 
 
-def _launch_product(
+def launch_references(
+    hidden: Tensor, weight: Tensor, teacher: Tensor, token_ids: Tensor, room: Scratch, bits: tuple[float, float]
+) -> None:
+    """The tokens' own logits; `bits` are the units of the two models' raw logits."""
+    V, H = weight.shape
+    _references_kernel[(len(hidden),)](
+        hidden, weight, teacher, token_ids, room.per_row, hidden.stride(0), weight.stride(0), teacher.stride(0),
+        room.per_row.stride(0), V, *bits, H=H, BLOCK=min(1024, triton.next_power_of_2(H)), num_warps=4,
+    )  # fmt: skip
+
+
+def launch_product(
     hidden: Tensor,
     weight: Tensor,
     teacher: Tensor,
@@ -253,6 +259,7 @@ def _launch_product(
     bits: tuple[float, float],
     objective: int,
 ) -> None:
+    """E, F and the partial sums of a chunk."""
     V, H = weight.shape
     columns = TILE.columns // PARTS
     blocks = (TILE.rows, TILE.inner), (TILE.columns, TILE.inner), *[(TILE.rows, columns)] * 3
