@@ -21,6 +21,7 @@ product, only the teacher's buffer is, written and read once; the exact gradient
 Extra memory, whatever K is: the workspace of `chunks.WORKSPACE_BYTES` and the float32 gradients [K, Hs] and [Vs, Hs].
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from distill_kernels import backend, checks, student_product
 from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
 from distill_kernels.linear_reverse_kl import shared_columns
-from distill_kernels.types import OBJECTIVES, TokenStats
+from distill_kernels.types import OBJECTIVES, Head, TokenStats
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -61,7 +62,7 @@ def _linear_distill_loss(
 ) -> Gradients:
     """Loss [], statistics [6, K], and the `needed` gradients of student hidden states, weight and bias (else empty)."""
     checks.check_token_ids(token_ids, vocab_size)
-    K, V, device = student_hidden.shape[0], vocab_size, student_hidden.device
+    K, V = student_hidden.shape[0], vocab_size
     outputs = _outputs(student_hidden, student_weight, teacher_hidden, teacher_weight, needed)
     _, stats, *gradients = outputs
     weights = token_weight.to(stats.dtype)
@@ -73,13 +74,7 @@ def _linear_distill_loss(
         "student_head": shared_columns(student_bias, student_softcap, student_scale, V),
         "teacher_head": shared_columns(teacher_bias, teacher_softcap, teacher_scale, V),
     }
-    in_product = student_product.applies(student, student_hidden, heads.values(), temperature, objective, any(needed))
-    if in_product:
-        buffers = student_product.buffers(K, V, student, objective, workspace_bytes)
-        distill = student_product.way(student, len(buffers[0]), V, objective)
-    else:
-        buffers = _buffers(K, V, student, any(needed), workspace_bytes, device)
-        distill = partial(_distill_rows, student)
+    buffers, distill = _way(student, student_hidden, heads, temperature, objective, any(needed), workspace_bytes)
     for part in chunks(K, len(buffers[0])):
         plane, teacher_logits, grad = (None if b is None else b[: part.stop - part.start] for b in buffers)
         distill(
@@ -103,6 +98,24 @@ def _linear_distill_loss(
         _write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]
+
+
+def _way(
+    student: HeadProducts,
+    hidden: Tensor,
+    heads: Mapping[str, Head],
+    temperature: float,
+    objective: int,
+    gradient: bool,
+    workspace_bytes: int | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Callable[..., None]]:
+    """For the rows of a chunk: room for the student's logits, or for what stands in for them, the teacher's logits and
+    the student's logits' gradient; and what fills the first and the last."""
+    K, V = len(hidden), len(student.weight)
+    if student_product.applies(student, hidden, heads.values(), temperature, objective, gradient):
+        buffers = student_product.buffers(K, V, student, objective, workspace_bytes)
+        return buffers, student_product.way(student, len(buffers[0]), V, objective)
+    return _buffers(K, V, student, gradient, workspace_bytes, hidden.device), partial(_distill_rows, student)
 
 
 def _distill_rows(student: HeadProducts, hidden: Tensor, teacher: Tensor, room: Tensor, **options) -> None:

@@ -46,21 +46,9 @@ def _over_tiles(part, rows, tiles, start, R, row_stride, TILES: tl.constexpr):
     return at, (tile < tiles)[:, None] & (rows < R)[None, :]
 
 
-@triton.jit(
-    do_not_specialize=["R", "row_stride", "stats_stride"],
-    do_not_specialize_on_alignment=[
-        "at_sampling_ptr", "advantage_ptr", "stats", "losses", "row_scale", "part", "per_row"
-    ],
-)  # fmt: skip
-def _finish_kernel(
-    part, per_row, at_sampling_ptr, advantage_ptr, stats, losses, row_scale, R, tiles, row_stride, stats_stride,
-    importance_clip, OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Statistics, losses and row factors of ROWS rows from the partial sums, and what the gradient still needs."""
-    LN_2: tl.constexpr = 0.6931471805599453
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < R
+@triton.jit
+def _totals(part, rows, tiles, R, row_stride, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """The largest k and k_t of these rows, and their five sums relative to these."""
     step = tl.cast(tiles, tl.int64) * row_stride
     tops_s = tl.zeros([TILES, ROWS], tl.float32)
     tops_t = tl.zeros([TILES, ROWS], tl.float32)
@@ -88,6 +76,25 @@ def _finish_kernel(
         crosses += (tl.load(at + 4 * step, mask=exists, other=0.0) + of_s * (below_s - below_t)) * tl.exp2(below_s)
     sum_s = tl.sum(sums_s, 0)
     sum_t = tl.sum(sums_t, 0)
+    return top_s, top_t, sum_s, sum_t, tl.sum(owns_s, 0), tl.sum(owns_t, 0), tl.sum(crosses, 0)
+
+
+@triton.jit(
+    do_not_specialize=["R", "row_stride", "stats_stride"],
+    do_not_specialize_on_alignment=[
+        "at_sampling_ptr", "advantage_ptr", "stats", "losses", "row_scale", "part", "per_row"
+    ],
+)  # fmt: skip
+def _finish_kernel(
+    part, per_row, at_sampling_ptr, advantage_ptr, stats, losses, row_scale, R, tiles, row_stride, stats_stride,
+    importance_clip, OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Statistics, losses and row factors of ROWS rows from the partial sums, and what the gradient still needs."""
+    LN_2: tl.constexpr = 0.6931471805599453
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < R
+    top_s, top_t, sum_s, sum_t, own_s, own_t, cross = _totals(part, rows, tiles, R, row_stride, ROWS, TILES)
     log_s = tl.log2(sum_s)  # of the normalisers, less the token's own logit and the largest k
     log_t = tl.log2(sum_t)
     own = tl.load(per_row + OWN * row_stride + rows, mask=inside, other=0.0)
@@ -95,15 +102,15 @@ def _finish_kernel(
     logprob_t = (tl.where(own == own, -top_t, own) - log_t) * LN_2
     logprob_s = tl.where(logprob_s > 0, 0.0, logprob_s)
     logprob_t = tl.where(logprob_t > 0, 0.0, logprob_t)
-    mean = tl.sum(crosses, 0) / sum_s
+    mean = cross / sum_s
     kl = (mean - log_s + log_t) * LN_2
     reward = logprob_t - logprob_s
     tl.store(stats + rows, logprob_s, mask=inside)
     tl.store(stats + stats_stride + rows, logprob_t, mask=inside)
     tl.store(stats + 2 * stats_stride + rows, reward, mask=inside)
     tl.store(stats + 3 * stats_stride + rows, kl, mask=inside)
-    tl.store(stats + 4 * stats_stride + rows, (log_s - tl.sum(owns_s, 0) / sum_s) * LN_2, mask=inside)
-    tl.store(stats + 5 * stats_stride + rows, (log_t - tl.sum(owns_t, 0) / sum_t) * LN_2, mask=inside)
+    tl.store(stats + 4 * stats_stride + rows, (log_s - own_s / sum_s) * LN_2, mask=inside)
+    tl.store(stats + 5 * stats_stride + rows, (log_t - own_t / sum_t) * LN_2, mask=inside)
     if OBJECTIVE == SAMPLED:
         ratio = 1.0
         if IMPORTANCE:

@@ -118,6 +118,19 @@ def _epilogue_part(
     return sum_s + part_s, sum_t, own_s, own_t, cross, new_t, mean
 
 
+@triton.jit
+def _store_sums(at, tiles, row_stride, inside, sum_s, sum_t, own_s, own_t, cross, shift_s, shift_t):
+    """The seven partial sums of a tile's rows."""
+    step = tl.cast(tiles, tl.int64) * row_stride
+    tl.store(at, sum_s, mask=inside)
+    tl.store(at + step, sum_t, mask=inside)
+    tl.store(at + 2 * step, own_s, mask=inside)
+    tl.store(at + 3 * step, own_t, mask=inside)
+    tl.store(at + 4 * step, cross, mask=inside)
+    tl.store(at + 5 * step, shift_s, mask=inside)
+    tl.store(at + 6 * step, shift_t, mask=inside)
+
+
 @triton.jit(do_not_specialize=["R", "row_stride"], do_not_specialize_on_alignment=["token_ids", "per_row"])
 def _product_kernel(
     hidden_desc, weight_desc, teacher_desc, e_desc, f_desc, token_ids, per_row, part, means,
@@ -178,14 +191,7 @@ def _product_kernel(
             tl.store(to_mean + 2 * row_stride, mean_2 + (shift_4 - shift_3), mask=inside)
             tl.store(to_mean + 3 * row_stride, mean_3, mask=inside)
         at = part + tl.cast(tn, tl.int64) * row_stride + rows
-        step = tl.cast(tiles_n, tl.int64) * row_stride
-        tl.store(at, sum_s, mask=inside)
-        tl.store(at + step, sum_t, mask=inside)
-        tl.store(at + 2 * step, own_s, mask=inside)
-        tl.store(at + 3 * step, own_t, mask=inside)
-        tl.store(at + 4 * step, cross, mask=inside)
-        tl.store(at + 5 * step, shift, mask=inside)
-        tl.store(at + 6 * step, shift_4, mask=inside)
+        _store_sums(at, tiles_n, row_stride, inside, sum_s, sum_t, own_s, own_t, cross, shift, shift_4)
 
 
 def scratch(rows: int, V: int, objective: int, device: torch.device) -> Scratch:
