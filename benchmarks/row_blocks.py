@@ -6,7 +6,8 @@
 Bytes are what the row kernel must move: both rows of logits in for the sums, one of them (`sampled_reverse_kl`) or both
 again for the gradient, which goes out in half precision; a row of two models is 1.2 MB, and does not stay in the cache.
 The floor of the whole is the time of its products alone, 2 K V (3 Hs + Ht) operations, at the rate of an 8192^3 product
-measured here. The parts are timed in a run of their own, by events around each.
+measured here. The parts are timed in a run of their own, by events around each. The whole goes through the row kernel
+everywhere; `benchmarks.student_product` times the other way, which Hopper takes where it can.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import copy_bandwidth, describe_machine, gemm_rate, interleave, synchronize
-from distill_kernels import backend, linear_distill_loss
+from distill_kernels import backend, linear_distill_loss, student_product
 from distill_kernels.chunks import HeadProducts, row_buffer
 from distill_kernels.types import OBJECTIVES, Head
 
@@ -142,7 +143,9 @@ def print_parts(at: Sizes, label: str, call: Callable[[], None]) -> None:
             synchronize(at.device)
         for name, marks in parts.items():
             totals[name].append(sum(milliseconds(*pair) for pair in marks))
-    flops = {"logits": at.Hs + at.Ht, "hidden_gradient": at.Hs, "weight_gradient": at.Hs}
+    one_kernel = "launch_product" in totals  # multiplies by the student's head
+    flops = {"logits": at.Ht + (0 if one_kernel else at.Hs)}
+    flops |= dict.fromkeys(("launch_product", "hidden_gradient", "weight_gradient"), at.Hs)
     texts = []
     for name, values in totals.items():
         ms = statistics.median(values)
@@ -158,9 +161,12 @@ Mark = torch.cuda.Event | float
 def parts_timed(device: torch.device) -> Iterator[dict[str, list[tuple[Mark, Mark]]]]:
     """Marks the beginning and end of every product and row kernel inside, by its function's name."""
     marks: dict[str, list[tuple[Mark, Mark]]] = defaultdict(list)
-    rows_module = backend.implementation("rows", device)
+    modules = {of: backend.implementation(of, device) for of in ("rows", "student_product")}
     places = [(HeadProducts, name) for name in ("logits", "hidden_gradient", "weight_gradient")]
-    ordinary = [(owner, name, getattr(owner, name)) for owner, name in [*places, (rows_module, "distill_rows")]]
+    places += [(modules["rows"], "distill_rows")]
+    in_product = "launch_references", "launch_product", "finish", "put_target", "combine"
+    places += [(modules["student_product"], name) for name in in_product]
+    ordinary = [(owner, name, getattr(owner, name)) for owner, name in places]
 
     def timed(name: str, function: Callable) -> Callable:
         @wraps(function)
@@ -202,6 +208,7 @@ def main() -> None:
         parser.error("without a GPU, set TRITON_INTERPRET=1 and pass --small")
     at = sizes(options.rows, options.small)
     print(describe_machine(at.device))
+    student_product.STUDENT_PRODUCT = False
     with backend.interpreted() if at.device.type == "cpu" else contextlib.nullcontext():
         best = time_row_kernel(at)
         set_shape(best)

@@ -1,7 +1,9 @@
 """What the kernel tests share: the implementations under test, inputs, and the one rule for tolerances.
 
 Implementations: `twin`, PyTorch on CPU tensors; `interpreted`, the Triton source on CPU tensors, in a process that
-started with TRITON_INTERPRET=1 (`test_kernels_interpreted.py` starts one); `cuda`, where there is a GPU.
+started with TRITON_INTERPRET=1 (`test_kernels_interpreted.py` starts one); `cuda`, where there is a GPU. The fused
+head has two ways on Hopper: there `interpreted` and `cuda_rows` go through the row kernel, `interpreted_product` and
+`cuda` through the student's product where it applies.
 Every buffer that an op allocates is full of NaN before the op writes it (`poisoned`).
 """
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_kernels import backend
+from distill_kernels import backend, chunks, student_product
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLEMENTATIONS = [
@@ -22,21 +24,36 @@ IMPLEMENTATIONS = [
     *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []),
 ]
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+over_head_implementations = pytest.mark.parametrize(
+    "implementation",
+    [
+        *IMPLEMENTATIONS,
+        *(["interpreted_product"] if INTERPRETING else []),
+        *([pytest.param("cuda_rows", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []),
+    ],
+)
 
 
 @contextmanager
 def running(implementation: str, block: int = 256) -> Iterator[torch.device]:
     """Runs the body on one implementation, with poisoned memory; gives the device for its tensors."""
-    with poisoned(), backend.interpreted() if implementation == "interpreted" else nullcontext():
-        if implementation == "interpreted":
-            _set_blocks(block)
-        yield torch.device("cuda" if implementation == "cuda" else "cpu")
+    interprets = implementation.startswith("interpreted")
+    with poisoned(), backend.interpreted() if interprets else nullcontext(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student_product, "STUDENT_PRODUCT", implementation in ("interpreted_product", "cuda"))
+        if interprets:
+            _set_blocks(patch, block)
+        if implementation == "interpreted_product":
+            patch.setitem(chunks.ROW_ALIGNMENT, "cpu", 64)
+        yield torch.device("cuda" if implementation.startswith("cuda") else "cpu")
 
 
-def _set_blocks(block: int) -> None:
-    from distill_kernels import triton_math, triton_sample
+def _set_blocks(patch: pytest.MonkeyPatch, block: int) -> None:
+    from distill_kernels import triton_math, triton_sample, triton_student_product
 
-    triton_math.BLOCK = triton_sample.BLOCK = block
+    patch.setattr(triton_math, "BLOCK", block)
+    patch.setattr(triton_sample, "BLOCK", block)
+    columns = min(max(block // 4, 32), 1024)
+    patch.setattr(triton_student_product, "TILE", triton_student_product.Tile(16, columns, 16, 1, 1))
 
 
 @contextmanager

@@ -15,13 +15,17 @@ from triton.runtime.jit import create_function_from_signature
 
 from distill_kernels import (
     backend,
+    chunks,
     linear_distill_loss,
     sample,
+    student_product,
     triton_decode_attention,
     triton_math,
+    triton_product_rows,
     triton_reverse_kl,
     triton_rows,
     triton_sample,
+    triton_student_product,
 )
 
 FLOATS = "*fp32"
@@ -31,7 +35,11 @@ POINTERS = {
     "stats": FLOATS, "normalisers": FLOATS, "losses": FLOATS,
     "row_scale": FLOATS, "grad_ptr": "*bf16", "gradient_ptr": "*bf16", "upstream": FLOATS, "row_ids": "*i64",
     "step_ptr": "*i64", "logprobs": FLOATS,
+    "hidden": "*bf16", "weight": "*bf16", "teacher": FLOATS, "e_ptr": "*bf16", "f_ptr": "*bf16",
+    "per_row": FLOATS, "part": FLOATS, "shifts": FLOATS, "shifts_s": FLOATS, "shifts_t": FLOATS, "means": FLOATS,
 }  # fmt: skip
+INTEGERS = {"V", "R", "top_k", "tiles"}
+SHARED_MEMORY = 227 * 1024  # bytes, of a block on compute capability 9.0
 
 
 def type_of(name: str) -> str:
@@ -39,7 +47,7 @@ def type_of(name: str) -> str:
         return POINTERS[name]
     if name == "seed":
         return "i64"
-    return "i32" if name == "V" or name == "top_k" or name.endswith(("stride", "step")) else "fp32"
+    return "i32" if name in INTEGERS or name.endswith(("stride", "step")) else "fp32"
 
 
 def compile_kernel(kernel, warps: int, **constants) -> None:
@@ -66,12 +74,69 @@ def compile_kernel(kernel, warps: int, **constants) -> None:
         print(f"compiled {kernel.__name__} for {capability}: {constants}")
 
 
-def loss_of(rows: int) -> None:
+def compile_product(objective: int) -> None:
+    """The student's product as it runs: it fits, its matrix instructions overlap, and registers hold its numbers."""
+    tile, kernel = triton_student_product.TILE, triton_student_product._product_kernel
+    part = f"{tile.rows},{tile.columns // triton_product_rows.PARTS}"
+    descriptors = {
+        "hidden_desc": f"tensordesc<bf16[{tile.rows},{tile.inner}]>",
+        "weight_desc": f"tensordesc<bf16[{tile.columns},{tile.inner}]>",
+        "teacher_desc": f"tensordesc<fp32[{part}]>",
+        "e_desc": f"tensordesc<bf16[{part}]>",
+        "f_desc": f"tensordesc<bf16[{part}]>",
+    }
+    constants = {"STEPS": 16, "OBJECTIVE": objective, "GROUP": 16, "PROGRAMS": 132}
+    constants |= {"BM": tile.rows, "BN": tile.columns, "BK": tile.inner}
+    names = [parameter.name for parameter in kernel.params]
+    signature = {n: "constexpr" if n in constants else descriptors.get(n) or type_of(n) for n in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= SHARED_MEMORY, f"{compiled.metadata.shared} bytes of shared memory"
+    sass = compiled.asm["sass"]
+    products, waits, spilled = (len(re.findall(name, sass)) for name in ("HGMMA", r"WARPGROUP\.DEPBAR", "STL"))
+    assert products == tile.inner // 16, f"{products} matrix instructions in the loop"
+    assert waits <= 3, f"{waits} waits: more than one a step, which runs the matrix instructions one after another"
+    assert spilled < 64, f"{spilled} registers stored; a few are addresses, once before the loop, 128 hold the tile"
+    print(f"compiled {kernel.__name__} for 90: objective {objective}, {compiled.metadata.shared} bytes")
+
+
+def compile_product_rows() -> None:
+    """What comes before and after the student's product."""
+    rows, tile = triton_product_rows, triton_student_product.TILE
+    compile_kernel(triton_student_product._references_kernel, 4, H=1024, BLOCK=1024)
+    for objective in range(2):
+        extras = objective == 0
+        compile_kernel(
+            rows._finish_kernel, 8, OBJECTIVE=objective, IMPORTANCE=extras, ADVANTAGE=extras, ROWS=32, TILES=32
+        )
+    compile_kernel(rows._target_kernel, 4, COLUMNS=tile.columns, COUNT=8)
+    compile_kernel(rows._combine_kernel, 8, SUB=tile.columns // rows.PARTS, PARTS=rows.PARTS, COUNT=32)
+
+
+def loss_of(rows: int, objective: str = "sampled_reverse_kl") -> None:
     """In chunks of 16 rows."""
     hidden, weight = torch.randn(2, rows, 8), torch.randn(2, 96, 8)
     arguments = hidden[0].requires_grad_(), weight[0], hidden[1], weight[1], torch.zeros(rows, dtype=torch.int64)
-    options = {"sampling_logprob": torch.zeros(rows + 1)[1:], "advantage": torch.zeros(rows)}
-    linear_distill_loss(*arguments, torch.ones(rows), workspace_bytes=16 * 8 * 96, **options)
+    options = {}
+    if objective == "sampled_reverse_kl":
+        options = {"sampling_logprob": torch.zeros(rows + 1)[1:], "advantage": torch.zeros(rows)}
+    linear_distill_loss(*arguments, torch.ones(rows), objective=objective, workspace_bytes=16 * 10 * 128, **options)
+
+
+def product_of(rows: int) -> None:
+    """`loss_of` through the student's product."""
+    student_product.STUDENT_PRODUCT = True
+    loss_of(rows)
+    student_product.STUDENT_PRODUCT = False
+
+
+def exact_product_of(rows: int) -> None:
+    """`product_of` for the exact objective."""
+    student_product.STUDENT_PRODUCT = True
+    loss_of(rows, "reverse_kl")
+    student_product.STUDENT_PRODUCT = False
 
 
 def statistics_of(rows: int) -> None:
@@ -87,7 +152,7 @@ def sample_of(rows: int) -> None:
     sample(torch.randn(rows, 96), temperature=0.7, top_k=rows, seed=rows, step=rows)
 
 
-def record(bind, kinds: set, *args, grid, warmup, num_warps, **options) -> None:
+def record(bind, kinds: set, *args, grid, warmup, num_warps, num_stages=None, **options) -> None:
     kinds.add(str(bind(*args, **options)[1]))
 
 
@@ -95,8 +160,14 @@ def check_specialisations() -> None:
     """A launcher compiles one kernel, whatever the number of rows is: launches are recorded, and nothing runs."""
     backend._interpreting = True  # the launchers of CUDA, for tensors on a CPU
     target, seen = make_backend(GPUTarget("cuda", 90, 32)), defaultdict(set)
-    kernels = triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._sample_kernel
-    for launch in loss_of, statistics_of, sample_of:
+    kernels = (
+        triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._sample_kernel,
+        triton_student_product._references_kernel, triton_student_product._product_kernel,
+        triton_product_rows._finish_kernel, triton_product_rows._target_kernel, triton_product_rows._combine_kernel,
+    )  # fmt: skip
+    chunks.ROW_ALIGNMENT["cpu"] = 64
+    student_product.STUDENT_PRODUCT = False
+    for launch in loss_of, product_of, exact_product_of, statistics_of, sample_of:
         for kernel in kernels:
             bind = create_function_from_signature(kernel.signature, kernel.params, target)
             kernel.run = partial(record, bind, seen[launch.__name__, kernel.__name__])
@@ -104,7 +175,7 @@ def check_specialisations() -> None:
             launch(rows)
     for kernel in kernels:
         del kernel.run
-    assert sum(map(len, seen.values())) >= 4
+    assert sum(map(len, seen.values())) >= 12
     for key, kinds in seen.items():
         assert len(kinds) <= 1, f"{key}: compiled {len(kinds)} times\n" + "\n".join(sorted(kinds))
 
@@ -188,6 +259,9 @@ def main() -> None:
                 IMPORTANCE=extras and objective == 0, ADVANTAGE=extras and objective == 0,
                 NORMALISERS=objective == -1,
             )  # fmt: skip
+    for objective in range(2):
+        compile_product(objective)
+    compile_product_rows()
     compile_kernel(triton_reverse_kl._backward_kernel, warps, BLOCK=block)
     for top_k, top_p, min_p in ((False, False, False), (True, True, True), (False, True, False)):
         compile_kernel(

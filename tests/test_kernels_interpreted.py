@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = tuple(
-    f"test_kernels_{of}.py" for of in ("reverse_kl", "linear", "products", "sample", "decode_attention", "contract")
-)
+NAMES = "reverse_kl", "linear", "student_product", "products", "sample", "decode_attention", "contract"
+FILES = tuple(f"test_kernels_{name}.py" for name in NAMES)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU itself")

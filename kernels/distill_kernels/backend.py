@@ -22,6 +22,11 @@ def implementation(of: str, device: torch.device) -> ModuleType:
     return import_module(f"distill_kernels.{'triton' if runs_triton else 'twin'}_{of}")
 
 
+def interpreting() -> bool:
+    """Whether CPU tensors run the Triton source now."""
+    return _interpreting
+
+
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Runs the Triton source on CPU tensors; raises RuntimeError unless TRITON_INTERPRET=1 is set."""

@@ -31,14 +31,14 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def rows_per_chunk(K: int, V: int, bytes_per_column: int, workspace_bytes: int | None, device: torch.device) -> int:
+def rows_per_chunk(K: int, V: int, bytes_per_column: float, workspace_bytes: int | None, device: torch.device) -> int:
     """How many rows of V columns fit: at least 1, at most K, and where K does not fit a multiple of 16.
 
     On CUDA of 128, the rows of a product's tile, where that many fit. Columns are counted as `row_buffer` lays them.
     """
     kind = "cuda" if device.type == "cuda" else "cpu"
     budget = WORKSPACE_BYTES[kind] if workspace_bytes is None else workspace_bytes
-    rows = max(1, min(K, budget // (_columns(V, device) * bytes_per_column)))
+    rows = max(1, min(K, int(budget // (_columns(V, device) * bytes_per_column))))
     if rows == K:
         return rows
     whole = 128 if kind == "cuda" and rows >= 128 else 16

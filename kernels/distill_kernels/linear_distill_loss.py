@@ -12,21 +12,25 @@ importance_clip) are constants of the gradient; m = beta q + (1 - beta) p (Agarw
 linear in the losses of the tokens with known weights, so the gradient needs nothing from outside but one number: a
 chunk of rows is multiplied by both heads, one row kernel writes the student's logit gradient, and that goes straight
 into both gradients. The backward pass multiplies them by the upstream gradient; nothing is computed twice, no [K, V]
-tensor exists.
+tensor exists. Where `student_product.applies`, on Hopper, the student's product itself writes the logit gradient.
 
 FLOPs: 2 K V (3 Hs + Ht), or 2 K V (Hs + Ht) without gradients and 2 K V (2 Hs + Ht) with a frozen head. Bytes: the
 logits buffers are written once, read twice (once where no gradient is asked for), and the gradient is written and
-read twice; the float32 weight gradient is written once a chunk and read in all but the first.
+read twice; the float32 weight gradient is written once a chunk and read in all but the first. From the student's
+product, only the teacher's buffer is, written and read once; the exact gradient is written and read once more.
 Extra memory, whatever K is: the workspace of `chunks.WORKSPACE_BYTES` and the float32 gradients [K, Hs] and [Vs, Hs].
 """
+
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from distill_kernels import backend, checks
+from distill_kernels import backend, checks, student_product
 from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
 from distill_kernels.linear_reverse_kl import shared_columns
-from distill_kernels.types import OBJECTIVES, TokenStats
+from distill_kernels.types import OBJECTIVES, Head, TokenStats
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -58,7 +62,7 @@ def _linear_distill_loss(
 ) -> Gradients:
     """Loss [], statistics [6, K], and the `needed` gradients of student hidden states, weight and bias (else empty)."""
     checks.check_token_ids(token_ids, vocab_size)
-    K, V, device = student_hidden.shape[0], vocab_size, student_hidden.device
+    K, V = student_hidden.shape[0], vocab_size
     outputs = _outputs(student_hidden, student_weight, teacher_hidden, teacher_weight, needed)
     _, stats, *gradients = outputs
     weights = token_weight.to(stats.dtype)
@@ -66,32 +70,58 @@ def _linear_distill_loss(
     student = HeadProducts(student_weight[:V], student_hidden, stats.dtype, cast_weights)
     teacher = HeadProducts(teacher_weight[:V], teacher_hidden, stats.dtype, cast_weights)
     gradients[1][V if K else 0 :].zero_(), gradients[2].zero_()  # the first chunk writes the weight's first V rows
-    buffers = _buffers(K, V, student, any(needed), workspace_bytes, device)
-    student_head = shared_columns(student_bias, student_softcap, student_scale, V)
-    teacher_head = shared_columns(teacher_bias, teacher_softcap, teacher_scale, V)
+    heads = {
+        "student_head": shared_columns(student_bias, student_softcap, student_scale, V),
+        "teacher_head": shared_columns(teacher_bias, teacher_softcap, teacher_scale, V),
+    }
+    buffers, distill = _way(student, student_hidden, heads, temperature, objective, any(needed), workspace_bytes)
     for part in chunks(K, len(buffers[0])):
-        student_logits, teacher_logits, grad = (None if b is None else b[: part.stop - part.start] for b in buffers)
-        backend.implementation("rows", device).distill_rows(
-            student.logits(student_hidden[part], student_logits),
+        plane, teacher_logits, grad = (None if b is None else b[: part.stop - part.start] for b in buffers)
+        distill(
+            student_hidden[part],
             teacher.logits(teacher_hidden[part], teacher_logits),
-            token_ids[part],
-            None if sampling_logprob is None else sampling_logprob[part],
-            stats[:, part],
-            losses[part],
-            row_scale[part],
-            grad,
+            plane,
+            token_ids=token_ids[part],
+            sampling_logprob=None if sampling_logprob is None else sampling_logprob[part],
+            stats=stats[:, part],
+            losses=losses[part],
+            row_scale=row_scale[part],
+            grad=grad,
             advantage=None if advantage is None else advantage[part],
             objective=objective,
             importance_clip=importance_clip,
             beta=beta,
             temperature=temperature,
-            student_head=student_head,
-            teacher_head=teacher_head,
+            **heads,
         )
         factor = weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
         _write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]
+
+
+def _way(
+    student: HeadProducts,
+    hidden: Tensor,
+    heads: Mapping[str, Head],
+    temperature: float,
+    objective: int,
+    gradient: bool,
+    workspace_bytes: int | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Callable[..., None]]:
+    """For the rows of a chunk: room for the student's logits, or for what stands in for them, the teacher's logits and
+    the student's logits' gradient; and what fills the first and the last."""
+    K, V = len(hidden), len(student.weight)
+    if student_product.applies(student, hidden, heads.values(), temperature, objective, gradient):
+        buffers = student_product.buffers(K, V, student, objective, workspace_bytes)
+        return buffers, student_product.way(student, len(buffers[0]), V, objective)
+    return _buffers(K, V, student, gradient, workspace_bytes, hidden.device), partial(_distill_rows, student)
+
+
+def _distill_rows(student: HeadProducts, hidden: Tensor, teacher: Tensor, room: Tensor, **options) -> None:
+    """The rows of a chunk from the student's logits, made in `room`, and the teacher's."""
+    rows = backend.implementation("rows", hidden.device)
+    rows.distill_rows(student.logits(hidden, room), teacher, **options)
 
 
 def _buffers(

@@ -1,0 +1,113 @@
+"""Both ways of the fused head on Hopper: student logits through memory, or their gradient from the product itself.
+
+    python -m benchmarks.student_product          # about 20 seconds, most of it compilation
+    TRITON_INTERPRET=1 python -m benchmarks.student_product --small     # on a CPU: shows that it runs, and no more
+
+For two sizes, both objectives and two workspaces: milliseconds of forward and backward pass each way, the fraction of
+the products' own time at the rate of an 8192^3 product, and the parts of the new way. Then the largest difference of
+statistics between the ways, in nats, and of the gradients, as a norm over the norm.
+"""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import describe_machine, gemm_rate, interleave
+from benchmarks.row_blocks import PASSES, Sizes, print_parts, sizes
+from distill_kernels import TokenStats, backend, chunks, linear_distill_loss, student_product
+
+WIDTHS = (1024, 2048), (2048, 4096)
+
+
+@contextlib.contextmanager
+def way(of_product: bool) -> Iterator[None]:
+    """Which way the op takes inside."""
+    before, student_product.STUDENT_PRODUCT = student_product.STUDENT_PRODUCT, of_product
+    try:
+        yield
+    finally:
+        student_product.STUDENT_PRODUCT = before
+
+
+class Head:
+    """Inputs of one size, and a step on them."""
+
+    def __init__(self, at: Sizes) -> None:
+        generator = torch.Generator(at.device).manual_seed(0)
+
+        def normal(rows: int, width: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(rows, width, device=at.device, generator=generator) * scale).to(at.dtype)
+
+        self.trained = normal(at.K, at.Hs).requires_grad_(), normal(at.V, at.Hs, 3 / at.Hs**0.5).requires_grad_()
+        teacher = normal(at.K, at.Ht), normal(at.V, at.Ht, 3 / at.Ht**0.5)
+        token_ids = torch.randint(at.V, (at.K,), device=at.device, generator=generator)
+        self.rest = *teacher, token_ids, torch.rand(at.K, device=at.device, generator=generator)
+
+    def step(self, objective: str, workspace: int, of_product: bool) -> tuple[TokenStats, tuple[Tensor, ...]]:
+        with way(of_product):
+            loss, stats = linear_distill_loss(*self.trained, *self.rest, objective=objective, workspace_bytes=workspace)
+            return stats, torch.autograd.grad(loss, self.trained)
+
+
+def compare(head: Head, objective: str, workspace: int) -> None:
+    """Prints the differences between the ways."""
+    (stats, gradients), (other_stats, others) = (head.step(objective, workspace, way) for way in (True, False))
+    largest = {
+        name: (ours - other).abs().max().item()
+        for name, ours, other in zip(TokenStats._fields, stats, other_stats, strict=True)
+    }
+    print(f"  {objective:18}  differences: " + ", ".join(f"{name} {value:.1e}" for name, value in largest.items()))
+    relative = [
+        (torch.linalg.vector_norm(ours - other, dtype=torch.float32) / torch.linalg.vector_norm(other)).item()
+        for ours, other in zip(gradients, others, strict=True)
+    ]
+    print(f"  {objective:18}  gradients: hidden states {relative[0]:.1e}, weight {relative[1]:.1e}")
+
+
+def time_ways(at: Sizes, rate: float) -> None:
+    """Prints a line a way, workspace and objective, and the differences."""
+    floor = 2 * at.K * at.V * (3 * at.Hs + at.Ht) / rate
+    print(f"K {at.K}, V {at.V}, H {at.Hs}/{at.Ht}, {at.dtype}: products alone {floor * 1e3:.2f} ms")
+    head = Head(at)
+    for objective in PASSES:
+        compare(head, objective, at.workspaces[-1])
+        calls = {
+            (of_product, workspace): partial(head.step, objective, workspace, of_product)
+            for workspace in at.workspaces
+            for of_product in (False, True)
+        }
+        for (of_product, workspace), timing in interleave(calls, rounds=at.rounds, device=at.device).items():
+            print(
+                f"  {objective:18}  {workspace / 2**30:5.2f} GiB  {'product' if of_product else 'rows':7}  "
+                f"{timing.median * 1e3:8.2f} ms  {floor / timing.median:4.0%} of the products alone"
+            )
+        print_parts(at, f"  {objective:18}  product", calls[True, at.workspaces[-1]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="toy sizes")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() and (os.environ.get("TRITON_INTERPRET") != "1" or not options.small):
+        parser.error("without a GPU, set TRITON_INTERPRET=1 and pass --small")
+    at = sizes(0, options.small)
+    workspaces = at.workspaces if options.small else (2 * 2**30, 4 * 2**30)
+    print(describe_machine(at.device))
+    rate = gemm_rate(at.product, at.product, at.product, dtype=at.dtype, device=at.device)
+    print(f"a product of {at.product}^3: {rate / 1e12:.1f} TFLOP/s")
+    with backend.interpreted() if at.device.type == "cpu" else contextlib.nullcontext():
+        if at.device.type == "cpu":
+            chunks.ROW_ALIGNMENT["cpu"] = 64
+        for Hs, Ht in ((at.Hs, at.Ht),) if options.small else WIDTHS:
+            time_ways(at._replace(Hs=Hs, Ht=Ht, workspaces=workspaces, rounds=min(at.rounds, 3)), rate)
+            if at.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""When `linear_distill_loss` lets one kernel multiply by the student's head and make the logits' gradient, and in what.
+
+That is on Hopper, whose shared memory its tiles are cut for, in bfloat16, for the two reverse objectives of a head
+without bias and softcap; everything else goes through `triton_rows`. float16 is left out: the gradient is kept relative
+to the probability of the row's own token, and the reciprocal of a sum in such units passes the range of float16.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from distill_kernels import backend
+from distill_kernels.chunks import ROW_ALIGNMENT, HeadProducts, row_buffer, rows_per_chunk
+from distill_kernels.types import OBJECTIVES, Head
+
+STUDENT_PRODUCT = True  # whether it runs where it applies; a benchmark times both ways
+
+_OBJECTIVES = tuple(OBJECTIVES.index(name) for name in ("sampled_reverse_kl", "reverse_kl"))
+
+
+def applies(
+    student: HeadProducts,
+    hidden: Tensor,
+    heads: Iterable[Head],
+    temperature: float,
+    objective: int,
+    gradient: bool,
+) -> bool:
+    """Whether it runs for these arguments."""
+    weight = student.weight
+    return (
+        STUDENT_PRODUCT
+        and gradient
+        and objective in _OBJECTIVES
+        and _capable(student)
+        and all(_is_plain(head, temperature) for head in heads)
+        and weight.dtype == hidden.dtype
+        and _is_aligned(weight)
+        and hidden.shape[1] * hidden.dtype.itemsize % 16 == 0
+    )
+
+
+def buffers(
+    K: int, V: int, student: HeadProducts, objective: int, workspace_bytes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For the rows of a chunk: E, the teacher's logits, and the logits' gradient, which is E for the sampled objective.
+
+    The partial sums are counted as one column in twenty-five of float32.
+    """
+    operand, device = student.operand, student.weight.device
+    one_plane = objective == OBJECTIVES.index("sampled_reverse_kl")
+    bytes_per_column = (2 - one_plane) * operand.itemsize + student.accumulate.itemsize * 1.04
+    rows = rows_per_chunk(K, V, bytes_per_column, workspace_bytes, device)
+    e, teacher = (row_buffer(rows, V, dtype, device) for dtype in (operand, student.accumulate))
+    return e, teacher, e if one_plane else row_buffer(rows, V, operand, device)
+
+
+def way(student: HeadProducts, rows: int, V: int, objective: int) -> Callable[..., None]:
+    """What makes the rows of a chunk, of at most `rows`, from hidden states, the teacher's logits and room for E, as
+    `triton_rows.distill_rows` does from both models' logits."""
+    device = student.weight.device
+    module = backend.implementation("student_product", device)
+    room = module.scratch(rows, V, objective, device)
+    weight = student.weight.to(student.operand)
+
+    def distill(hidden: Tensor, teacher: Tensor, e: Tensor, *, beta: float, **options) -> None:
+        hidden = hidden.to(student.operand).contiguous()
+        hidden = hidden if hidden.data_ptr() % 16 == 0 else hidden.clone()  # as descriptors want it
+        module.distill_product(hidden, weight, teacher, e, room, **options)
+
+    return distill
+
+
+def _is_plain(head: Head, temperature: float) -> bool:
+    """No bias, no softcap, and a scale that 1e30, for a column that does not exist, can be divided by."""
+    return head.bias is None and head.softcap is None and 1e-6 < abs(head.scale / temperature) < 1e6
+
+
+def _capable(student: HeadProducts) -> bool:
+    """Of this operand, on this device: for tests also a CPU that interprets the kernels and aligns rows for them."""
+    device = student.weight.device
+    if ROW_ALIGNMENT.get(device.type, 1) % 8:
+        return False
+    if device.type == "cuda":
+        return student.operand == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
+    return backend.interpreting() and student.operand == torch.float32
+
+
+def _is_aligned(weight: Tensor) -> bool:
+    """As the descriptors of tensors in memory want it."""
+    bytes_per_row = weight.stride(0) * weight.dtype.itemsize
+    return weight.stride(1) == 1 and bytes_per_row % 16 == 0 and weight.data_ptr() % 16 == 0
