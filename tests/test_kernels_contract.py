@@ -11,7 +11,7 @@ from kernels_common import INTERPRETING, over_implementations, running
 
 from benchmarks.harness import peak_memory
 from distill_kernels import backend, checks, linear_distill_loss, linear_reverse_kl, reverse_kl, sample
-from distill_kernels.chunks import ROW_ALIGNMENT, row_buffer, rows_per_chunk
+from distill_kernels.chunks import ROW_ALIGNMENT, row_buffer, rows_per_chunk, workspace
 
 RUNS_TRITON = INTERPRETING or torch.cuda.is_available()
 if RUNS_TRITON:
@@ -230,8 +230,11 @@ def test_rows_per_chunk():
     assert rows_per_chunk(5, 10**9, 8, 1, cpu) == 1
     assert rows_per_chunk(0, 10, 8, None, cpu) == 1
     cuda = torch.device("cuda")
-    assert rows_per_chunk(10**6, 151_936, 10, None, cuda) == 1408
-    assert rows_per_chunk(10**6, 151_936, 8, None, cuda) == 1664  # 1,766 fit
+    assert rows_per_chunk(10**6, 151_936, 10, 2**31, cuda) == 1408
+    assert rows_per_chunk(10**6, 151_936, 8, 2**31, cuda) == 1664  # 1,766 fit
+    if not torch.cuda.is_available():
+        assert workspace(cuda, 80 * 2**30) == 4 * 2**30
+        assert workspace(cuda, 24 * 2**30) == 3 * 2**29
     assert rows_per_chunk(100, 151_936, 8, None, cuda) == 100
     assert rows_per_chunk(200, 65, 8, 8 * 128 * 100, cuda) == 96  # columns are padded to 128
 

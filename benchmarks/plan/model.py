@@ -15,7 +15,7 @@ import torch
 from benchmarks.plan.machines import COLLECTIVE, GIB, NETWORK, NODE, Machine
 from benchmarks.plan.shapes import Shape
 from distill.rollout.waves import cut_waves, wave_bytes
-from distill_kernels.chunks import rows_per_chunk
+from distill_kernels.chunks import rows_per_chunk, workspace
 
 PHASES = {
     "rollout": ("weight refresh", "prefill", "decode"),
@@ -66,10 +66,12 @@ class Work:
         """Of the arithmetic that scores: 8 bits are for weights alone."""
         return self.itemsize if self.teacher_itemsize == 1 else self.teacher_itemsize
 
-    def chunk(self, K: int, cuda: bool) -> tuple[int, int]:
+    def chunk(self, K: int, machine: Machine) -> tuple[int, int]:
         """Rows of a chunk of the fused head, and bytes of a column of one row."""
-        column = 8 + (self.itemsize if cuda and self.itemsize < 4 else 0)
-        return rows_per_chunk(K, self.student.vocab_size, column, None, torch.device("cuda" if cuda else "cpu")), column
+        column = 8 + (self.itemsize if machine.cuda and self.itemsize < 4 else 0)
+        device = torch.device("cuda" if machine.cuda else "cpu")
+        size = workspace(device, machine.memory)
+        return rows_per_chunk(K, self.student.vocab_size, column, size, device), column
 
     def split(self) -> tuple[int, int, int, int]:
         """Micro-batches; tokens computed in all of them; of the largest, tokens and completion tokens."""
@@ -196,7 +198,7 @@ def peak_bytes(work: Work, machine: Machine, layout: Layout, held: dict[str, flo
     if work.checkpointing:
         kept = tokens * (4 * s.num_hidden_layers * s.hidden_size + s.activation_bytes(work.itemsize))
     half = work.itemsize < 4
-    rows, column = work.chunk(K, machine.cuda)
+    rows, column = work.chunk(K, machine)
     gradient = 0 if work.lora_rank else s.head
     # The weight's gradient beside the buffers first, beside its scaled copies then.
     head = 4 * gradient + max(rows * s.vocab_size * column, (6 if half else 4) * gradient)
@@ -290,7 +292,7 @@ def _update_seconds(work: Work, machine: Machine, layout: Layout) -> dict[str, f
     head = machine.busy(2 * K * s.vocab_size * columns, itemsize, reached.head)
     head += LOGIT_BYTES["head"] * K * s.vocab_size / (machine.bandwidth * reached.rows)
     if not work.lora_rank:  # the weight's gradient: made, added to by each chunk, scaled, handed on
-        head += machine.moving(s.head * (24 * parts + 8 * K / work.chunk(K_of_part, machine.cuda)[0]))
+        head += machine.moving(s.head * (24 * parts + 8 * K / work.chunk(K_of_part, machine)[0]))
     optimizer = machine.moving(ADAM_BYTES * work.trained / layout.shards)
     if layout.shards > 1:
         moved = parts * (2 * itemsize * s.parameters + 4 * work.trained)

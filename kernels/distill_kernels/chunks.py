@@ -16,8 +16,8 @@ from torch import Tensor
 
 from distill_kernels import cpu_product
 
-WORKSPACE_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
-"""Budget for the two logits buffers and the logits' gradient, when a call names none."""
+WORKSPACE_BYTES = {"cpu": 128 * 2**20, "cuda": 4 * 2**30}
+"""Budget for the two logits buffers and the logits' gradient, when a call names none; of a GPU a 16th at most."""
 
 ROW_ALIGNMENT = {"cuda": 64}
 """Elements of which a buffer's rows begin at a multiple, 1 where absent."""
@@ -37,12 +37,21 @@ def rows_per_chunk(K: int, V: int, bytes_per_column: float, workspace_bytes: int
     On CUDA of 128, the rows of a product's tile, where that many fit. Columns are counted as `row_buffer` lays them.
     """
     kind = "cuda" if device.type == "cuda" else "cpu"
-    budget = WORKSPACE_BYTES[kind] if workspace_bytes is None else workspace_bytes
+    budget = workspace(device) if workspace_bytes is None else workspace_bytes
     rows = max(1, min(K, int(budget // (_columns(V, device) * bytes_per_column))))
     if rows == K:
         return rows
     whole = 128 if kind == "cuda" and rows >= 128 else 16
     return rows // whole * whole or rows
+
+
+def workspace(device: torch.device, memory: float = float("inf")) -> int:
+    """Bytes, when a call names none, on a GPU of so much `memory` if there is none to be asked."""
+    if device.type != "cuda":
+        return WORKSPACE_BYTES["cpu"]
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return int(min(WORKSPACE_BYTES["cuda"], memory / 16))
 
 
 def row_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
