@@ -250,8 +250,11 @@ def test_qwen3_on_a_gpu(B: int, record, absent) -> None:
         return whole.median
 
     seconds = ours("ours")
-    with compiled(engine.body):
-        ours("ours, compiled")
+    try:
+        with compiled(engine.body):
+            ours("ours, compiled")
+    except RuntimeError as error:  # of a compiler that does not take this model
+        absent(group, "ours, compiled", str(error))
     stock(model, prompt_ids, GPU_N, tokens=4)
     try:
         theirs = interleave(

@@ -330,13 +330,13 @@ def test_qwen3_beside_trl_on_a_gpu(qwen3, tmp_path, record, absent):
     make = partial(our_steps, *qwen3, tokenizer(prompt_of(tokenizer, P))["input_ids"], T, N, torch.bfloat16)
     steps = make(generation="bfloat16")
     record_phases(record, *qwen3, steps, P, T, N, timed=2)
-    with compiled(*qwen3):
-        faster = make(generation="bfloat16", compiled=gpu_or_cpu().type == "cuda")
-        record_phases(record, *qwen3, faster, P, T, N, timed=3, how=", compiled")
-        del faster
-        at_once = make(generation="bfloat16", compiled=gpu_or_cpu().type == "cuda", micro_batch=P + N * T)
-        record_phases(record, *qwen3, at_once, P, T, N, timed=2, how=", compiled, one micro-batch")
-        del at_once
+    options = {"generation": "bfloat16", "compiled": gpu_or_cpu().type == "cuda"}
+    try:
+        with compiled(*qwen3):
+            for how, size in ((", compiled", 8192), (", compiled, one micro-batch", P + N * T)):
+                record_phases(record, *qwen3, make(micro_batch=size, **options), P, T, N, timed=2, how=how)
+    except RuntimeError as error:  # of a compiler that does not take these models
+        absent("the step", "compiled", str(error))
     tokenizer.eos_token = "<pad>"  # which TRL asks for, and `min_new_tokens` keeps from being sampled
     group = f"whole step of Qwen3-0.6B from 4B in bfloat16, (P, T, N) = {(P, T, N)}"
     need_trl(absent, group)
