@@ -4,8 +4,9 @@
     TRITON_INTERPRET=1 python -m benchmarks.student_product --small     # on a CPU: shows that it runs, and no more
 
 For two sizes, both objectives and two workspaces: milliseconds of forward and backward pass each way, the fraction of
-the products' own time at the rate of an 8192^3 product, and the parts of the new way. Then the largest difference of
-statistics between the ways, in nats, and of the gradients, as a norm over the norm.
+the products' own time at the rate of an 8192^3 product, and the parts of each way. Then the largest difference of
+statistics between the ways, in nats, and of the gradients, as a norm over the norm. `prefetch`, at the first size, is
+the new way with `triton_student_product.PREFETCH`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,16 +24,19 @@ from benchmarks.row_blocks import PASSES, Sizes, print_parts, sizes
 from distill_kernels import TokenStats, backend, chunks, linear_distill_loss, student_product
 
 WIDTHS = (1024, 2048), (2048, 4096)
+WAYS = "product", "rows", "prefetch"
 
 
 @contextlib.contextmanager
-def way(of_product: bool) -> Iterator[None]:
+def way(name: str) -> Iterator[None]:
     """Which way the op takes inside."""
-    before, student_product.STUDENT_PRODUCT = student_product.STUDENT_PRODUCT, of_product
-    try:
+    from distill_kernels import triton_student_product
+
+    with (
+        mock.patch.object(student_product, "STUDENT_PRODUCT", name != "rows"),
+        mock.patch.object(triton_student_product, "PREFETCH", name == "prefetch"),
+    ):
         yield
-    finally:
-        student_product.STUDENT_PRODUCT = before
 
 
 class Head:
@@ -48,15 +53,15 @@ class Head:
         token_ids = torch.randint(at.V, (at.K,), device=at.device, generator=generator)
         self.rest = *teacher, token_ids, torch.rand(at.K, device=at.device, generator=generator)
 
-    def step(self, objective: str, workspace: int, of_product: bool) -> tuple[TokenStats, tuple[Tensor, ...]]:
-        with way(of_product):
+    def step(self, objective: str, workspace: int, name: str) -> tuple[TokenStats, tuple[Tensor, ...]]:
+        with way(name):
             loss, stats = linear_distill_loss(*self.trained, *self.rest, objective=objective, workspace_bytes=workspace)
             return stats, torch.autograd.grad(loss, self.trained)
 
 
 def compare(head: Head, objective: str, workspace: int) -> None:
     """Prints the differences between the ways."""
-    (stats, gradients), (other_stats, others) = (head.step(objective, workspace, way) for way in (True, False))
+    (stats, gradients), (other_stats, others) = (head.step(objective, workspace, name) for name in WAYS[:2])
     largest = {
         name: (ours - other).abs().max().item()
         for name, ours, other in zip(TokenStats._fields, stats, other_stats, strict=True)
@@ -69,7 +74,7 @@ def compare(head: Head, objective: str, workspace: int) -> None:
     print(f"  {objective:18}  gradients: hidden states {relative[0]:.1e}, weight {relative[1]:.1e}")
 
 
-def time_ways(at: Sizes, rate: float) -> None:
+def time_ways(at: Sizes, rate: float, ways: tuple[str, ...]) -> None:
     """Prints a line a way, workspace and objective, and the differences."""
     floor = 2 * at.K * at.V * (3 * at.Hs + at.Ht) / rate
     print(f"K {at.K}, V {at.V}, H {at.Hs}/{at.Ht}, {at.dtype}: products alone {floor * 1e3:.2f} ms")
@@ -77,16 +82,17 @@ def time_ways(at: Sizes, rate: float) -> None:
     for objective in PASSES:
         compare(head, objective, at.workspaces[-1])
         calls = {
-            (of_product, workspace): partial(head.step, objective, workspace, of_product)
+            (name, workspace): partial(head.step, objective, workspace, name)
             for workspace in at.workspaces
-            for of_product in (False, True)
+            for name in ways
         }
-        for (of_product, workspace), timing in interleave(calls, rounds=at.rounds, device=at.device).items():
+        for (name, workspace), timing in interleave(calls, rounds=at.rounds, device=at.device).items():
             print(
-                f"  {objective:18}  {workspace / 2**30:5.2f} GiB  {'product' if of_product else 'rows':7}  "
-                f"{timing.median * 1e3:8.2f} ms  {floor / timing.median:4.0%} of the products alone"
+                f"  {objective:18}  {workspace / 2**30:5.2f} GiB  {name:8}  {timing.median * 1e3:8.2f} ms  "
+                f"{floor / timing.median:4.0%} of the products alone"
             )
-        print_parts(at, f"  {objective:18}  product", calls[True, at.workspaces[-1]])
+        for name in ways:
+            print_parts(at, f"  {objective:18}  {name:8}", calls[name, at.workspaces[-1]])
 
 
 def main() -> None:
@@ -104,7 +110,11 @@ def main() -> None:
         if at.device.type == "cpu":
             chunks.ROW_ALIGNMENT["cpu"] = 64
         for Hs, Ht in ((at.Hs, at.Ht),) if options.small else WIDTHS:
-            time_ways(at._replace(Hs=Hs, Ht=Ht, workspaces=workspaces, rounds=min(at.rounds, 3)), rate)
+            time_ways(
+                at._replace(Hs=Hs, Ht=Ht, workspaces=workspaces, rounds=min(at.rounds, 3)),
+                rate,
+                WAYS[:2] if Hs == WIDTHS[1][0] else WAYS,
+            )
             if at.device.type == "cuda":
                 torch.cuda.empty_cache()
 

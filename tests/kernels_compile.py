@@ -74,7 +74,7 @@ def compile_kernel(kernel, warps: int, **constants) -> None:
         print(f"compiled {kernel.__name__} for {capability}: {constants}")
 
 
-def compile_product(objective: int) -> None:
+def compile_product(objective: int, prefetch: bool) -> None:
     """The student's product as it runs: it fits, its matrix instructions overlap, and registers hold its numbers."""
     tile, kernel = triton_student_product.TILE, triton_student_product._product_kernel
     part = f"{tile.rows},{tile.columns // triton_product_rows.PARTS}"
@@ -85,7 +85,7 @@ def compile_product(objective: int) -> None:
         "e_desc": f"tensordesc<bf16[{part}]>",
         "f_desc": f"tensordesc<bf16[{part}]>",
     }
-    constants = {"STEPS": 16, "OBJECTIVE": objective, "GROUP": 16, "PROGRAMS": 132}
+    constants = {"STEPS": 16, "OBJECTIVE": objective, "GROUP": 16, "PROGRAMS": 132, "PREFETCH": prefetch}
     constants |= {"BM": tile.rows, "BN": tile.columns, "BK": tile.inner}
     names = [parameter.name for parameter in kernel.params]
     signature = {n: "constexpr" if n in constants else descriptors.get(n) or type_of(n) for n in names}
@@ -260,7 +260,7 @@ def main() -> None:
                 NORMALISERS=objective == -1,
             )  # fmt: skip
     for objective in range(2):
-        compile_product(objective)
+        compile_product(objective, prefetch=objective == 1)
     compile_product_rows()
     compile_kernel(triton_reverse_kl._backward_kernel, warps, BLOCK=block)
     for top_k, top_p, min_p in ((False, False, False), (True, True, True), (False, True, False)):

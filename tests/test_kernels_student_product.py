@@ -77,14 +77,18 @@ def test_all_options(implementation, objective, launches):
 
 @over_products
 @over_its_objectives
-def test_as_the_row_kernel(implementation, objective, launches):
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_as_the_row_kernel(implementation, objective, prefetch, launches):
     """The tiles as they are on a GPU, a ragged last one each way, against the other way of the same op."""
+    if prefetch and implementation != "cuda":
+        pytest.skip("the interpreter has no cache")
     torch.manual_seed(1)
     with running(implementation) as device:
         from distill_kernels import triton_student_product as product
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(product, "TILE", product.Tile(128, 256, 64, 3, 8))
+            patch.setattr(product, "PREFETCH", prefetch)
             arguments = make(135, 601, 601, 72, 40, device=device, dtype=dtype_of(implementation))
             ours = compare(arguments, objective=objective, advantage=None)
             assert launches

@@ -57,6 +57,8 @@ class Tile(NamedTuple):
 
 TILE = Tile(128, 256, 64, 3, 8)  # tests make it smaller; with four stages the shared memory is too small
 
+PREFETCH = False  # of the teacher's logits, while the product before their use runs
+
 
 @triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["token_ids", "per_row"])
 def _references_kernel(
@@ -131,12 +133,24 @@ def _store_sums(at, tiles, row_stride, inside, sum_s, sum_t, own_s, own_t, cross
     tl.store(at + 6 * step, shift_t, mask=inside)
 
 
+@triton.jit
+def _prefetch(teacher, stride, row, column, R, V, BM: tl.constexpr, BN: tl.constexpr):
+    """Asks for the teacher's logits of a tile to be brought from memory to the L2 cache, 128 bytes at once."""
+    LINE: tl.constexpr = 32
+    rows = tl.minimum(row + tl.arange(0, BM), R - 1)
+    cols = tl.minimum(column + LINE * tl.arange(0, BN // LINE), V - 1)
+    at = teacher + tl.cast(rows, tl.int64)[:, None] * stride + cols[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["R", "row_stride"], do_not_specialize_on_alignment=["token_ids", "per_row"])
 def _product_kernel(
-    hidden_desc, weight_desc, teacher_desc, e_desc, f_desc, token_ids, per_row, part, means,
-    R, V, row_stride, student_bits, teacher_bits, no_column_s, no_column_t,
+    hidden_desc, weight_desc, teacher_desc, e_desc, f_desc, teacher, token_ids, per_row, part, means,
+    R, V, teacher_stride, row_stride, student_bits, teacher_bits, no_column_s, no_column_t,
     STEPS: tl.constexpr, OBJECTIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """E, F and the partial sums, as `Scratch` has them, of all tiles: a program takes every PROGRAMS-th."""
     tiles_m = tl.cdiv(R, BM)
@@ -192,6 +206,10 @@ def _product_kernel(
             tl.store(to_mean + 3 * row_stride, mean_3, mask=inside)
         at = part + tl.cast(tn, tl.int64) * row_stride + rows
         _store_sums(at, tiles_n, row_stride, inside, sum_s, sum_t, own_s, own_t, cross, shift, shift_4)
+        if PREFETCH:
+            following = tl.minimum(tile + PROGRAMS, tiles_m * tiles_n - 1)
+            next_m, next_n = _tile_of(following, tiles_m, tiles_n, GROUP)
+            _prefetch(teacher, teacher_stride, next_m * BM, next_n * BN, R, V, BM, BN)
 
 
 def scratch(rows: int, V: int, objective: int, device: torch.device) -> Scratch:
@@ -274,8 +292,9 @@ def launch_product(
     on_gpu = hidden.is_cuda
     programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count if on_gpu else 3
     _product_kernel[(programs,)](
-        *descriptors, token_ids, room.per_row, room.part, room.means, len(hidden), V, room.per_row.stride(0), *bits,
-        *(-1e30 / unit for unit in bits), STEPS=triton.cdiv(H, TILE.inner), OBJECTIVE=objective,
+        *descriptors, teacher, token_ids, room.per_row, room.part, room.means, len(hidden), V, teacher.stride(0),
+        room.per_row.stride(0), *bits, *(-1e30 / unit for unit in bits), STEPS=triton.cdiv(H, TILE.inner),
+        OBJECTIVE=objective,
         BM=TILE.rows, BN=TILE.columns, BK=TILE.inner, GROUP=16, PROGRAMS=programs, num_warps=TILE.warps,
-        num_stages=TILE.stages,
+        num_stages=TILE.stages, PREFETCH=PREFETCH and on_gpu,
     )  # fmt: skip
