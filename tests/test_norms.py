@@ -34,3 +34,10 @@ def test_in_half_precision_it_is_no_further_from_the_truth():
     assert isinstance(model.base_model.norm, RmsNorm)
     assert (model.base_model.norm(hidden).double() - exact).norm() <= usual
     assert model.base_model.norm.weight is norm.weight, "it is refreshed where the copy's weights are"
+
+
+def test_a_mixture_of_dtypes_is_computed_in_the_wider():
+    norm = RmsNorm(nn.Parameter(torch.rand(32) + 0.5), 1e-6)
+    hidden = torch.randn(5, 32, dtype=torch.bfloat16)
+    assert torch.equal(norm(hidden), norm(hidden.float()))
+    assert norm.bfloat16()(hidden.float()).dtype == torch.float32

@@ -14,7 +14,10 @@ class RmsNorm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+        # Of two dtypes, as under autocast, PyTorch takes no kernel of one, and says so.
+        hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, self.weight.dtype))
+        weight = self.weight.to(hidden_states.dtype)
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.eps)
 
 
 @torch.no_grad()
