@@ -7,6 +7,7 @@
 #   kernels  fused head, reverse_kl from logits and sample, beside Liger, TRL and cut-cross-entropy where installed
 #   rollout  the engine at Qwen3-0.6B's sizes beside stock `generate`; a decode step against the bytes it must read
 #   step     the command at the sizes of Qwen3-0.6B from 4B, on random models made here
+#   compiled phases of a step of the same sizes with compiled layers
 #   trl      a step of the same sizes by phases, and beside TRL where it is installed
 #   train    the default recipe on real weights where the cache (DISTILL_CACHE) has them
 #
@@ -15,7 +16,7 @@
 # installed is in gpu_packages.txt. --dry runs everything at toy sizes on a CPU, to see that it runs.
 # PYTHON names the interpreter (default: .venv's, else python3).
 set -euo pipefail
-parts=(tests kernels rollout step trl train)
+parts=(tests kernels rollout step compiled trl train)
 usage="usage: benchmarks/gpu.sh [--dry] OUT_DIR [PART ...], PART one of: ${parts[*]}"
 if [ "${1:-}" = --dry ]; then
   export DRY=1
@@ -76,6 +77,7 @@ for part in "${parts[@]}"; do
     kernels) bench 150 kernels benchmarks/test_kernels.py ;;
     rollout) bench 120 rollout benchmarks/test_rollout.py -k on_a_gpu ;;
     step) bench 120 step benchmarks/test_command.py -k qwen3 ;;
+    compiled) bench 120 compiled benchmarks/test_step.py -k compiled_on_a_gpu ;;
     trl) bench 150 trl benchmarks/test_step.py -k beside_trl_on_a_gpu ;;
     train) bench 150 train benchmarks/test_command.py -k recipe ;;
   esac

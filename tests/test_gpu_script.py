@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = ["tests", "kernels", "rollout", "step", "trl", "train"]
+PARTS = ["tests", "kernels", "rollout", "step", "compiled", "trl", "train"]
 
 
 @pytest.fixture
