@@ -113,7 +113,9 @@ def test_micro_batches_are_the_code_s(shape):
     assert completion == max(len(part) for part in cut) * T
 
 
-@pytest.mark.parametrize("point", measured.points(), ids=lambda point: f"{point.what}: {point.figure}")
+@pytest.mark.parametrize(
+    "point", measured.points() + measured.gpu_points(), ids=lambda point: f"{point.what}: {point.figure}"
+)
 def test_predictions_hold_to_what_was_measured(point):
     limits = (0.75, 1.25) if "memory" in point.figure else (1 / 1.5, 1.5)
     assert limits[0] <= point.ratio <= limits[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.harness import Row, describe_machine, write_json
-from benchmarks.plan.machines import CPU, GIB, Machine
+from benchmarks.plan.machines import CPU, GIB, GPUS, Machine
 from benchmarks.plan.model import PHASES, Work, predict
 from benchmarks.plan.shapes import Shape, known
 from benchmarks.plan.work import work_of
@@ -24,6 +24,7 @@ from distill.runtime import read_json_lines
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
+H100 = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb"
 TINY = Shape(256, 1024, 8, 4, 2, 64, 8192, False)  # test_rollout's
 SMOLLM2 = known("SmolLM2-135M")
 PRUNED = replace(SMOLLM2, num_hidden_layers=28)
@@ -87,6 +88,23 @@ def points(folder: Path = RESULTS) -> list[Point]:
                 found.append(Point(what, row.name, row.seconds, plan.phase(row.name)))
             else:
                 found.append(Point(what, "memory of the process", row.peak_bytes, max(plan.peak.values())))
+    return found
+
+
+def gpu_points(folder: Path = H100) -> list[Point]:
+    """The rollouts and the phases of a step on an H100 with plain layers."""
+    student, teacher, found = known("Qwen3-0.6B"), known("Qwen3-4B"), []
+    for row in _rows(folder):
+        half = {"itemsize": 2, "rollout_itemsize": 2, "teacher_itemsize": 2}
+        if row.name == "ours" and (sizes := re.match(r"rollouts, Qwen3-0.6B, bfloat16: (.*) each", row.group)):
+            B, P, N, T = map(int, re.findall(r"\d+", sizes[1]))
+            plan = predict(Work(student, teacher, P, T, N, B, B, **half), GPUS["h100"])
+            what = f"rollouts of Qwen3-0.6B, bfloat16, prompts: {B}, P = {P}, T = {T}, N = {N}"
+            found.append(Point(what, "rollout", row.seconds, plan.phase("rollout")))
+        elif row.group.startswith("Qwen3-0.6B from 4B") and not row.group.endswith("compiled") and row.name in PHASES:
+            n = _numbers(row)
+            plan = predict(Work(student, teacher, n["P"], n["T"], n["N"], **half), GPUS["h100"])
+            found.append(Point(row.group, row.name, row.seconds, plan.phase(row.name)))
     return found
 
 

@@ -15,8 +15,8 @@ from distill.config import ConfigError, load_config
 ROOT = Path(__file__).parents[2]
 MARKERS = "<!-- plan -->", "<!-- end of plan -->"
 UNVERIFIED = (
-    "Predicted and not verified: no GPU was available to this project. Peaks are the vendor's, the part of them that "
-    "is reached is an assumption (benchmarks/plan/machines.py)."
+    "Predicted. Peaks are the vendor's, the part of them that is reached was measured on one H100 with Qwen3-0.6B from "
+    "4B; other GPUs, other models and more than one GPU are not verified (benchmarks/plan/machines.py)."
 )
 PAIRS = {"0.6B": ("4B", "235B-A22B"), "1.7B": ("8B",), "4B": ("32B", "235B-A22B"), "8B": ("32B", "235B-A22B")}
 STEP = {"P": 256, "T": 512, "N": 8, "prompts": 512, "batch": 512}
@@ -69,7 +69,7 @@ def fitting() -> Iterator[list[str]]:
 def beside() -> Iterator[list[str]]:
     """A row for each measured step, run and rollout; of the growth benchmark the range of ratios."""
     growth: dict[str, list[measured.Point]] = {}
-    for point in measured.points():
+    for point in measured.points() + measured.gpu_points():
         if point.what.startswith("growth"):
             growth.setdefault(point.figure, []).append(point)
             continue
@@ -95,7 +95,7 @@ Made by `python -m benchmarks.plan --page docs/scaling.md`. For a configuration 
 **{UNVERIFIED}**
 
 A step is taken apart into what the code does: bytes moved against bandwidth, products against their peak, and the
-launching of layers. Assumed of a GPU: {GPU.body:.0%} of the dense peak in the layers' products, {GPU.head:.0%} in the
+launching of layers. Taken of a GPU: {GPU.body:.0%} of the dense peak in the layers' products, {GPU.head:.0%} in the
 fused head, {GPU.attention:.0%} in attention, {GPU.copying:.0%} of the bandwidth, {GPU.layer_seconds * 1e6:.0f} µs to
 launch a layer ({GPU.decode_layer_seconds * 1e6:.0f} µs in a replayed decode step); between machines 400 Gbit/s a GPU.
 Every completion is taken to be as long as the longest. Chosen is what takes the fewest GPU-seconds, a teacher's servers
@@ -129,7 +129,8 @@ the run itself, and N beyond one wave is sampled in several.
 
 On the machine of [`performance.md`](performance.md), by the limits measured there ({cpu.flops[4] / 1e9:.0f} GFLOP/s in
 float32, {cpu.bandwidth / 1e9:.0f} GB/s), from the files in `benchmarks/results/{cpu.name}`. The efficiencies of this
-processor were set by hand to fit these figures.
+processor were set by hand to fit these figures. The last lines are those of an H100
+(`benchmarks/results/{measured.H100.name}`), whose limits are the vendor's; there, too, the efficiencies were set to fit.
 `tests/test_plan.py` holds every time to a factor of 1.5 and all memory to 25 %.
 
 {markdown(["what", "figure", "predicted", "measured", "ratio"], beside())}
