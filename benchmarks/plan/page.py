@@ -130,7 +130,7 @@ the run itself, and N beyond one wave is sampled in several.
 On the machine of [`performance.md`](performance.md), by the limits measured there ({cpu.flops[4] / 1e9:.0f} GFLOP/s in
 float32, {cpu.bandwidth / 1e9:.0f} GB/s), from the files in `benchmarks/results/{cpu.name}`. The efficiencies of this
 processor were set by hand to fit these figures. The last lines are those of an H100
-(`benchmarks/results/{measured.H100.name}`), whose limits are the vendor's; there, too, the efficiencies were set to fit.
+(`benchmarks/results/{measured.H100.name}`), whose limits are the vendor's and whose efficiencies were set to fit, too.
 `tests/test_plan.py` holds every time to a factor of 1.5 and all memory to 25 %.
 
 {markdown(["what", "figure", "predicted", "measured", "ratio"], beside())}
