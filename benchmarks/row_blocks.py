@@ -164,7 +164,7 @@ def parts_timed(device: torch.device) -> Iterator[dict[str, list[tuple[Mark, Mar
     modules = {of: backend.implementation(of, device) for of in ("rows", "student_product")}
     places = [(HeadProducts, name) for name in ("logits", "hidden_gradient", "weight_gradient")]
     places += [(modules["rows"], "distill_rows")]
-    in_product = "launch_references", "launch_product", "finish", "put_target", "combine"
+    in_product = "launch_references", "launch_product", "finish", "put_target"
     places += [(modules["student_product"], name) for name in in_product]
     ordinary = [(owner, name, getattr(owner, name)) for owner, name in places]
 

@@ -1,18 +1,16 @@
 """Both ways of the fused head on Hopper: student logits through memory, or their gradient from the product itself.
 
-    python -m benchmarks.student_product          # about 20 seconds, most of it compilation
+    python -m benchmarks.student_product          # about 10 seconds, most of it compilation
     TRITON_INTERPRET=1 python -m benchmarks.student_product --small     # on a CPU: shows that it runs, and no more
 
-For two sizes, both objectives and two workspaces: milliseconds of forward and backward pass each way, the fraction of
-the products' own time at the rate of an 8192^3 product, and the parts of each way. Then the largest difference of
-statistics between the ways, in nats, and of the gradients, as a norm over the norm. `prefetch`, at the first size, is
-the new way with `triton_student_product.PREFETCH`.
+For two sizes and two workspaces, of `sampled_reverse_kl`: the largest difference of statistics between the ways, in
+nats, and of the gradients, as a norm over the norm. Then milliseconds of forward and backward pass each way, the
+fraction of the products' own time at the rate of an 8192^3 product, and the parts of each way.
 """
 
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
 from functools import partial
 from unittest import mock
 
@@ -20,23 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import describe_machine, gemm_rate, interleave
-from benchmarks.row_blocks import PASSES, Sizes, print_parts, sizes
+from benchmarks.row_blocks import Sizes, print_parts, sizes
 from distill_kernels import TokenStats, backend, chunks, linear_distill_loss, student_product
 
 WIDTHS = (1024, 2048), (2048, 4096)
-WAYS = "product", "rows", "prefetch"
-
-
-@contextlib.contextmanager
-def way(name: str) -> Iterator[None]:
-    """Which way the op takes inside."""
-    from distill_kernels import triton_student_product
-
-    with (
-        mock.patch.object(student_product, "STUDENT_PRODUCT", name != "rows"),
-        mock.patch.object(triton_student_product, "PREFETCH", name == "prefetch"),
-    ):
-        yield
+WAYS = "product", "rows"
 
 
 class Head:
@@ -53,46 +39,41 @@ class Head:
         token_ids = torch.randint(at.V, (at.K,), device=at.device, generator=generator)
         self.rest = *teacher, token_ids, torch.rand(at.K, device=at.device, generator=generator)
 
-    def step(self, objective: str, workspace: int, name: str) -> tuple[TokenStats, tuple[Tensor, ...]]:
-        with way(name):
-            loss, stats = linear_distill_loss(*self.trained, *self.rest, objective=objective, workspace_bytes=workspace)
+    def step(self, workspace: int, way: str) -> tuple[TokenStats, tuple[Tensor, ...]]:
+        with mock.patch.object(student_product, "STUDENT_PRODUCT", way == "product"):
+            loss, stats = linear_distill_loss(*self.trained, *self.rest, workspace_bytes=workspace)
             return stats, torch.autograd.grad(loss, self.trained)
 
 
-def compare(head: Head, objective: str, workspace: int) -> None:
+def compare(head: Head, workspace: int) -> None:
     """Prints the differences between the ways."""
-    (stats, gradients), (other_stats, others) = (head.step(objective, workspace, name) for name in WAYS[:2])
+    (stats, gradients), (other_stats, others) = (head.step(workspace, way) for way in WAYS)
     largest = {
         name: (ours - other).abs().max().item()
         for name, ours, other in zip(TokenStats._fields, stats, other_stats, strict=True)
     }
-    print(f"  {objective:18}  differences: " + ", ".join(f"{name} {value:.1e}" for name, value in largest.items()))
+    print("  differences: " + ", ".join(f"{name} {value:.1e}" for name, value in largest.items()))
     relative = [
         (torch.linalg.vector_norm(ours - other, dtype=torch.float32) / torch.linalg.vector_norm(other)).item()
         for ours, other in zip(gradients, others, strict=True)
     ]
-    print(f"  {objective:18}  gradients: hidden states {relative[0]:.1e}, weight {relative[1]:.1e}")
+    print(f"  gradients: hidden states {relative[0]:.1e}, weight {relative[1]:.1e}")
 
 
-def time_ways(at: Sizes, rate: float, ways: tuple[str, ...]) -> None:
-    """Prints a line a way, workspace and objective, and the differences."""
+def time_ways(at: Sizes, rate: float) -> None:
+    """Prints the differences, and a line a way and workspace."""
     floor = 2 * at.K * at.V * (3 * at.Hs + at.Ht) / rate
     print(f"K {at.K}, V {at.V}, H {at.Hs}/{at.Ht}, {at.dtype}: products alone {floor * 1e3:.2f} ms")
     head = Head(at)
-    for objective in PASSES:
-        compare(head, objective, at.workspaces[-1])
-        calls = {
-            (name, workspace): partial(head.step, objective, workspace, name)
-            for workspace in at.workspaces
-            for name in ways
-        }
-        for (name, workspace), timing in interleave(calls, rounds=at.rounds, device=at.device).items():
-            print(
-                f"  {objective:18}  {workspace / 2**30:5.2f} GiB  {name:8}  {timing.median * 1e3:8.2f} ms  "
-                f"{floor / timing.median:4.0%} of the products alone"
-            )
-        for name in ways:
-            print_parts(at, f"  {objective:18}  {name:8}", calls[name, at.workspaces[-1]])
+    compare(head, at.workspaces[-1])
+    calls = {(way, workspace): partial(head.step, workspace, way) for workspace in at.workspaces for way in WAYS}
+    for (way, workspace), timing in interleave(calls, rounds=at.rounds, device=at.device).items():
+        print(
+            f"  {workspace / 2**30:5.2f} GiB  {way:7}  {timing.median * 1e3:8.2f} ms  "
+            f"{floor / timing.median:4.0%} of the products alone"
+        )
+    for way in WAYS:
+        print_parts(at, f"  {way:7}", calls[way, at.workspaces[-1]])
 
 
 def main() -> None:
@@ -110,11 +91,7 @@ def main() -> None:
         if at.device.type == "cpu":
             chunks.ROW_ALIGNMENT["cpu"] = 64
         for Hs, Ht in ((at.Hs, at.Ht),) if options.small else WIDTHS:
-            time_ways(
-                at._replace(Hs=Hs, Ht=Ht, workspaces=workspaces, rounds=min(at.rounds, 3)),
-                rate,
-                WAYS[:2] if Hs == WIDTHS[1][0] else WAYS,
-            )
+            time_ways(at._replace(Hs=Hs, Ht=Ht, workspaces=workspaces, rounds=min(at.rounds, 3)), rate)
             if at.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -35,8 +35,8 @@ POINTERS = {
     "stats": FLOATS, "normalisers": FLOATS, "losses": FLOATS,
     "row_scale": FLOATS, "grad_ptr": "*bf16", "gradient_ptr": "*bf16", "upstream": FLOATS, "row_ids": "*i64",
     "step_ptr": "*i64", "logprobs": FLOATS,
-    "hidden": "*bf16", "weight": "*bf16", "teacher": FLOATS, "e_ptr": "*bf16", "f_ptr": "*bf16",
-    "per_row": FLOATS, "part": FLOATS, "shifts": FLOATS, "shifts_s": FLOATS, "shifts_t": FLOATS, "means": FLOATS,
+    "hidden": "*bf16", "weight": "*bf16", "teacher": FLOATS, "e_ptr": "*bf16",
+    "per_row": FLOATS, "part": FLOATS, "shifts": FLOATS,
 }  # fmt: skip
 INTEGERS = {"V", "R", "top_k", "tiles"}
 SHARED_MEMORY = 227 * 1024  # bytes, of a block on compute capability 9.0
@@ -74,19 +74,17 @@ def compile_kernel(kernel, warps: int, **constants) -> None:
         print(f"compiled {kernel.__name__} for {capability}: {constants}")
 
 
-def compile_product(objective: int, prefetch: bool) -> None:
+def compile_product() -> None:
     """The student's product as it runs: it fits, its matrix instructions overlap, and registers hold its numbers."""
     tile, kernel = triton_student_product.TILE, triton_student_product._product_kernel
-    part = f"{tile.rows},{tile.columns // triton_product_rows.PARTS}"
+    part = f"{tile.rows},{tile.columns // triton_student_product.PARTS}"
     descriptors = {
         "hidden_desc": f"tensordesc<bf16[{tile.rows},{tile.inner}]>",
         "weight_desc": f"tensordesc<bf16[{tile.columns},{tile.inner}]>",
         "teacher_desc": f"tensordesc<fp32[{part}]>",
         "e_desc": f"tensordesc<bf16[{part}]>",
-        "f_desc": f"tensordesc<bf16[{part}]>",
     }
-    constants = {"STEPS": 16, "OBJECTIVE": objective, "GROUP": 16, "PROGRAMS": 132, "PREFETCH": prefetch}
-    constants |= {"BM": tile.rows, "BN": tile.columns, "BK": tile.inner}
+    constants = {"STEPS": 16, "GROUP": 16, "PROGRAMS": 132, "BM": tile.rows, "BN": tile.columns, "BK": tile.inner}
     names = [parameter.name for parameter in kernel.params]
     signature = {n: "constexpr" if n in constants else descriptors.get(n) or type_of(n) for n in names}
     values = {(names.index(name),): value for name, value in constants.items()}
@@ -99,43 +97,30 @@ def compile_product(objective: int, prefetch: bool) -> None:
     assert products == tile.inner // 16, f"{products} matrix instructions in the loop"
     assert waits <= 3, f"{waits} waits: more than one a step, which runs the matrix instructions one after another"
     assert spilled < 64, f"{spilled} registers stored; a few are addresses, once before the loop, 128 hold the tile"
-    print(f"compiled {kernel.__name__} for 90: objective {objective}, {compiled.metadata.shared} bytes")
+    print(f"compiled {kernel.__name__} for 90: {compiled.metadata.shared} bytes")
 
 
 def compile_product_rows() -> None:
     """What comes before and after the student's product."""
     rows, tile = triton_product_rows, triton_student_product.TILE
     compile_kernel(triton_student_product._references_kernel, 4, H=1024, BLOCK=1024)
-    for objective in range(2):
-        extras = objective == 0
-        compile_kernel(
-            rows._finish_kernel, 8, OBJECTIVE=objective, IMPORTANCE=extras, ADVANTAGE=extras, ROWS=32, TILES=32
-        )
+    for extras in (False, True):
+        compile_kernel(rows._finish_kernel, 8, IMPORTANCE=extras, ADVANTAGE=extras, ROWS=32, TILES=32)
     compile_kernel(rows._target_kernel, 4, COLUMNS=tile.columns, COUNT=8)
-    compile_kernel(rows._combine_kernel, 8, SUB=tile.columns // rows.PARTS, PARTS=rows.PARTS, COUNT=32)
 
 
-def loss_of(rows: int, objective: str = "sampled_reverse_kl") -> None:
+def loss_of(rows: int) -> None:
     """In chunks of 16 rows."""
     hidden, weight = torch.randn(2, rows, 8), torch.randn(2, 96, 8)
     arguments = hidden[0].requires_grad_(), weight[0], hidden[1], weight[1], torch.zeros(rows, dtype=torch.int64)
-    options = {}
-    if objective == "sampled_reverse_kl":
-        options = {"sampling_logprob": torch.zeros(rows + 1)[1:], "advantage": torch.zeros(rows)}
-    linear_distill_loss(*arguments, torch.ones(rows), objective=objective, workspace_bytes=16 * 10 * 128, **options)
+    options = {"sampling_logprob": torch.zeros(rows + 1)[1:], "advantage": torch.zeros(rows)}
+    linear_distill_loss(*arguments, torch.ones(rows), workspace_bytes=16 * 10 * 128, **options)
 
 
 def product_of(rows: int) -> None:
     """`loss_of` through the student's product."""
     student_product.STUDENT_PRODUCT = True
     loss_of(rows)
-    student_product.STUDENT_PRODUCT = False
-
-
-def exact_product_of(rows: int) -> None:
-    """`product_of` for the exact objective."""
-    student_product.STUDENT_PRODUCT = True
-    loss_of(rows, "reverse_kl")
     student_product.STUDENT_PRODUCT = False
 
 
@@ -163,11 +148,11 @@ def check_specialisations() -> None:
     kernels = (
         triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._sample_kernel,
         triton_student_product._references_kernel, triton_student_product._product_kernel,
-        triton_product_rows._finish_kernel, triton_product_rows._target_kernel, triton_product_rows._combine_kernel,
+        triton_product_rows._finish_kernel, triton_product_rows._target_kernel,
     )  # fmt: skip
     chunks.ROW_ALIGNMENT["cpu"] = 64
     student_product.STUDENT_PRODUCT = False
-    for launch in loss_of, product_of, exact_product_of, statistics_of, sample_of:
+    for launch in loss_of, product_of, statistics_of, sample_of:
         for kernel in kernels:
             bind = create_function_from_signature(kernel.signature, kernel.params, target)
             kernel.run = partial(record, bind, seen[launch.__name__, kernel.__name__])
@@ -175,7 +160,7 @@ def check_specialisations() -> None:
             launch(rows)
     for kernel in kernels:
         del kernel.run
-    assert sum(map(len, seen.values())) >= 12
+    assert sum(map(len, seen.values())) >= 8
     for key, kinds in seen.items():
         assert len(kinds) <= 1, f"{key}: compiled {len(kinds)} times\n" + "\n".join(sorted(kinds))
 
@@ -259,8 +244,7 @@ def main() -> None:
                 IMPORTANCE=extras and objective == 0, ADVANTAGE=extras and objective == 0,
                 NORMALISERS=objective == -1,
             )  # fmt: skip
-    for objective in range(2):
-        compile_product(objective, prefetch=objective == 1)
+    compile_product()
     compile_product_rows()
     compile_kernel(triton_reverse_kl._backward_kernel, warps, BLOCK=block)
     for top_k, top_p, min_p in ((False, False, False), (True, True, True), (False, True, False)):

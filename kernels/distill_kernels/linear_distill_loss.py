@@ -17,7 +17,7 @@ tensor exists. Where `student_product.applies`, on Hopper, the student's product
 FLOPs: 2 K V (3 Hs + Ht), or 2 K V (Hs + Ht) without gradients and 2 K V (2 Hs + Ht) with a frozen head. Bytes: the
 logits buffers are written once, read twice (once where no gradient is asked for), and the gradient is written and
 read twice; the float32 weight gradient is written once a chunk and read in all but the first. From the student's
-product, only the teacher's buffer is, written and read once; the exact gradient is written and read once more.
+product, only the teacher's buffer is, written and read once.
 Extra memory, whatever K is: the workspace of `chunks.WORKSPACE_BYTES` and the float32 gradients [K, Hs] and [Vs, Hs].
 """
 
@@ -113,8 +113,8 @@ def _way(
     the student's logits' gradient; and what fills the first and the last."""
     K, V = len(hidden), len(student.weight)
     if student_product.applies(student, hidden, heads.values(), temperature, objective, gradient):
-        buffers = student_product.buffers(K, V, student, objective, workspace_bytes)
-        return buffers, student_product.way(student, len(buffers[0]), V, objective)
+        buffers = student_product.buffers(K, V, student, workspace_bytes)
+        return buffers, student_product.way(student, len(buffers[0]), V)
     return _buffers(K, V, student, gradient, workspace_bytes, hidden.device), partial(_distill_rows, student)
 
 

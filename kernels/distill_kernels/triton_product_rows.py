@@ -1,5 +1,5 @@
-"""What follows the student's product, row by row: statistics, losses and factors from its partial sums, then E for
-`sampled_reverse_kl` or F for `reverse_kl` made the gradient in place. The names are those of `triton_student_product`.
+"""What follows the student's product, row by row: statistics, losses and factors from its partial sums, then E made the
+gradient in place. The names are those of `triton_student_product`.
 """
 
 from typing import NamedTuple
@@ -9,32 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.types import OBJECTIVES
-
-PARTS = 4  # of a tile's columns in the product's epilogue
-SAMPLED, REVERSE = (tl.constexpr(OBJECTIVES.index(name)) for name in ("sampled_reverse_kl", "reverse_kl"))
-REF_S, REF_T, OWN, TOP_S, TOP_T, MEAN, SUM = (tl.constexpr(row) for row in range(7))
+REF_S, REF_T, OWN, TOP, SUM = (tl.constexpr(row) for row in range(5))
 """Rows of `Scratch.per_row`: both models' logits of the token; the student's as the product has it, less that; then
-of the row the largest k and k_t, and relative to these the mean of d under E and the sum of E."""
+of the row the largest k, and relative to it the sum of E."""
 
 
 class Scratch(NamedTuple):
-    """Of a chunk's rows beside the planes, about a fortieth of them: what passes from kernel to kernel, in float32."""
+    """Of a chunk's rows, about a fiftieth of its buffers: what passes from kernel to kernel, in float32."""
 
     per_row: Tensor
-    """[7, rows]"""
+    """[5, rows]"""
     part: Tensor
-    """[7, T, rows]: sum E, sum 2^y, sum E x, sum 2^y y, sum E d, all with x less k and y less k_t, then k and k_t, of T
-    tiles of columns."""
-    means: Tensor
-    """[4 T, rows]: a, of y less its tile's k_t and x less its k. Of no rows for `sampled_reverse_kl`."""
+    """[7, T, rows]: sum E, sum 2^y, sum E x, sum 2^y y, sum E (x - y), all with x less k and y less k_t, then k and
+    k_t, of T tiles of columns."""
 
 
-def scratch(rows: int, V: int, columns: int, objective: int, device: torch.device) -> Scratch:
+def scratch(rows: int, V: int, columns: int, device: torch.device) -> Scratch:
     """For chunks of at most `rows` rows and tiles of `columns` columns."""
-    tiles = triton.cdiv(V, columns)
-    of_means = rows if objective == REVERSE.value else 0
-    shapes = (7, rows), (7, tiles, rows), (PARTS * tiles, of_means)
+    shapes = (5, rows), (7, triton.cdiv(V, columns), rows)
     return Scratch(*(torch.empty(shape, device=device) for shape in shapes))
 
 
@@ -87,8 +79,7 @@ def _totals(part, rows, tiles, R, row_stride, ROWS: tl.constexpr, TILES: tl.cons
 )  # fmt: skip
 def _finish_kernel(
     part, per_row, at_sampling_ptr, advantage_ptr, stats, losses, row_scale, R, tiles, row_stride, stats_stride,
-    importance_clip, OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr,
+    importance_clip, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Statistics, losses and row factors of ROWS rows from the partial sums, and what the gradient still needs."""
     LN_2: tl.constexpr = 0.6931471805599453
@@ -102,8 +93,7 @@ def _finish_kernel(
     logprob_t = (tl.where(own == own, -top_t, own) - log_t) * LN_2
     logprob_s = tl.where(logprob_s > 0, 0.0, logprob_s)
     logprob_t = tl.where(logprob_t > 0, 0.0, logprob_t)
-    mean = cross / sum_s
-    kl = (mean - log_s + log_t) * LN_2
+    kl = (cross / sum_s - log_s + log_t) * LN_2
     reward = logprob_t - logprob_s
     tl.store(stats + rows, logprob_s, mask=inside)
     tl.store(stats + stats_stride + rows, logprob_t, mask=inside)
@@ -111,39 +101,41 @@ def _finish_kernel(
     tl.store(stats + 3 * stats_stride + rows, kl, mask=inside)
     tl.store(stats + 4 * stats_stride + rows, (log_s - own_s / sum_s) * LN_2, mask=inside)
     tl.store(stats + 5 * stats_stride + rows, (log_t - own_t / sum_t) * LN_2, mask=inside)
-    if OBJECTIVE == SAMPLED:
-        ratio = 1.0
-        if IMPORTANCE:
-            at_sampling = tl.load(at_sampling_ptr + rows, mask=inside, other=0.0)
-            ratio = tl.minimum(tl.exp(logprob_s - at_sampling), importance_clip)
-        advantage = reward
-        if ADVANTAGE:
-            advantage = tl.load(advantage_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-        factor = tl.where(ratio == 0, 0.0, ratio * advantage)
-        loss = tl.where((factor == 0) | (logprob_s == 0), 0.0, -factor * logprob_s)
-    else:
-        factor = LN_2
-        loss = kl
+    ratio = 1.0
+    if IMPORTANCE:
+        at_sampling = tl.load(at_sampling_ptr + rows, mask=inside, other=0.0)
+        ratio = tl.minimum(tl.exp(logprob_s - at_sampling), importance_clip)
+    advantage = reward
+    if ADVANTAGE:
+        advantage = tl.load(advantage_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.where(ratio == 0, 0.0, ratio * advantage)
+    loss = tl.where((factor == 0) | (logprob_s == 0), 0.0, -factor * logprob_s)
     infinite = (loss == float("inf")) | (loss == float("-inf"))
     tl.store(losses + rows, loss, mask=inside)
     tl.store(row_scale + rows, tl.where(infinite, 0.0, factor / sum_s), mask=inside)
-    tl.store(per_row + TOP_S * row_stride + rows, top_s, mask=inside)
-    tl.store(per_row + TOP_T * row_stride + rows, top_t, mask=inside)
-    tl.store(per_row + MEAN * row_stride + rows, mean, mask=inside)
+    tl.store(per_row + TOP * row_stride + rows, top_s, mask=inside)
     tl.store(per_row + SUM * row_stride + rows, sum_s, mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["token_ids", "per_row", "shifts"])
+@triton.jit(
+    do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["token_ids", "per_row", "shifts", "row_scale"]
+)
 def _target_kernel(
-    e_ptr, token_ids, per_row, shifts, e_stride, row_stride, V, tiles, COLUMNS: tl.constexpr, COUNT: tl.constexpr
-):
+    e_ptr, token_ids, per_row, shifts, row_scale, e_stride, row_stride, V, tiles,
+    COLUMNS: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
     """E of the token's column less the sum of E, in place. One program a row, which goes over all of the row, COUNT
-    tiles at once, only where some tile has a k, to give every tile the same."""
+    tiles at once, only where some tile has a k, to give every tile the same.
+
+    The row's factor takes back how that number is rounded: times the factor it is exact, and so is one of its size."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids + row)
-    top = tl.load(per_row + TOP_S * row_stride + row)
+    top = tl.load(per_row + TOP * row_stride + row)
     own = tl.load(per_row + OWN * row_stride + row) - top
     target = tl.exp2(own) - tl.load(per_row + SUM * row_stride + row)
+    rounded = target.to(e_ptr.dtype.element_ty).to(tl.float32)
+    unrounded = tl.where(rounded == 0, 1.0, target / rounded)
+    tl.store(row_scale + row, tl.load(row_scale + row) * unrounded)
     e_row = e_ptr + row * e_stride
     if top > 0:
         for start in range(0, tiles, COUNT):
@@ -158,30 +150,6 @@ def _target_kernel(
         tl.store(e_row + token, target.to(e_ptr.dtype.element_ty), mask=(token >= 0) & (token < V))
 
 
-@triton.jit(
-    do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["per_row", "shifts_s", "shifts_t", "means"]
-)
-def _combine_kernel(
-    e_ptr, f_ptr, per_row, shifts_s, shifts_t, means, e_stride, f_stride, row_stride, V,
-    SUB: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    """F <- 2^(k - largest k) (F + (a - mean) E), in place: one program a row and COUNT parts of SUB columns."""
-    row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
-    exists = index * SUB < V
-    mean = tl.load(per_row + MEAN * row_stride + row)
-    shift = tl.cast(index // PARTS, tl.int64) * row_stride + row
-    below_s = tl.load(shifts_s + shift, mask=exists, other=0.0) - tl.load(per_row + TOP_S * row_stride + row)
-    below_t = tl.load(shifts_t + shift, mask=exists, other=0.0) - tl.load(per_row + TOP_T * row_stride + row)
-    a = tl.load(means + tl.cast(index, tl.int64) * row_stride + row, mask=exists, other=0.0)
-    of_e = a + (below_s - below_t) - mean
-    cols = index[:, None] * SUB + tl.arange(0, SUB)[None, :]
-    e = tl.load(e_ptr + row * e_stride + cols, mask=cols < V, other=0.0).to(tl.float32)
-    f = tl.load(f_ptr + row * f_stride + cols, mask=cols < V, other=0.0).to(tl.float32)
-    gradient = tl.exp2(below_s)[:, None] * (f + of_e[:, None] * e)
-    tl.store(f_ptr + row * f_stride + cols, gradient.to(f_ptr.dtype.element_ty), mask=cols < V)
-
-
 def finish(
     room: Scratch,
     sampling_logprob: Tensor | None,
@@ -189,8 +157,6 @@ def finish(
     stats: Tensor,
     losses: Tensor,
     row_scale: Tensor,
-    *,
-    objective: int,
     importance_clip: float | None,
 ) -> None:
     """Statistics [6, k], losses and row factors [k] of a chunk, as `triton_rows.distill_rows` gives them but for the
@@ -209,7 +175,6 @@ def finish(
         room.per_row.stride(0),
         stats.stride(0),
         float("inf") if importance_clip is None else importance_clip,
-        OBJECTIVE=objective,
         IMPORTANCE=sampling_logprob is not None,
         ADVANTAGE=advantage is not None,
         ROWS=32,
@@ -218,41 +183,20 @@ def finish(
     )
 
 
-def put_target(room: Scratch, student: Tensor, token_ids: Tensor, columns: int) -> None:
-    """Makes E [k, V] the gradient of `sampled_reverse_kl`, less the row's factor; tiles have `columns` columns."""
-    k, V = student.shape
+def put_target(room: Scratch, e: Tensor, token_ids: Tensor, row_scale: Tensor, columns: int) -> None:
+    """Makes E [k, V] the gradient but for the row's factor, which changes with it; tiles have `columns` columns."""
+    k, V = e.shape
     _target_kernel[(k,)](
-        student,
+        e,
         token_ids,
         room.per_row,
         room.part[5],
-        student.stride(0),
+        row_scale,
+        e.stride(0),
         room.per_row.stride(0),
         V,
         room.part.shape[1],
         COLUMNS=columns,
         COUNT=8,
         num_warps=4,
-    )
-
-
-def combine(room: Scratch, student: Tensor, grad: Tensor, columns: int) -> None:
-    """Makes F, in `grad` [k, V], the gradient of `reverse_kl`, less the row's factor; tiles have `columns` columns."""
-    k, V = student.shape
-    width, count = columns // PARTS, 32
-    _combine_kernel[(k, triton.cdiv(V, count * width))](
-        student,
-        grad,
-        room.per_row,
-        room.part[5],
-        room.part[6],
-        room.means,
-        student.stride(0),
-        grad.stride(0),
-        room.per_row.stride(0),
-        V,
-        SUB=width,
-        PARTS=PARTS,
-        COUNT=count,
-        num_warps=8,
     )

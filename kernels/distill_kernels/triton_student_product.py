@@ -6,17 +6,17 @@ partial sums of both models in float32, and stores in half precision, with x and
 of the row's own token,
 
     E = 2^(x - k)              k = 0 unless something in the tile is 2^64 times as probable as the token
-    F = E (d - a)              d = x - y, a its mean under E over 64 columns; for `reverse_kl` only
 
 k, and k_t for y, are integers that go into the token's logit before it is subtracted: what is probable stays exact.
 
 `triton_product_rows` turns the partial sums into what `triton_rows` gives for a row. The gradient in the logits is then
-factor / S (E - S onehot) for `sampled_reverse_kl`, S the sum of E: the row's factor is applied to H columns instead of
-V, and only the token's own column is put right. For `reverse_kl` it is (F + (a - mean) E) / S, made in place of F.
-The student's logits are never stored. Half precision rounds the sampled gradient once, as in `triton_rows`; that of
-`reverse_kl` again as it is combined, of which F keeps the first rounding small where the models agree.
+factor / S (E - S onehot), S the sum of E: the row's factor is applied to H columns instead of V, and only the token's
+own column is put right. The student's logits are never stored. Half precision rounds each entry once, as in
+`triton_rows`, but in units in which 1 is S, a number like any other. Rounding the token's entry 1 - S, most of its row,
+would cost what p - 1 hardly does: the row's factor is multiplied by (1 - S) / round(1 - S).
 
-Left out: biases, softcaps, and the objectives that need the teacher's normaliser for the gradient.
+Left out: biases, softcaps, and the objectives that need the teacher's normaliser for the gradient. Asking the L2 cache
+for the next tile's teacher logits during the product made it slower.
 """
 
 from typing import NamedTuple
@@ -27,18 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from distill_kernels.triton_product_rows import (
-    OWN,
-    PARTS,
-    REF_S,
-    REF_T,
-    REVERSE,
-    SAMPLED,
-    Scratch,
-    combine,
-    finish,
-    put_target,
-)
+from distill_kernels.triton_product_rows import OWN, REF_S, REF_T, Scratch, finish, put_target
 from distill_kernels.triton_product_rows import scratch as new_scratch
 from distill_kernels.types import Head
 
@@ -56,8 +45,7 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(128, 256, 64, 3, 8)  # tests make it smaller; with four stages the shared memory is too small
-
-PREFETCH = False  # of the teacher's logits, while the product before their use runs
+PARTS = 4  # of a tile's columns in the epilogue
 
 
 @triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["token_ids", "per_row"])
@@ -93,14 +81,13 @@ def _tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _epilogue_part(
-    acc, base_s, ref_t, teacher_desc, e_desc, f_desc, row, column, student_bits, teacher_bits, no_column_t,
-    sum_s, sum_t, own_s, own_t, cross, shift_t, OBJECTIVE: tl.constexpr,
+    acc, base_s, ref_t, teacher_desc, e_desc, row, column, student_bits, teacher_bits, no_column_t,
+    sum_s, sum_t, own_s, own_t, cross, shift_t,
 ):  # fmt: skip
-    """A part of a tile's columns: stores its planes, and adds to the sums of the tile's rows, which are relative to
-    the largest k_t so far. Then a, and that k_t."""
+    """A part of a tile's columns: stores E, and adds to the sums of the tile's rows, which are relative to the largest
+    k_t so far. Then that k_t."""
     x = acc * student_bits - base_s[:, None]
     e = tl.exp2(x)
-    part_s = tl.sum(e, 1)
     # Past the last column: asked of x, so that y has the layout of the accumulators.
     y = tl.where(x <= -1e29, no_column_t, teacher_desc.load([row, column]))
     new_t = tl.maximum(tl.ceil(tl.max(y * teacher_bits, 1) - ref_t) - 64, shift_t)
@@ -110,14 +97,9 @@ def _epilogue_part(
     own_t = (own_t - sum_t * moved) * tl.exp2(-moved) + tl.sum(f * y, 1)
     sum_t = sum_t * tl.exp2(-moved) + tl.sum(f, 1)
     own_s += tl.sum(e * x, 1)
-    d = x - y
-    part_cross = tl.sum(e * d, 1)
-    mean = tl.where(part_s > 0, part_cross / part_s, 0.0)
+    cross += sum_s * moved + tl.sum(e * (x - y), 1)
     e_desc.store([row, column], e.to(e_desc.dtype))
-    if OBJECTIVE == REVERSE:
-        f_desc.store([row, column], (e * (d - mean[:, None])).to(f_desc.dtype))
-    cross += sum_s * moved + part_cross
-    return sum_s + part_s, sum_t, own_s, own_t, cross, new_t, mean
+    return sum_s + tl.sum(e, 1), sum_t, own_s, own_t, cross, new_t
 
 
 @triton.jit
@@ -133,26 +115,14 @@ def _store_sums(at, tiles, row_stride, inside, sum_s, sum_t, own_s, own_t, cross
     tl.store(at + 6 * step, shift_t, mask=inside)
 
 
-@triton.jit
-def _prefetch(teacher, stride, row, column, R, V, BM: tl.constexpr, BN: tl.constexpr):
-    """Asks for the teacher's logits of a tile to be brought from memory to the L2 cache, 128 bytes at once."""
-    LINE: tl.constexpr = 32
-    rows = tl.minimum(row + tl.arange(0, BM), R - 1)
-    cols = tl.minimum(column + LINE * tl.arange(0, BN // LINE), V - 1)
-    at = teacher + tl.cast(rows, tl.int64)[:, None] * stride + cols[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit(do_not_specialize=["R", "row_stride"], do_not_specialize_on_alignment=["token_ids", "per_row"])
 def _product_kernel(
-    hidden_desc, weight_desc, teacher_desc, e_desc, f_desc, teacher, token_ids, per_row, part, means,
-    R, V, teacher_stride, row_stride, student_bits, teacher_bits, no_column_s, no_column_t,
-    STEPS: tl.constexpr, OBJECTIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, PREFETCH: tl.constexpr,
+    hidden_desc, weight_desc, teacher_desc, e_desc, token_ids, per_row, part,
+    R, V, row_stride, student_bits, teacher_bits, no_column_s, no_column_t,
+    STEPS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """E, F and the partial sums, as `Scratch` has them, of all tiles: a program takes every PROGRAMS-th."""
+    """E and the partial sums, as `Scratch` has them, of all tiles: a program takes every PROGRAMS-th."""
     tiles_m = tl.cdiv(R, BM)
     tiles_n = tl.cdiv(V, BN)
     SUB: tl.constexpr = BN // 4
@@ -182,46 +152,35 @@ def _product_kernel(
         acc0, acc1 = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         acc00, acc01 = tl.split(tl.permute(tl.reshape(acc0, (BM, 2, SUB)), (0, 2, 1)))
         acc10, acc11 = tl.split(tl.permute(tl.reshape(acc1, (BM, 2, SUB)), (0, 2, 1)))
-        sum_s, sum_t, own_s, own_t, cross, shift_1, mean_0 = _epilogue_part(
-            acc00, base, ref_t, teacher_desc, e_desc, f_desc, row, column, student_bits, teacher_bits,
-            no_column_t, zero, zero, zero, zero, zero, zero, OBJECTIVE,
+        sum_s, sum_t, own_s, own_t, cross, shift_t = _epilogue_part(
+            acc00, base, ref_t, teacher_desc, e_desc, row, column, student_bits, teacher_bits,
+            no_column_t, zero, zero, zero, zero, zero, zero,
         )  # fmt: skip
-        sum_s, sum_t, own_s, own_t, cross, shift_2, mean_1 = _epilogue_part(
-            acc01, base, ref_t, teacher_desc, e_desc, f_desc, row, column + SUB, student_bits, teacher_bits,
-            no_column_t, sum_s, sum_t, own_s, own_t, cross, shift_1, OBJECTIVE,
+        sum_s, sum_t, own_s, own_t, cross, shift_t = _epilogue_part(
+            acc01, base, ref_t, teacher_desc, e_desc, row, column + SUB, student_bits, teacher_bits,
+            no_column_t, sum_s, sum_t, own_s, own_t, cross, shift_t,
         )  # fmt: skip
-        sum_s, sum_t, own_s, own_t, cross, shift_3, mean_2 = _epilogue_part(
-            acc10, base, ref_t, teacher_desc, e_desc, f_desc, row, column + 2 * SUB, student_bits, teacher_bits,
-            no_column_t, sum_s, sum_t, own_s, own_t, cross, shift_2, OBJECTIVE,
+        sum_s, sum_t, own_s, own_t, cross, shift_t = _epilogue_part(
+            acc10, base, ref_t, teacher_desc, e_desc, row, column + 2 * SUB, student_bits, teacher_bits,
+            no_column_t, sum_s, sum_t, own_s, own_t, cross, shift_t,
         )  # fmt: skip
-        sum_s, sum_t, own_s, own_t, cross, shift_4, mean_3 = _epilogue_part(
-            acc11, base, ref_t, teacher_desc, e_desc, f_desc, row, column + 3 * SUB, student_bits, teacher_bits,
-            no_column_t, sum_s, sum_t, own_s, own_t, cross, shift_3, OBJECTIVE,
+        sum_s, sum_t, own_s, own_t, cross, shift_t = _epilogue_part(
+            acc11, base, ref_t, teacher_desc, e_desc, row, column + 3 * SUB, student_bits, teacher_bits,
+            no_column_t, sum_s, sum_t, own_s, own_t, cross, shift_t,
         )  # fmt: skip
-        if OBJECTIVE == REVERSE:
-            to_mean = means + tl.cast(tn, tl.int64) * 4 * row_stride + rows
-            tl.store(to_mean, mean_0 + (shift_4 - shift_1), mask=inside)
-            tl.store(to_mean + row_stride, mean_1 + (shift_4 - shift_2), mask=inside)
-            tl.store(to_mean + 2 * row_stride, mean_2 + (shift_4 - shift_3), mask=inside)
-            tl.store(to_mean + 3 * row_stride, mean_3, mask=inside)
         at = part + tl.cast(tn, tl.int64) * row_stride + rows
-        _store_sums(at, tiles_n, row_stride, inside, sum_s, sum_t, own_s, own_t, cross, shift, shift_4)
-        if PREFETCH:
-            following = tl.minimum(tile + PROGRAMS, tiles_m * tiles_n - 1)
-            next_m, next_n = _tile_of(following, tiles_m, tiles_n, GROUP)
-            _prefetch(teacher, teacher_stride, next_m * BM, next_n * BN, R, V, BM, BN)
+        _store_sums(at, tiles_n, row_stride, inside, sum_s, sum_t, own_s, own_t, cross, shift, shift_t)
 
 
-def scratch(rows: int, V: int, objective: int, device: torch.device) -> Scratch:
+def scratch(rows: int, V: int, device: torch.device) -> Scratch:
     """For chunks of at most `rows` rows."""
-    return new_scratch(rows, V, TILE.columns, objective, device)
+    return new_scratch(rows, V, TILE.columns, device)
 
 
 def distill_product(
     hidden: Tensor,
     weight: Tensor,
     teacher: Tensor,
-    e: Tensor,
     room: Scratch,
     token_ids: Tensor,
     sampling_logprob: Tensor | None,
@@ -231,34 +190,19 @@ def distill_product(
     grad: Tensor,
     *,
     advantage: Tensor | None,
-    objective: int,
     importance_clip: float | None,
     temperature: float,
     student_head: Head,
     teacher_head: Head,
 ) -> None:
-    """As `triton_rows.distill_rows`, from the student's hidden states [k, H] and weight [V, H] and the teacher's raw
-    logits [k, V]. `e` [k, V] is room for E; `grad` is `e` itself for `sampled_reverse_kl`, and another such buffer for
-    `reverse_kl`.
-    """
+    """As `triton_rows.distill_rows` for `sampled_reverse_kl`, from the student's hidden states [k, H] and weight [V, H]
+    and the teacher's raw logits [k, V]. `grad` [k, V] is E first."""
     bits = tuple(head.scale / temperature * LOG2_E for head in (student_head, teacher_head))
     token_ids = token_ids.contiguous()
     launch_references(hidden, weight, teacher, token_ids, room, bits)
-    launch_product(hidden, weight, teacher, token_ids, e, grad, room, bits, objective)
-    finish(
-        room,
-        sampling_logprob,
-        advantage,
-        stats,
-        losses,
-        row_scale,
-        objective=objective,
-        importance_clip=importance_clip,
-    )
-    if objective == SAMPLED.value:
-        put_target(room, e, token_ids, TILE.columns)
-    else:
-        combine(room, e, grad, TILE.columns)
+    launch_product(hidden, weight, teacher, token_ids, grad, room, bits)
+    finish(room, sampling_logprob, advantage, stats, losses, row_scale, importance_clip)
+    put_target(room, grad, token_ids, row_scale, TILE.columns)
 
 
 def launch_references(
@@ -278,23 +222,19 @@ def launch_product(
     teacher: Tensor,
     token_ids: Tensor,
     e: Tensor,
-    grad: Tensor,
     room: Scratch,
     bits: tuple[float, float],
-    objective: int,
 ) -> None:
-    """E, F and the partial sums of a chunk."""
+    """E and the partial sums of a chunk."""
     V, H = weight.shape
     columns = TILE.columns // PARTS
-    blocks = (TILE.rows, TILE.inner), (TILE.columns, TILE.inner), *[(TILE.rows, columns)] * 3
-    tensors = hidden, weight, teacher, e, grad
+    blocks = (TILE.rows, TILE.inner), (TILE.columns, TILE.inner), *[(TILE.rows, columns)] * 2
+    tensors = hidden, weight, teacher, e
     descriptors = [TensorDescriptor.from_tensor(t, list(block)) for t, block in zip(tensors, blocks, strict=True)]
-    on_gpu = hidden.is_cuda
-    programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count if on_gpu else 3
+    programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count if hidden.is_cuda else 3
     _product_kernel[(programs,)](
-        *descriptors, teacher, token_ids, room.per_row, room.part, room.means, len(hidden), V, teacher.stride(0),
-        room.per_row.stride(0), *bits, *(-1e30 / unit for unit in bits), STEPS=triton.cdiv(H, TILE.inner),
-        OBJECTIVE=objective,
+        *descriptors, token_ids, room.per_row, room.part, len(hidden), V, room.per_row.stride(0),
+        *bits, *(-1e30 / unit for unit in bits), STEPS=triton.cdiv(H, TILE.inner),
         BM=TILE.rows, BN=TILE.columns, BK=TILE.inner, GROUP=16, PROGRAMS=programs, num_warps=TILE.warps,
-        num_stages=TILE.stages, PREFETCH=PREFETCH and on_gpu,
+        num_stages=TILE.stages,
     )  # fmt: skip
