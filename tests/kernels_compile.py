@@ -31,7 +31,7 @@ from distill_kernels import (
 FLOATS = "*fp32"
 POINTERS = {
     "student_ptr": FLOATS, "teacher_ptr": FLOATS, "student_bias": FLOATS, "teacher_bias": FLOATS, "logits": "*bf16",
-    "token_ids": "*i64", "at_sampling_ptr": FLOATS, "advantage_ptr": FLOATS,
+    "token_ids": "*i64", "at_sampling_ptr": FLOATS, "advantage_ptr": FLOATS, "weight_ptr": FLOATS,
     "stats": FLOATS, "normalisers": FLOATS, "losses": FLOATS,
     "row_scale": FLOATS, "grad_ptr": "*bf16", "gradient_ptr": "*bf16", "upstream": FLOATS, "row_ids": "*i64",
     "step_ptr": "*i64", "logprobs": FLOATS,
@@ -241,7 +241,7 @@ def main() -> None:
             compile_kernel(
                 triton_rows._rows_kernel, warps, BLOCK=block, OBJECTIVE=objective, GRADIENT=objective >= 0,
                 STUDENT_BIAS=extras, TEACHER_BIAS=extras, STUDENT_CAP=extras, TEACHER_CAP=extras,
-                IMPORTANCE=extras and objective == 0, ADVANTAGE=extras and objective == 0,
+                IMPORTANCE=extras and objective == 0, ADVANTAGE=extras and objective == 0, WEIGHT=objective >= 0,
                 NORMALISERS=objective == -1,
             )  # fmt: skip
     compile_product()

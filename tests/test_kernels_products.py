@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernels_common import over_implementations, running
+from kernels_common import exact, over_implementations, running
 from test_kernels_linear import TENSORS, make, over_objectives, run
 
-from distill_kernels import chunks, linear_distill_loss, linear_reverse_kl
+from distill_kernels import chunks, linear_distill_loss, linear_reverse_kl, reference
 
 
 def product_of_tensor_cores(a, b, *, out_dtype, out=None, add=None):
@@ -57,6 +57,27 @@ def test_products_of_tensor_cores(tensor_cores, implementation, objective, dtype
         assert gradient.dtype == arguments[name].dtype
         difference = (gradient - truth[name]).double().norm()
         assert difference <= 1e-2 * truth[name].double().norm(), name
+
+
+@over_implementations
+@over_objectives
+def test_a_row_s_gradient_is_rounded_once(tensor_cores, implementation, objective):
+    """What it is multiplied with is not rounded again on its way into the weight's: an entry of one row's gradient is
+    half a unit in the last place of float16 off, 2^-11, and no more."""
+    if implementation != "interpreted":
+        pytest.skip("the twin's gradient is float32; of CUDA, test_kernels_linear.py compares with PyTorch")
+    torch.manual_seed(3)
+    with running(implementation) as device:
+        arguments = make(1, 90, 90, 16, 24, device=device, dtype=torch.float16)
+        arguments["student_weight"] = arguments["student_weight"].detach().float().requires_grad_()
+        arguments["teacher_weight"] = arguments["teacher_weight"].float()
+        floats = {name: exact(tensor) if tensor.is_floating_point() else tensor for name, tensor in arguments.items()}
+        _, _, truth = run(reference.linear_distill_loss, floats, 1.0, objective=objective)
+        tensor_cores()
+        _, _, gradients = run(linear_distill_loss, arguments, 1.0, objective=objective, cast_weights=True)
+    found, wanted = gradients["student_weight"].double(), truth["student_weight"]
+    large = wanted.abs() > 1e-2 * wanted.abs().max()
+    assert ((found - wanted) / wanted)[large].abs().max() < 2**-11 * 1.02
 
 
 @over_implementations

@@ -77,6 +77,9 @@ def _linear_distill_loss(
     buffers, distill = _way(student, student_hidden, heads, temperature, objective, any(needed), workspace_bytes)
     for part in chunks(K, len(buffers[0])):
         plane, teacher_logits, grad = (None if b is None else b[: part.stop - part.start] for b in buffers)
+        factor = weights[part] * (student_scale / temperature)
+        # A row kernel that rounds the gradient weights it first, and leaves a factor that no product rounds.
+        weighted = {"token_weight": factor} if grad is not None and grad.dtype != plane.dtype else {}
         distill(
             student_hidden[part],
             teacher.logits(teacher_hidden[part], teacher_logits),
@@ -93,8 +96,9 @@ def _linear_distill_loss(
             beta=beta,
             temperature=temperature,
             **heads,
+            **weighted,
         )
-        factor = weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
+        factor = row_scale[part] if weighted else weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
         _write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]

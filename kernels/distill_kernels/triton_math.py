@@ -43,6 +43,13 @@ def tempered_logits(
 
 
 @triton.jit
+def power_and_part(x):
+    """A float32 number as a power of two of its sign and what that is multiplied with, in [1, 2); 0 as 0 times 1."""
+    power = (x.to(tl.int32, bitcast=True) & -8388608).to(tl.float32, bitcast=True)  # its sign and exponent
+    return power, tl.where(power == 0, 1.0, x / tl.where(power == 0, 1.0, power))
+
+
+@triton.jit
 def _peak(old, x):
     """The larger of `old` and all of x; then both of them for subtracting, without -inf."""
     new = tl.maximum(old, tl.max(x, 0))

@@ -9,6 +9,7 @@ from distill_kernels.triton_math import (
     log_mixture_of,
     mixture_kl,
     offset_of,
+    power_and_part,
     row_sums,
     shifted,
     tempered_logits,
@@ -24,16 +25,16 @@ _NONE, _SAMPLED, _REVERSE, _FORWARD, _JSD = (tl.constexpr(code) for code in rang
 @triton.jit(
     do_not_specialize=["stats_stride", "normalisers_stride"],
     do_not_specialize_on_alignment=[
-        "token_ids", "at_sampling_ptr", "advantage_ptr", "stats", "normalisers", "losses", "row_scale"
+        "token_ids", "at_sampling_ptr", "advantage_ptr", "weight_ptr", "stats", "normalisers", "losses", "row_scale"
     ],
 )  # fmt: skip
 def _rows_kernel(
-    student_ptr, teacher_ptr, student_bias, teacher_bias, token_ids, at_sampling_ptr, advantage_ptr,
+    student_ptr, teacher_ptr, student_bias, teacher_bias, token_ids, at_sampling_ptr, advantage_ptr, weight_ptr,
     stats, normalisers, losses, row_scale, grad_ptr,
     student_stride, student_step, teacher_stride, teacher_step, stats_stride, normalisers_stride, grad_stride, V,
     student_scale, teacher_scale, student_softcap, teacher_softcap, inverse_temperature, importance_clip, beta,
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
-    OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr,
+    OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr, WEIGHT: tl.constexpr,
     NORMALISERS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -97,7 +98,11 @@ def _rows_kernel(
             loss = beta * teacher_kl + (1 - beta) * student_kl
         infinite = (loss == float("inf")) | (loss == float("-inf"))
         tl.store(losses + row, loss)
-        tl.store(row_scale + row, tl.where(infinite, 0.0, factor))
+        factor = tl.where(infinite, 0.0, factor)
+        part = 1.0
+        if WEIGHT:  # what does not fit a power of two goes into the gradient, which is rounded but once then
+            factor, part = power_and_part(factor * tl.load(weight_ptr + row))
+        tl.store(row_scale + row, factor)
         if GRADIENT:
             student_kl = tl.where(infinite, 0.0, student_kl)
             grad = grad_ptr + offset_of(row, grad_stride)
@@ -125,7 +130,7 @@ def _rows_kernel(
                         gradient = p - q
                     else:
                         gradient = p * (s - log_mixture_of(p, q, beta) - student_kl)
-                gradient = gradient * slope
+                gradient = gradient * slope * part
                 tl.store(grad + cols, gradient.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
 
@@ -170,11 +175,13 @@ def distill_rows(
     temperature: float,
     student_head: Head,
     teacher_head: Head,
+    token_weight: Tensor | None = None,
 ) -> None:
     """Statistics [6, k], losses [k] and the gradient of k rows of raw logits [k, V].
 
     The gradient of row k's loss with respect to its tempered logits is row_scale[k] * grad[k]; the factor stays
-    apart because the caller can apply it to H columns instead of V. `grad` may be `student` itself, or None.
+    apart because the caller can apply it to H columns instead of V. `grad` may be `student` itself, or None. With
+    `token_weight` [k] float32 it is that of the weighted loss, and row_scale a power of two, which rounds nothing.
     """
     _launch_rows(
         student,
@@ -192,6 +199,7 @@ def distill_rows(
         losses=losses,
         row_scale=row_scale,
         grad=grad,
+        token_weight=token_weight,
     )
 
 
@@ -213,6 +221,7 @@ def _launch_rows(
     losses: Tensor | None = None,
     row_scale: Tensor | None = None,
     grad: Tensor | None = None,
+    token_weight: Tensor | None = None,
 ) -> None:
     k, V = student.shape
     if k == 0:
@@ -226,6 +235,7 @@ def _launch_rows(
         token_ids.contiguous(),
         stats if sampling_logprob is None else sampling_logprob.contiguous(),
         stats if advantage is None else advantage.contiguous(),
+        _or(token_weight, stats),
         stats,
         _or(normalisers, stats),
         _or(losses, stats),
@@ -253,6 +263,7 @@ def _launch_rows(
         OBJECTIVE=objective,
         IMPORTANCE=sampling_logprob is not None,
         ADVANTAGE=advantage is not None,
+        WEIGHT=token_weight is not None,
         NORMALISERS=normalisers is not None,
         GRADIENT=grad is not None,
         **launch_options(V),

@@ -71,11 +71,13 @@ def distill_rows(
     temperature: float,
     student_head: Head,
     teacher_head: Head,
+    token_weight: Tensor | None = None,
 ) -> None:
     """Statistics [6, k], losses [k] and the gradient of k rows of raw logits [k, V], which it overwrites.
 
     The gradient of row k's loss with respect to its tempered logits is row_scale[k] * grad[k]; the factor stays
     apart because the caller can apply it to H columns instead of V. `grad` may be `student` itself, or None.
+    `token_weight` [k] goes into the factor.
     """
     for part, (exps_s, exps_t, work) in row_slices(student):
         s = softmax_of(student[part], exps_s, student_head, temperature)
@@ -102,6 +104,8 @@ def distill_rows(
         if slope is not None:
             out.mul_(slope)
         losses[part], row_scale[part] = loss, factor
+    if token_weight is not None:
+        row_scale *= token_weight
 
 
 def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> _Softmax:
