@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY_FAMILIES, ship_code, tiny_model, tiny_tokenizer
 
+from benchmarks.harness import peak_memory
 from distill.models import ModelError, check_pair, eos_ids, load_model, load_tokenizer, sources, split_head
 from distill.models.attention import choose_attention
 
@@ -201,3 +202,14 @@ def test_remote_code_runs_only_when_asked_for(tmp_path, tiny_pair):
     with pytest.raises(ModelError, match="trust_remote_code"):
         load_model(str(folder))
     assert type(load_model(str(folder), trust_remote_code=True)).__name__ == "TinyModel"
+
+
+def test_weights_do_not_pass_through_the_host_s_memory_as_a_whole(tmp_path):
+    """A student's, in float32 from a file in half precision; counted with a device that keeps nothing."""
+    model = tiny_model("llama", vocab_size=250_000, hidden_size=64)  # 64 MB
+    model.bfloat16().save_pretrained(tmp_path)
+    load_model(str(tmp_path), device="meta")  # libraries make their own buffers
+    peak = peak_memory(lambda: load_model(str(tmp_path), device="meta"))
+    weights = 4 * model.num_parameters()
+    assert peak < weights / 4, f"{peak / 2**20:.0f} MiB for {weights / 2**20:.0f} MiB of weights"
+    assert all(parameter.device.type == "meta" for parameter in load_model(str(tmp_path), device="meta").parameters())

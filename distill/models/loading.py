@@ -53,6 +53,8 @@ def load_model(
     """
     device = torch.device(device)
     location = _folder(resolve(reference), trust_remote_code)
+    # Tensor by tensor to where they stay, so that the host never holds the whole; a CPU is where they are read to.
+    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
     with _readable_errors(reference, location):
         model, info = AutoModelForCausalLM.from_pretrained(
             location,
@@ -62,6 +64,7 @@ def load_model(
             use_safetensors=True,  # other weights are pickles, which can run code
             ignore_mismatched_sizes=True,  # for `_check_complete`, which names them
             output_loading_info=True,
+            **placed,
         )
         _check_complete(reference, info)
     remove_layers(model, drop_layers)
