@@ -12,8 +12,9 @@ k, and k_t for y, are integers that go into the token's logit before it is subtr
 `triton_product_rows` turns the partial sums into what `triton_rows` gives for a row. The gradient in the logits is then
 factor / S (E - S onehot), S the sum of E: the row's factor is applied to H columns instead of V, and only the token's
 own column is put right. The student's logits are never stored. Half precision rounds each entry once, as in
-`triton_rows`, but in units in which 1 is S, a number like any other. Rounding the token's entry 1 - S, most of its row,
-would cost what p - 1 hardly does: the row's factor is multiplied by (1 - S) / round(1 - S).
+`triton_rows`, but in units in which 1 is S, a number like any other: the token's entry 1 - S, most of its row, would
+lose more than p - 1 does. So the row's factor is multiplied by (1 - S) / round(1 - S), which makes it exact and moves
+all others together, by half a unit in the last place at most.
 
 Left out: biases, softcaps, and the objectives that need the teacher's normaliser for the gradient. Asking the L2 cache
 for the next tile's teacher logits during the product made it slower.
