@@ -40,6 +40,9 @@ POINTERS = {
 }  # fmt: skip
 INTEGERS = {"V", "R", "top_k", "tiles"}
 SHARED_MEMORY = 227 * 1024  # bytes, of a block on compute capability 9.0
+CAPABILITIES = 80, 90, 100
+REGISTERS = 2**16  # of a multiprocessor
+MOST_STACK = 32  # bytes: no spill of a loop
 
 
 def type_of(name: str) -> str:
@@ -59,19 +62,22 @@ def compile_kernel(kernel, warps: int, **constants) -> None:
     signature = {name: "constexpr" if name in constants else type_of(name) for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned = [p for p in specialised if not p.do_not_specialize_on_alignment and signature[p.name][0] in "*i"]
-    for capability in (80, 90):
+    for capability in CAPABILITIES:
         compiled = triton.compile(
             ASTSource(
                 fn=kernel, signature=signature, constexprs=values,
                 attrs={(names.index(p.name),): [["tt.divisibility", 16]] for p in aligned},
             ),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": warps},
+            options={"num_warps": warps, **triton_math.FUSION},
         )  # fmt: skip
-        assert compiled.asm["cubin"]
+        registers, stack = resources(compiled.asm["cubin"])
+        used = f"{registers} registers, {stack} bytes of stack"
+        assert registers * 32 * warps <= REGISTERS, f"{kernel.__name__}: {used}"
+        assert stack <= MOST_STACK, f"{kernel.__name__}: {used}"
         if constants.get("BLOCK", 0) >= 128 * warps and "student_ptr" in names:
             assert "ld.global.v4" in compiled.asm["ptx"], f"{kernel.__name__} loads column by column"
-        print(f"compiled {kernel.__name__} for {capability}: {constants}")
+        print(f"compiled {kernel.__name__} for {capability}: {constants}, {used}")
 
 
 def compile_product() -> None:
@@ -88,7 +94,7 @@ def compile_product() -> None:
     names = [parameter.name for parameter in kernel.params]
     signature = {n: "constexpr" if n in constants else descriptors.get(n) or type_of(n) for n in names}
     values = {(names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **triton_math.FUSION}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= SHARED_MEMORY, f"{compiled.metadata.shared} bytes of shared memory"
@@ -137,7 +143,7 @@ def sample_of(rows: int) -> None:
     sample(torch.randn(rows, 96), temperature=0.7, top_k=rows, seed=rows, step=rows)
 
 
-def record(bind, kinds: set, *args, grid, warmup, num_warps, num_stages=None, **options) -> None:
+def record(bind, kinds: set, *args, grid, warmup, num_warps, num_stages=None, enable_fp_fusion, **options) -> None:
     kinds.add(str(bind(*args, **options)[1]))
 
 
@@ -193,19 +199,19 @@ def compile_attention(kernel, floats: str, most_registers: int, warps: int = 4, 
         if kind.startswith("*") or name.endswith(("row", "head", "slot"))  # pointers and strides
     ]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    for capability in (80, 90):
+    for capability in CAPABILITIES:
         compiled = triton.compile(
             ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes),
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": warps, "num_stages": stages},
+            options={"num_warps": warps, "num_stages": stages, **triton_math.FUSION},
         )
         registers, stack = resources(compiled.asm["cubin"])
         shared = compiled.metadata.shared
         used = f"{registers} registers, {stack} bytes of stack, {shared} of shared memory"
         print(f"compiled {kernel.__name__} for {capability}: {floats} {constants}, {used}")
-        # 32 bytes of stack are no spill of the loop; 99 KB of shared memory are what the smallest cards have.
-        assert registers <= most_registers, used
-        assert stack <= 32, used
+        # 99 KB of shared memory are what the smallest cards have.
+        assert registers <= (most_registers if capability < 100 else 168), used  # 168: three blocks of four warps
+        assert stack <= MOST_STACK, used
         assert shared <= 99 * 1024, used
 
 

@@ -1,5 +1,6 @@
 """What holds for every kernel op: errors, torch.compile, offsets, memory, and that the Triton source compiles."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -294,3 +295,16 @@ def test_triton_source_compiles_for_a_gpu():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("compiled") >= 40
+
+
+@pytest.mark.parametrize("path", sorted(Path(backend.__file__).parent.glob("triton_*.py")), ids=lambda path: path.stem)
+def test_every_launch_says_whether_products_and_sums_are_fused(path):
+    """triton's default is another one from 3.10 on."""
+    launches = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and "kernel" in ast.unparse(node.func)
+    ]
+    for launch in launches:
+        expanded = [ast.unparse(keyword.value) for keyword in launch.keywords if keyword.arg is None]
+        assert any(name in ("FUSION", "options", "launch_options(V)") for name in expanded), f"line {launch.lineno}"

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.triton_math import offset_of
+from distill_kernels.triton_math import FUSION, offset_of
 
 PROGRAMS = 256  # about two for every multiprocessor of a large card: fewer are cut into more pieces
 PIECES = 16  # the most that a prompt, or a row's own keys, are cut into
@@ -274,6 +274,7 @@ def attend(
         num_warps=chosen.warps,
         num_stages=chosen.stages,
         maxnreg=chosen.registers,
+        **FUSION,
     )
     if number > 1:
         heads = min(max(1, MERGED // block_d), triton.next_power_of_2(Hq))
@@ -289,6 +290,7 @@ def attend(
             HEADS=heads,
             PIECES=number,
             ENDED=ended is not None,
+            **FUSION,
         )
 
 

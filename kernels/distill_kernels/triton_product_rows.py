@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill_kernels.triton_math import FUSION
+
 REF_S, REF_T, OWN, TOP, SUM = (tl.constexpr(row) for row in range(5))
 """Rows of `Scratch.per_row`: both models' logits of the token; the student's as the product has it, less that; then
 of the row the largest k, and relative to it the sum of E."""
@@ -180,6 +182,7 @@ def finish(
         ROWS=32,
         TILES=32,
         num_warps=8,
+        **FUSION,
     )
 
 
@@ -199,4 +202,5 @@ def put_target(room: Scratch, e: Tensor, token_ids: Tensor, row_scale: Tensor, c
         COLUMNS=columns,
         COUNT=8,
         num_warps=4,
+        **FUSION,
     )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.triton_math import offset_of
+from distill_kernels.triton_math import FUSION, offset_of
 
 BLOCK = 4096  # columns that a program holds at once; tests make it smaller
 WARPS = 16
@@ -192,4 +192,5 @@ def sample_rows(
         MIN_P=min_p > 0,
         BLOCK=min(BLOCK, triton.next_power_of_2(V)),
         num_warps=WARPS,
+        **FUSION,
     )
