@@ -97,8 +97,8 @@ def test_as_the_row_kernel(implementation, launches):
 def test_extremes(implementation, launches):
     """Tokens that are hundreds of nats less probable than others, in one model or both, and student logits of 1e4.
 
-    The latter in many rows: they have the largest gradients, of which half precision rounds the hidden states times the
-    row's factor, either way of the op, and PyTorch the reward. In few rows luck decides which is the larger error.
+    The latter in many rows: they have the largest gradients, of which the op in half precision rounds the hidden states
+    times the row's factor, and PyTorch the reward. In few rows luck decides which is the larger error.
     """
     torch.manual_seed(2)
     with running(implementation) as device:

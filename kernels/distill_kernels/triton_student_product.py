@@ -11,10 +11,9 @@ k, and k_t for y, are integers that go into the token's logit before it is subtr
 
 `triton_product_rows` turns the partial sums into what `triton_rows` gives for a row. The gradient in the logits is then
 factor / S (E - S onehot), S the sum of E: the row's factor is applied to H columns instead of V, and only the token's
-own column is put right. The student's logits are never stored. Half precision rounds each entry once, as in
-`triton_rows`, but in units in which 1 is S, a number like any other: the token's entry 1 - S, most of its row, would
-lose more than p - 1 does. So the row's factor is multiplied by (1 - S) / round(1 - S), which makes it exact and moves
-all others together, by half a unit in the last place at most.
+own column is put right. The student's logits are never stored. Half precision rounds each entry once, and the token's,
+1 - S, is most of its row: the row's factor is multiplied by (1 - S) / round(1 - S), which makes that entry exact and
+moves all others together, by half a unit in the last place at most. The factor rounds what it is multiplied with.
 
 Left out: biases, softcaps, and the objectives that need the teacher's normaliser for the gradient. Asking the L2 cache
 for the next tile's teacher logits during the product made it slower.
