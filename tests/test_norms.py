@@ -41,3 +41,15 @@ def test_a_mixture_of_dtypes_is_computed_in_the_wider():
     hidden = torch.randn(5, 32, dtype=torch.bfloat16)
     assert torch.equal(norm(hidden), norm(hidden.float()))
     assert norm.bfloat16()(hidden.float()).dtype == torch.float32
+
+
+def test_a_norm_with_a_gate_stays():
+    """It may be called with more than the hidden states."""
+
+    class Gated(RmsNorm):
+        def forward(self, hidden_states, gate=None):
+            return super().forward(hidden_states) * (1 if gate is None else gate.sigmoid())
+
+    model = nn.Sequential(Gated(nn.Parameter(torch.ones(8)), 1e-6), RmsNorm(nn.Parameter(torch.ones(8)), 1e-6))
+    fuse_norms(model)
+    assert [type(module) for module in model] == [Gated, RmsNorm]

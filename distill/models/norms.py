@@ -1,5 +1,7 @@
 """RMS norms as PyTorch's one kernel, on a GPU: written out, as models do it, a norm is six launches."""
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,8 @@ def fuse_norms(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
             eps, weight = getattr(norm, "variance_epsilon", getattr(norm, "eps", None)), getattr(norm, "weight", None)
-            if isinstance(eps, float) and isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            takes_one = list(inspect.signature(norm.forward).parameters) in (["hidden_states"], ["x"])  # no gate
+            if isinstance(eps, float) and isinstance(weight, nn.Parameter) and weight.dim() == 1 and takes_one:
                 probe = torch.arange(PROBE_ROWS * len(weight), device=weight.device).sin().mul(3).add(1)
                 probe, fused = probe.view(PROBE_ROWS, -1).to(weight.dtype), RmsNorm(weight, eps)
                 if torch.allclose(fused(probe), norm(probe), rtol=2e-2, atol=1e-3):
