@@ -210,8 +210,8 @@ class TrainingConfig(Section):
     max_steps: Positive | None = None
     """Stop after this many optimizer steps, if the epochs hold more."""
     tokens_per_micro_batch: Positive = 8192
-    """Prompt and completion tokens in one forward and backward pass; lowers memory, never changes the gradient. On a GPU
-    each pass costs its launches, whatever its size: as many tokens as fit. Too many are halved by themselves."""
+    """Prompt and completion tokens in one forward and backward pass; lowers memory, never changes the gradient. A GPU
+    spends each pass's launches whatever its size: as many tokens as fit. Too many are halved by themselves."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
