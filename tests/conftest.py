@@ -12,6 +12,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests that run side by side share the cores instead of fighting for them.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
+LONGEST = ("test_the_default_run_heals_a_real_model", "test_the_command_writes_every_table_and_repeats_nothing")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest come first, so that of the workers none is left alone with one at the end."""
+    items.sort(key=lambda item: item.name not in LONGEST)
+
+
 TINY_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 
 
