@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.harness import copy_bandwidth
 from distill.rollout import kv_cache
 from distill_kernels import backend, decode_attention, reference
 
@@ -83,13 +84,6 @@ def seconds_each(calls: list[Callable[[], object]], rounds: int = 7) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
     return sorted(times)[rounds // 2]
-
-
-def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes a second, read and written, of a copy timed as everything else here is."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / seconds_each([lambda: target.copy_(source)] * 3)
 
 
 def error_of(output: Tensor, layer: dict, N: int) -> float:

@@ -7,6 +7,7 @@ prompt's, one GEMM for all rows of the prompt, and the row's own) merged by thei
 Left out on purpose: paging. All rows of a wave are as long as one another, so a dense buffer wastes nothing.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -159,7 +160,7 @@ class StaticDecodeCache(DecodeCache):
             buffer[:, :, self._offset :].zero_()  # masked slots are multiplied by 0, which a NaN would survive
         self._end = self._keys[0].shape[2]
 
-    @property
+    @cached_property
     def fused(self) -> bool:
         """On CUDA, for heads of up to LARGEST_HEAD, as wide for values as for keys."""
         widths = ((k.shape[-1], v.shape[-1]) for k, v in zip(self._keys, self._values, strict=True))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.triton_math import FUSION, offset_of
+from distill_kernels.triton_math import FUSION, given_or, offset_of
 
 PROGRAMS = 256  # about two for every multiprocessor of a large card: fewer are cut into more pieces
 PIECES = 16  # the most that a prompt, or a row's own keys, are cut into
@@ -235,7 +235,7 @@ def attend(
     group, block_d = Hq // Hkv, max(16, triton.next_power_of_2(D))
     blocks = triton.cdiv(rows_a_prompt * group, chosen.block_m)
     prompt_programs = B * Hkv * blocks * chosen.prompt_pieces
-    stored = (_or(prompt_keys, keys), _or(prompt_values, values))
+    stored = (given_or(prompt_keys, keys), given_or(prompt_values, values))
     strides = [stride for tensor in (keys, values, *stored) for stride in tensor.stride()[:3]]
     _pieces_kernel[(prompt_programs + R * Hkv * chosen.own_pieces,)](
         query,
@@ -245,9 +245,9 @@ def attend(
         pieces,
         piece_lse,
         position,
-        _or(row_start, position),
-        _or(left_padding, position),
-        _or(ended, position),
+        given_or(row_start, position),
+        given_or(left_padding, position),
+        given_or(ended, position),
         query.stride(0),
         query.stride(1),
         *strides,
@@ -282,7 +282,7 @@ def attend(
             pieces,
             piece_lse,
             out,
-            _or(ended, position),
+            given_or(ended, position),
             R,
             HQ=Hq,
             D=D,
@@ -292,8 +292,3 @@ def attend(
             ENDED=ended is not None,
             **FUSION,
         )
-
-
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """An absent tensor needs some pointer, which no kernel follows."""
-    return stand_in if tensor is None else tensor

@@ -8,6 +8,7 @@ for each lane of a block and are reduced once a row; only the maxima are reduced
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BLOCK = 2048  # columns that a program holds at once; tests make it smaller, `benchmarks/row_blocks.py` times others
 WARPS = 16
@@ -18,6 +19,11 @@ FUSION = {"enable_fp_fusion": True}
 def launch_options(V: int) -> dict[str, int]:
     """Block and warps of a launch, as they are set at that moment; no more columns at once than there are."""
     return {"BLOCK": min(BLOCK, triton.next_power_of_2(V)), "num_warps": WARPS, **FUSION}
+
+
+def given_or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """An absent tensor needs some pointer, which no kernel follows."""
+    return stand_in if tensor is None else tensor
 
 
 @triton.jit

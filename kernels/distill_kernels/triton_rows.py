@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill_kernels.triton_math import (
+    given_or,
     launch_options,
     log_mixture_of,
     mixture_kl,
@@ -226,28 +227,27 @@ def _launch_rows(
     k, V = student.shape
     if k == 0:
         return
-    # An absent tensor needs some pointer: the kernel never follows it.
     _rows_kernel[(k,)](
         student,
         teacher,
-        _or(student_head.bias, student),
-        _or(teacher_head.bias, teacher),
+        given_or(student_head.bias, student),
+        given_or(teacher_head.bias, teacher),
         token_ids.contiguous(),
         stats if sampling_logprob is None else sampling_logprob.contiguous(),
         stats if advantage is None else advantage.contiguous(),
-        _or(token_weight, stats),
+        given_or(token_weight, stats),
         stats,
-        _or(normalisers, stats),
-        _or(losses, stats),
-        _or(row_scale, stats),
-        _or(grad, student),
+        given_or(normalisers, stats),
+        given_or(losses, stats),
+        given_or(row_scale, stats),
+        given_or(grad, student),
         student.stride(0),
         student.stride(1),
         teacher.stride(0),
         teacher.stride(1),
         stats.stride(0),
-        _or(normalisers, stats).stride(0),
-        _or(grad, student).stride(0),
+        given_or(normalisers, stats).stride(0),
+        given_or(grad, student).stride(0),
         V,
         student_head.scale,
         teacher_head.scale,
@@ -268,7 +268,3 @@ def _launch_rows(
         GRADIENT=grad is not None,
         **launch_options(V),
     )
-
-
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    return stand_in if tensor is None else tensor
