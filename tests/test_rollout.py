@@ -343,7 +343,7 @@ def test_native_refuses_with_the_way_out(model_type: str) -> None:
     auto, changes = REFUSED[model_type]
     config = AutoConfig.for_model(model_type, vocab_size=97, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes)
     model = auto.from_config(config).eval()
-    with pytest.raises(NotImplementedError, match=r"set rollout\.engine: transformers"):
+    with pytest.raises(NotImplementedError, match=r"set rollout\.engine: auto"):
         make_engine(model)
     if model_type in ("gemma2", "gpt_oss", "bloom"):
         rollouts = run(make_engine(model, tokens=6, engine="transformers"), ragged_prompts(), 2)

@@ -159,9 +159,9 @@ class RolloutConfig(Section):
     """Prompts sampled in one generate call; `training.prompts_per_step` if absent."""
     mask_truncated: bool = False
     """Leave completions that were cut by length out of the loss; they still count in every statistic."""
-    engine: Literal["native", "transformers", "vllm"] = "native"
-    """`native`: our decode loop; `transformers`: its own, for comparison and for models the native one refuses; `vllm`:
-    a vLLM server, which gets the weights again after each step."""
+    engine: Literal["auto", "native", "transformers", "vllm"] = "auto"
+    """`native`: our decode loop, or an error; `transformers`: its own; `auto`: the first of these that can run the
+    model, and a line says which and why; `vllm`: a vLLM server, which gets the weights again after each step."""
     server: Url | None = None
     """The server of the engine `vllm`."""
     timeout_seconds: Number = Field(600, gt=0)

@@ -13,7 +13,7 @@ from distill.models.lora import add_adapters, describe, is_adapted, linear_layer
 from distill.models.norms import fuse_norms
 from distill.models.siblings import join_siblings
 from distill.models.sources import ModelError
-from distill.models.structure import Head, alias, layer_stack, split_head, whole, without_layers
+from distill.models.structure import Head, alias, body_of, layer_stack, split_head, whole, without_layers
 
 __all__ = [
     "Head",
@@ -21,6 +21,7 @@ __all__ = [
     "add_adapters",
     "alias",
     "attention_as",
+    "body_of",
     "check_pair",
     "checkpointed",
     "compile_layers",

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.models.sources import ModelError
 from distill.models.structure import split_head
+from distill.runtime import is_out_of_memory
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -67,9 +68,19 @@ def _check_split(name: str, model: PreTrainedModel, vocab_size: int) -> None:
     # FlashAttention takes no float32, which the student's weights are.
     mixed = "flash" in model.config._attn_implementation and head.weight.dtype == torch.float32
     dtype = torch.bfloat16 if mixed else head.weight.dtype
-    with _eval_mode(model), torch.autocast(head.weight.device.type, dtype, enabled=mixed):
-        expected = model(input_ids=probe).logits.float()
-        found = head.logits(body(input_ids=probe).last_hidden_state)
+    try:
+        with _eval_mode(model), torch.autocast(head.weight.device.type, dtype, enabled=mixed):
+            expected = model(input_ids=probe).logits.float()
+            found = head.logits(body(input_ids=probe, use_cache=False).last_hidden_state)
+    # What a model that is no decoder of text makes of token ids alone is open-ended.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(
+            f"{name}: model type {model.config.model_type!r} does not take token ids alone to logits, by way of hidden "
+            f"states, so it cannot be distilled: {reason:.300}"
+        ) from error
     # Two ways through the same arithmetic: what remains is the rounding of one matrix product.
     allowed = 64 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=1)
     error = (expected - found).abs().max()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.utils import import_utils
 
 from distill.models.sources import ModelError
@@ -17,16 +17,11 @@ ATTENTION_PACKAGES = {
 }
 
 
-def choose_attention(requested: str, device: torch.device) -> str:
-    """`auto`: the newest FlashAttention that is installed and that the GPU supports, else `sdpa`."""
-    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+def choose_attention(requested: str, device: torch.device) -> str | None:
+    """What a model is loaded with; for `auto` None, with which transformers takes sdpa where the class has it."""
     if requested == "auto":
-        # FlashAttention 4 is still a beta: it is used when named, not by itself.
-        for name in ("flash_attention_3", "flash_attention_2"):
-            _, needed, is_available = ATTENTION_PACKAGES[name]
-            if capability >= needed and is_available():
-                return name
-        return "sdpa"
+        return None
+    capability = _capability(device)
     if requested in ATTENTION_PACKAGES:
         package, needed, is_available = ATTENTION_PACKAGES[requested]
         if capability < needed:
@@ -37,6 +32,20 @@ def choose_attention(requested: str, device: torch.device) -> str:
         if not is_available():
             raise ModelError(f"training.attention: {requested} needs the package {package}: pip install {package}")
     return requested
+
+
+def prefer_flash(model: PreTrainedModel, device: torch.device) -> None:
+    """Gives a loaded model the newest FlashAttention that is installed, if the GPU and the class support it."""
+    # FlashAttention 4 is still a beta: it is used when named, not by itself.
+    for name in ("flash_attention_3", "flash_attention_2"):
+        _, needed, is_available = ATTENTION_PACKAGES[name]
+        if model._supports_flash_attn and _capability(device) >= needed and is_available():
+            model.set_attn_implementation(name)
+            return
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.models.attention import choose_attention
+from distill.models.attention import choose_attention, prefer_flash
 from distill.models.norms import fuse_norms
 from distill.models.sources import ModelError, Source, cache_dir, resolve, sha256_of
 from distill.models.structure import remove_layers
@@ -69,6 +69,8 @@ def load_model(
         _check_complete(reference, info)
     remove_layers(model, drop_layers)
     model = model.to(device).eval()
+    if attention == "auto":
+        prefer_flash(model, device)
     if device.type == "cuda":
         fuse_norms(model)
     return model

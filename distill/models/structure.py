@@ -52,7 +52,13 @@ def split_head(model: PreTrainedModel, vocab_size: int | None = None) -> tuple[n
         getattr(config, "final_logit_softcapping", None),
         scale,
     )
-    return model.base_model, head
+    return body_of(model), head
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """What gives hidden states; where a class names no base of its own, the one model in it."""
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if model.base_model is model and len(inner) == 1 else model.base_model
 
 
 def alias(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from distill.rollout.generation_copy import PackedLinear
 from distill.rollout.kv_cache import ATTENTION_NAME, DecodeCache
 from distill.rollout.native import NativeEngine
 from distill.rollout.stock import StockEngine
+from distill.runtime import is_out_of_memory
 
 # A bfloat16 that is barely faster is not worth its rounding, and a choice this wide is the same in every run.
 WORTHWHILE_SPEEDUP = 1.25
@@ -22,24 +23,43 @@ WORTHWHILE_SPEEDUP = 1.25
 def local_engine(
     model: PreTrainedModel,
     *,
-    engine: str = "native",
+    engine: str = "auto",
     precision: str = "auto",
     memory_budget_bytes: int | None = None,
     compiled: bool = False,
     **options: Any,
 ) -> RolloutEngine:
-    """An engine in this process; `precision` is `auto`, `float32` or `bfloat16`, `engine` `native` or `transformers`.
+    """An engine in this process; `precision` is `auto`, `float32` or `bfloat16`.
 
-    `compiled` has the native engine compile its layers. The other arguments are those of `NativeEngine`. Raises
-    `NotImplementedError` for a model whose attention the native engine cannot run.
+    `engine` is `native`, `transformers`, or `auto`: the first that can, and the engine's `fallback` says why not the
+    first. `compiled` has the native engine compile its layers. The other arguments are those of `NativeEngine`. Raises
+    `NotImplementedError` where the native engine is asked for and cannot, `ModelError` where no engine can.
     """
-    if engine != "native":
-        return StockEngine(model, dtype=choose_dtype(model, precision), **options)
-    if reason := native_refusal(model):
-        raise NotImplementedError(f"rollout.engine native: {reason}; set rollout.engine: transformers")
     dtype = choose_dtype(model, precision)
-    made = NativeEngine(model, dtype=dtype, memory_budget_bytes=memory_budget_bytes, **options)
-    check_decode_step(made.body, dtype)
+    fallback = None
+    if engine != "transformers":
+        try:
+            return _native(model, compiled, dtype=dtype, memory_budget_bytes=memory_budget_bytes, **options)
+        # What a model makes of a cache that it does not know is open-ended.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            known = isinstance(error, NotImplementedError)
+            fallback = str(error) if known else f"its probe ends in {type(error).__name__}: {error!s:.200}"
+            if engine == "native":
+                raise NotImplementedError(f"rollout.engine native: {fallback}; set rollout.engine: auto") from error
+    made = StockEngine(model, dtype=dtype, **options)
+    made.find_out_padding()
+    made.fallback = fallback
+    return made
+
+
+def _native(model: PreTrainedModel, compiled: bool, **options: Any) -> NativeEngine:
+    """Raises `NotImplementedError`, or whatever such a model ends in."""
+    if reason := native_refusal(model):
+        raise NotImplementedError(reason)
+    made = NativeEngine(model, **options)
+    check_decode_step(made.body, options["dtype"])
     if compiled:
         compile_layers(made.body)
     return made
@@ -59,8 +79,7 @@ def check_decode_step(body: nn.Module, dtype: torch.dtype) -> None:
     error = float((hidden - expected).abs().max() / expected.abs().max())
     if not error < tolerance:
         raise NotImplementedError(
-            f"rollout.engine native: a decode step is off by {error:.1e} from the model's own forward, "
-            f"so its attention is of a kind the native engine cannot run; set rollout.engine: transformers"
+            f"a decode step is off by {error:.1e} from the model's own forward, so its attention is of another kind"
         )
 
 

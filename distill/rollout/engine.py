@@ -27,6 +27,8 @@ class RolloutEngine:
 
     engine: str
     """What `rollout.engine` calls it."""
+    fallback: str | None = None
+    """Why it stands in for the native engine, where `rollout.engine: auto` took it for that."""
 
     def __init__(
         self,

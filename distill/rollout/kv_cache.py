@@ -271,7 +271,7 @@ def shared_prefix_attention(
     beyond = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if decode_cache is None or beyond:
         found = f"attention with {', '.join(beyond)}" if beyond else "a model that passes no arguments on to attention"
-        raise NotImplementedError(f"rollout.engine native: {found} is beyond it; set rollout.engine: transformers")
+        raise NotImplementedError(f"{found} is beyond it")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = decode_cache.attend(query.to(key.dtype), key, value, module.layer_idx, scale, sliding_window)
     return output.to(query.dtype).unsqueeze(1), None

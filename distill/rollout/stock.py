@@ -1,34 +1,100 @@
 """The stock engine: the loop of transformers with our sampler plugged in, a row for each rollout with its own prompt.
 
-For models that the native loop refuses, and for comparison.
+For models that the native loop refuses, and for comparison. A model may take no notice of padding on the left, or of
+the attention mask at all: a probe finds out, and then only prompts of one length are sampled together.
 """
+
+import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from distill.models import ModelError, split_head
 from distill.rollout.decode import Completions
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.waves import even_parts
+from distill.runtime import is_out_of_memory
 from distill_kernels import sample
+
+# What the log-probabilities of a sampled token may differ by, in nats: sampled in steps, and scored in one forward.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+PROBE_LENGTHS, PROBE_STEPS = (7, 4), 4
 
 
 class StockEngine(RolloutEngine):
     """Draws what the native engine draws, from `generate` as it is."""
 
     engine = "transformers"
+    one_length = False
+    """Whether only prompts of one length are sampled together."""
+
+    def find_out_padding(self) -> None:
+        """Sets `one_length` by a probe. Raises `ModelError` for a model whose `generate` fails, or samples from
+        something else than its forward.
+        """
+        try:
+            error = self._probe()
+            if not error < TOLERANCE[self._copy.dtype]:
+                self.one_length = True
+                error = self._probe()
+        # What a model that is no decoder makes of prompts is open-ended.
+        except Exception as failure:
+            if is_out_of_memory(failure):
+                raise
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())
+            raise ModelError(f"{self._named()} cannot be sampled from: {reason:.300}") from failure
+        if not error < TOLERANCE[self._copy.dtype]:
+            raise ModelError(
+                f"{self._named()} cannot be sampled from: the log-probabilities of what `generate` samples are off by "
+                f"{error:.1e} nats from those of the model's own forward"
+            )
+
+    def _named(self) -> str:
+        return f"model type {self._model.config.model_type!r}"
+
+    @torch.no_grad()
+    def _probe(self) -> float:
+        """How far recorded log-probabilities of some completions are from those of the forward, row by row."""
+        device, longest = self._model.device, max(PROBE_LENGTHS)
+        lengths = torch.tensor(PROBE_LENGTHS, device=device)
+        mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
+        ids = torch.arange(1, mask.numel() + 1, device=device).view_as(mask)
+        probe = self.variant(seed=0, max_new_tokens=PROBE_STEPS)
+        found = probe.generate(ids, mask, num_rollouts=1, prompt_keys=torch.arange(len(lengths), device=device))
+        body, head = split_head(self._model, self.vocab_size)
+        errors = []
+        for row in range(len(lengths)):
+            tokens = found.completion_ids[row, : found.completion_lengths[row]]
+            whole = torch.cat([ids[row][mask[row]], tokens])
+            hidden = body(input_ids=whole[None], use_cache=False).last_hidden_state[0]
+            logprob = head.logits(hidden)[-len(tokens) - 1 : -1].log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+            errors.append((logprob - found.logprob[row, : len(tokens)]).abs().max())
+        return float(torch.stack(errors).max())
 
     def _run(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
         R = row_ids.numel()
         prompt_index = torch.arange(R, device=row_ids.device) // (R // prompt_ids.shape[0])
-        for start, stop in even_parts(R, min(R, self.limits.rows_per_wave or R)):
-            rows, self._rows_at_once = slice(start, stop), stop - start
+        for rows, length in self._waves(prompt_mask, R):
+            self._rows_at_once = rows.stop - rows.start
             part = Completions(*(tensor[rows] for tensor in out))
             self._generate(
-                prompt_ids[prompt_index[rows]],
-                prompt_mask[prompt_index[rows]],
-                logits_processor=LogitsProcessorList([_Drawing(self, prompt_ids.shape[1], row_ids[rows], part)]),
+                prompt_ids[prompt_index[rows], -length:],
+                prompt_mask[prompt_index[rows], -length:],
+                logits_processor=LogitsProcessorList([_Drawing(self, length, row_ids[rows], part)]),
             )
+
+    def _waves(self, prompt_mask: Tensor, rows: int) -> Iterator[tuple[slice, int]]:
+        """Rows that are sampled together, and how many tokens their longest prompt has."""
+        prompts, longest = prompt_mask.shape
+        lengths = prompt_mask.sum(1).tolist() if self.one_length else [longest] * prompts
+        first, a_prompt = 0, rows // prompts
+        for length, alike in itertools.groupby(lengths):
+            count = len(list(alike)) * a_prompt
+            for start, stop in even_parts(count, min(count, self.limits.rows_per_wave or count)):
+                yield slice(first + start, first + stop), length
+            first += count
 
 
 class _Drawing(LogitsProcessor):

@@ -47,6 +47,7 @@ HARMLESS = {
 }
 # Harmless unless the learning rate depends on where the run ends.
 LENGTH = {"training.max_steps", "training.num_epochs"}
+NATIVE = {"native", "auto"}  # values of rollout.engine: a run that can be native is so with either
 
 
 class CheckpointError(ValueError):
@@ -278,7 +279,8 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     for section, keys in current.items():
         for key, value in keys.items():
             old = saved.get(section, {}).get(key, _default(section, key))
-            if value != old and f"{section}.{key}" not in harmless:
+            same = value == old or (f"{section}.{key}" == "rollout.engine" and {value, old} == NATIVE)
+            if not same and f"{section}.{key}" not in harmless:
                 changed.append(f"{section}.{key}: was {old!r}, now {value!r}")
     return changed
 

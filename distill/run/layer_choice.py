@@ -78,7 +78,7 @@ class _FixedCompletions:
         self._limits = MemoryLimits(config.training.tokens_per_micro_batch)
         ids, mask = left_pad(prompts.student.token_ids[:NUM_PROMPTS], pair.tokenizer.pad_token_id)
         # The whole model writes here, which no server has.
-        here = {"engine": "native", "server": None} if config.rollout.engine == "vllm" else {}
+        here = {"engine": "auto", "server": None} if config.rollout.engine == "vllm" else {}
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update=here)})
         engine = make_engine(pair.student, config, pair.tokenizer, pair.vocab_size, "float32", self._limits)
         rollouts = engine.variant(seed=config.evaluation.seed, max_new_tokens=NUM_TOKENS).generate(

@@ -53,6 +53,10 @@ class RunParts:
         self.engine = make_engine(
             self.student, config, self.tokenizer, self.vocab_size, self._precision(start), self.limits, ranks
         )
+        self.notices: list[tuple[str, str]] = []
+        """Events of the loading, with what is said of each."""
+        if config.rollout.engine == "auto" and (reason := self.engine.fallback):
+            self.notices.append(("engine", f"rollouts come from transformers' own loop, as {reason}"))
         if config.training.compile:
             for model in (self.student, *(teacher.model for teacher in pair.teachers if teacher.model)):
                 compile_layers(model)

@@ -82,6 +82,8 @@ class Run:
                 lambda message: progress.notice("tracker", progress.step, message),
             )
             progress.begin(display, trackers)
+            for event, message in self.parts.notices:
+                progress.notice(event, progress.step, message)
             with trackers, display:
                 self.stopped = self._train_or_save()
                 if self.stopped:

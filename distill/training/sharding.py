@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from distill.forward import refuse_like
 from distill.loss import ModelParts
-from distill.models import Head, alias, layer_stack
+from distill.models import Head, alias, body_of, layer_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,10 +48,10 @@ class _Called(nn.Module):
     def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        self._supports_attention_backend = getattr(model.base_model, "_supports_attention_backend", False)
+        self._supports_attention_backend = getattr(body_of(model), "_supports_attention_backend", False)
 
     def forward(self, **inputs: Any) -> Any:
-        return self.model.base_model(**inputs)
+        return body_of(self.model)(**inputs)
 
 
 class _GatheredHead:
