@@ -3,11 +3,12 @@
 `python tests/families.py` examines every entry of transformers' mapping and writes docs/models.md.
 """
 
-import contextlib
-import io
+import re
+import sys
 import tempfile
+import traceback
 import warnings
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +127,7 @@ def _sizes(default: Any) -> dict[str, Any]:
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Without those that are None; sequences here are tuples, which nobody can change, and configurations want lists."""
+    """Without those that are None, and with lists, which configurations check for, where OWN has tuples."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in options.items() if v is not None}
 
 
@@ -152,6 +153,11 @@ class Outcome(NamedTuple):
 
 
 PROMPT_LENGTHS, NUM_ROLLOUTS, NUM_TOKENS = (9, 5, 12), 3, 10
+TOLERANCE = 1e-4  # nats, and of the largest entry of a gradient
+
+
+class UnmadeError(Exception):
+    """transformers makes no small model of this family here."""
 
 
 def examine(family: str, *, seed: int = 0, **changes: Any) -> Outcome:
@@ -162,13 +168,15 @@ def examine(family: str, *, seed: int = 0, **changes: Any) -> Outcome:
     from distill.models import ModelError, check_pair, load_model, load_tokenizer
 
     torch.manual_seed(seed)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        AutoModelForCausalLM.from_config(tiny_config(family, **changes)).save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            AutoModelForCausalLM.from_config(tiny_config(family, **changes)).save_pretrained(folder)
+        except Exception as error:
+            raise UnmadeError(f"{type(error).__name__}: {error}") from error
         tiny_tokenizer().save_pretrained(folder)
         try:
             model, tokenizer = load_model(folder), load_tokenizer(folder)
-            vocab_size = check_pair(model, model, tokenizer, tokenizer)
-            return _trained(model, vocab_size)
+            return _trained(model, check_pair(model, model, tokenizer, tokenizer))
         except ModelError as error:
             return Outcome(refused=str(error).replace(folder, family))
 
@@ -223,13 +231,15 @@ def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple
         accumulate_gradients(parts, [parts], hidden, group, everything, options, vocab_size=vocab_size)
     ours = [p.grad for p in trained]
     said = [str(each.message) for each in caught if "once per row" in str(each.message)]
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # a loop over experts, in plain operations
     logprob_error, loss = 0.0, 0.0
     for row, length in enumerate(group.completion_lengths.tolist()):
         prompt = rollouts.prompt_ids[row // NUM_ROLLOUTS][rollouts.prompt_mask[row // NUM_ROLLOUTS]]
         tokens = rollouts.completion_ids[row, :length]
         logits = model(input_ids=torch.cat([prompt, tokens])[None], use_cache=False).logits[0, -length - 1 : -1]
         logprob = _picked(logits[:, :vocab_size], tokens)
-        logprob_error = max(logprob_error, float((logprob - rollouts.logprob[row, :length]).abs().max()))
+        logprob_error = max(logprob_error, float((logprob.detach() - rollouts.logprob[row, :length]).abs().max()))
         reward = _picked(parts.head.logits(hidden[row]), tokens) - logprob
         loss = loss - (reward.detach() * logprob).mean() / len(group.completion_lengths)
     plain = torch.autograd.grad(loss, trained, allow_unused=True)
@@ -251,8 +261,113 @@ def _relative(found: list[Tensor | None], expected: tuple[Tensor | None, ...]) -
     return max(float((f - e).abs().max()) for f, e in pairs if f.numel()) / largest
 
 
-def mapping() -> Iterator[str]:
+def mapping() -> list[str]:
     """The families of transformers' own mapping."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    yield from MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+class Way(NamedTuple):
+    """What is expected of a family: the engine that samples, and whether training computes a prompt once."""
+
+    engine: str
+    shared: bool
+    why: str = ""
+    """Part of what is said where one of the two is not so."""
+
+
+OURS = Way("native", True)
+EXPECTED: dict[str, Way] = {
+    **dict.fromkeys(("llama", "qwen3"), OURS),
+}
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+HEAD = """# Models
+
+<!-- Written by `python tests/families.py`; changes made by hand are lost. -->
+
+Whatever `AutoModelForCausalLM` loads is trained with the default configuration; a line at the start of a run says so
+where it goes another way than the fastest. Each of the {count} families that transformers {version} knows was made as
+a tiny random model, loaded, sampled from and trained on for a step. The log-probabilities that were recorded while
+sampling are those of the model's own forward, row by row, within {logprob:.0e} nats (float32), the tokens are those
+that transformers' own loop samples, and the gradients are those of plain autograd within {gradient:.0e} of their
+largest entry.
+
+- **Rollouts** come from our own decode loop, which computes a prompt once for all its rollouts, or from the loop of
+  transformers (`rollout.engine: auto`).
+- **In training and scoring** a prompt is computed once for all its completions, or once for each of them.
+"""
+
+
+def page(outcomes: dict[str, Outcome], unmade: dict[str, str]) -> str:
+    """docs/models.md."""
+    import transformers
+
+    trained = {family: found for family, found in outcomes.items() if not found.refused}
+    text = HEAD.format(
+        count=len(outcomes) + len(unmade),
+        version=transformers.__version__,
+        logprob=max(found.logprob_error for found in trained.values()),
+        gradient=max(found.gradient_error for found in trained.values()),
+    )
+    for title, engine, shared in (
+        ("Both by our own way", "native", True),
+        ("Our own rollouts, prompts once a row in training", "native", False),
+        ("Rollouts by transformers' loop, prompts once in training", "transformers", True),
+        ("Rollouts by transformers' loop, prompts once a row in training", "transformers", False),
+    ):
+        chosen = {f: o for f, o in trained.items() if (o.engine, not o.plain_rows) == (engine, shared)}
+        if engine == "native" and shared:
+            text += f"\n## {title}\n\n{', '.join(f'`{family}`' for family in chosen)}\n"
+        elif chosen:
+            rows = (f"| `{family}` | {_reason(found)} |" for family, found in chosen.items())
+            text += f"\n## {title}\n\n| family | why |\n|---|---|\n" + "\n".join(rows) + "\n"
+    for title, reasons in (
+        ("Refused with this message", {f: o.refused for f, o in outcomes.items() if o.refused}),
+        ("Not tried: transformers could not make a small one here", unmade),
+    ):
+        rows = (f"| `{family}` | {_cell(reason)} |" for family, reason in reasons.items())
+        text += f"\n## {title}\n\n| family | |\n|---|---|\n" + "\n".join(rows) + "\n"
+    return text
+
+
+def _reason(found: Outcome) -> str:
+    rows = found.plain_rows.partition(" once per row, as ")[2].removesuffix(": slower, with the same result")
+    return _cell("; ".join(dict.fromkeys(filter(None, (found.fallback, rows)))))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())[:240]
+
+
+def main(families: list[str]) -> int:
+    """Examines some families, or all and writes the page; 1 where one ends in a traceback or is not exact."""
+    known = set(re.findall(r"`([^`]+)`", PAGE.read_text())) if PAGE.exists() else set()
+    if new := [family for family in mapping() if family not in known]:
+        print(f"{PAGE.name} does not have: {', '.join(new)}")
+    outcomes, unmade, wrong = {}, {}, []
+    for family in families or mapping():
+        try:
+            found = outcomes[family] = examine(family)
+            exact = max(found.logprob_error, found.engines_differ, found.gradient_error) < TOLERANCE
+            said = f"refused: {found.refused}" if found.refused else f"{found.engine}; {_reason(found)}"
+            errors = f"{found.logprob_error:.0e} {found.engines_differ:.0e} {found.gradient_error:.0e}"
+            print(f"{family}: {errors} {said}" + ("" if exact else "  NOT EXACT"), flush=True)
+        except UnmadeError as error:
+            unmade[family], exact = str(error), True
+            print(f"{family}: not made: {error!s:.200}", flush=True)
+        except Exception:
+            exact = False
+            print(f"{family}: {traceback.format_exc()}", flush=True)
+        wrong += [] if exact else [family]
+    if wrong:
+        print(f"wrong: {', '.join(wrong)}")
+    elif not families:
+        PAGE.write_text(page(outcomes, unmade))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(PAGE.parent.parent / "kernels"), str(PAGE.parent.parent)]
+    sys.exit(main(sys.argv[1:]))

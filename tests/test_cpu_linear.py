@@ -19,6 +19,17 @@ def products(monkeypatch):
     return counted
 
 
+def test_a_result_may_be_changed_in_place():
+    """As some models do; the gradient is that of the changed result."""
+    inputs, weight = torch.randn(2, 3, 12, requires_grad=True), torch.randn(9, 12, requires_grad=True)
+    with OneDnnLinears():
+        output = nn.functional.linear(inputs, weight)
+    output += 1
+    output.square().sum().backward()
+    expected = torch.autograd.grad((nn.functional.linear(inputs, weight) + 1).square().sum(), (inputs, weight))
+    torch.testing.assert_close((inputs.grad, weight.grad), expected)
+
+
 @pytest.mark.parametrize("shape", [(7, 12), (2, 3, 12), (1, 5, 12)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("inputs",), ("bias",)])

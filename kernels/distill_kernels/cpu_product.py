@@ -37,7 +37,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        return product(inputs, weight, bias)
+        found = product(inputs, weight, bias)
+        # It is a view of what oneDNN filled, and a function's view may not be changed in place, as some models do.
+        return torch.ops.aten._unsafe_view(found, found.shape)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
