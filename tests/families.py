@@ -70,8 +70,11 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": MAMBA | {"attn_layer_indices": (1, 3)},
     "beam": {"n_group": 2, "topk_group": 1},
     "codegen": {"rotary_dim": 4},
-    "cohere_compass_text": {"layer_types": WINDOWS},
+    "cohere_compass_text": {"layer_types": ("full_attention",) * 4},
+    "dbrx.attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+    "dbrx.ffn_config": {"moe_num_experts": 4, "moe_top_k": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"num_key_value_heads": 4},
     "falcon": {"head_dim": None},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
     "gemma3n_text": {
@@ -98,11 +101,22 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": DELTA,
     "qwen3_5_text": DELTA,
     "qwen3_next": DELTA | {"layer_types": STATES},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attention_head_size": 8},
+    "qwen4_exp_text": DELTA | {"layer_types": ("linear_attention",) * 4, "ple_layer_ids": ()},
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 32, "is_decoder": True},
+    **dict.fromkeys(
+        ("bert", "roberta", "electra", "xlm-roberta", "camembert", "ernie", "roformer"), {"is_decoder": True}
+    ),
+    "xmod": {"default_language": "en_XX", "languages": ("en_XX",), "is_decoder": True},
     "xlnet": {"max_position_embeddings": None},
     "zamba": MAMBA_1 | {"num_key_value_heads": 4, "attention_head_dim": 16},
     "zamba2": {"layers_block_type": ("linear_attention", "hybrid") * 2, "mamba_d_state": 8, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
+
+
+# Smaller where rounding grows through such layers, in the model's own forward as well.
+INITIALIZER_RANGE = dict.fromkeys(("ctrl", "gemma4_text", "hy_v4", "nemotron_h", "qwen3_5_moe_text", "qwen3_next"), 0.1)
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
@@ -116,9 +130,9 @@ def tiny_config(family: str, **changes: Any) -> Any:
         if getattr(default, name, None) is not None:
             options[name] = _plain(_sizes(getattr(default, name)) | PARTS | OWN.get(f"{family}.{name}", {}))
     config = AutoConfig.for_model(family, **_plain(options))
-    for part in (config, config.get_text_config()):
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
         if hasattr(part, "initializer_range"):
-            part.initializer_range = 0.2
+            part.initializer_range = INITIALIZER_RANGE.get(family, 0.2)
     return config
 
 

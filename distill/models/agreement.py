@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.models.sources import ModelError
-from distill.models.structure import split_head
+from distill.models.structure import Head, split_head
 from distill.runtime import is_out_of_memory
 
 
@@ -47,6 +47,7 @@ def check_pair(
             f"different tokens ({shown}). Distillation on tokens needs one vocabulary: choose models of one family"
         )
     _check_split("student", student, vocab_size)
+    _check_gradient(student)
     if teacher is None:
         return vocab_size
     ends, teacher_ends = eos_ids(student, student_tokenizer), eos_ids(teacher, teacher_tokenizer)
@@ -65,22 +66,14 @@ def _check_split(name: str, model: PreTrainedModel, vocab_size: int) -> None:
     if head.weight.shape[0] < vocab_size:
         raise ModelError(f"{name}: the tokenizer has {vocab_size} tokens, the model's head only {head.weight.shape[0]}")
     probe = torch.arange(1, min(9, vocab_size), device=head.weight.device)[None]
-    # FlashAttention takes no float32, which the student's weights are.
-    mixed = "flash" in model.config._attn_implementation and head.weight.dtype == torch.float32
-    dtype = torch.bfloat16 if mixed else head.weight.dtype
+    mixed, dtype = _precision(model, head)
     try:
         with _eval_mode(model), torch.autocast(head.weight.device.type, dtype, enabled=mixed):
             expected = model(input_ids=probe).logits.float()
             found = head.logits(body(input_ids=probe, use_cache=False).last_hidden_state)
-    # What a model that is no decoder of text makes of token ids alone is open-ended.
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ModelError(
-            f"{name}: model type {model.config.model_type!r} does not take token ids alone to logits, by way of hidden "
-            f"states, so it cannot be distilled: {reason:.300}"
-        ) from error
+        what = f"{name}: model type {model.config.model_type!r} does not take token ids alone to logits"
+        raise _unfit(f"{what} by way of hidden states", error) from error
     # Two ways through the same arithmetic: what remains is the rounding of one matrix product.
     allowed = 64 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=1)
     error = (expected - found).abs().max()
@@ -91,6 +84,34 @@ def _check_split(name: str, model: PreTrainedModel, vocab_size: int) -> None:
             f"{name}: body and head of model type {model.config.model_type!r} do not give the model's own logits "
             f"(they differ by {error.item():.3g}), so its head does something this trainer does not know"
         )
+
+
+def _check_gradient(student: PreTrainedModel) -> None:
+    """Raises `ModelError` for a class whose forward has no backward the way it is trained, without dropout."""
+    body, head = split_head(student)
+    trained = student.get_input_embeddings().weight
+    if not trained.requires_grad:
+        return
+    mixed, dtype = _precision(student, head)
+    try:
+        with _eval_mode(student), torch.autocast(trained.device.type, dtype, enabled=mixed):
+            hidden = body(input_ids=torch.arange(1, 5, device=trained.device)[None], use_cache=False).last_hidden_state
+        torch.autograd.grad(hidden.sum(), trained)
+    except Exception as error:
+        raise _unfit(f"student: model type {student.config.model_type!r} has no gradient", error) from error
+
+
+def _precision(model: PreTrainedModel, head: Head) -> tuple[bool, torch.dtype]:
+    """Whether autocast has to be on, and the dtype computed in: FlashAttention takes no float32, as a student is."""
+    mixed = "flash" in model.config._attn_implementation and head.weight.dtype == torch.float32
+    return mixed, torch.bfloat16 if mixed else head.weight.dtype
+
+
+def _unfit(what: str, error: Exception) -> ModelError:
+    """What a model that is no decoder of text makes of token ids alone is open-ended, but it is no traceback."""
+    if is_out_of_memory(error):
+        raise error
+    return ModelError(f"{what}, so it cannot be distilled: {' '.join(f'{type(error).__name__}: {error}'.split()):.300}")
 
 
 @contextlib.contextmanager

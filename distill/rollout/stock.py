@@ -20,7 +20,7 @@ from distill_kernels import sample
 
 # What the log-probabilities of a sampled token may differ by, in nats: sampled in steps, and scored in one forward.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-PROBE_LENGTHS, PROBE_STEPS = (7, 4), 4
+PROBE_LENGTHS, PROBE_ROLLOUTS, PROBE_STEPS = (7, 4), 2, 4
 
 
 class StockEngine(RolloutEngine):
@@ -62,15 +62,16 @@ class StockEngine(RolloutEngine):
         mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
         ids = torch.arange(1, mask.numel() + 1, device=device).view_as(mask)
         probe = self.variant(seed=0, max_new_tokens=PROBE_STEPS)
-        found = probe.generate(ids, mask, num_rollouts=1, prompt_keys=torch.arange(len(lengths), device=device))
+        keys = torch.arange(len(lengths), device=device)
+        found = probe.generate(ids, mask, num_rollouts=PROBE_ROLLOUTS, prompt_keys=keys)
         body, head = split_head(self._model, self.vocab_size)
         errors = []
-        for row in range(len(lengths)):
-            tokens = found.completion_ids[row, : found.completion_lengths[row]]
-            whole = torch.cat([ids[row][mask[row]], tokens])
+        for row, length in enumerate(found.completion_lengths.tolist()):
+            prompt, tokens = row // PROBE_ROLLOUTS, found.completion_ids[row, :length]
+            whole = torch.cat([ids[prompt][mask[prompt]], tokens])
             hidden = body(input_ids=whole[None], use_cache=False).last_hidden_state[0]
             logprob = head.logits(hidden)[-len(tokens) - 1 : -1].log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-            errors.append((logprob - found.logprob[row, : len(tokens)]).abs().max())
+            errors.append((logprob - found.logprob[row, :length]).abs().max())
         return float(torch.stack(errors).max())
 
     def _run(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
