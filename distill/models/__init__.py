@@ -8,12 +8,13 @@ from distill.models.agreement import check_pair, eos_ids
 from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
 from distill.models.compiling import compile_layers
+from distill.models.composite import auto_class, other_parameters, save_model
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
 from distill.models.norms import fuse_norms
 from distill.models.siblings import join_siblings
 from distill.models.sources import ModelError
-from distill.models.structure import Head, alias, layer_stack, split_head, whole, without_layers
+from distill.models.structure import Head, alias, language_model, layer_stack, split_head, whole, without_layers
 
 __all__ = [
     "Head",
@@ -21,6 +22,7 @@ __all__ = [
     "add_adapters",
     "alias",
     "attention_as",
+    "auto_class",
     "check_pair",
     "checkpointed",
     "compile_layers",
@@ -30,6 +32,7 @@ __all__ = [
     "fuse_norms",
     "is_adapted",
     "join_siblings",
+    "language_model",
     "layer_stack",
     "linear_layers",
     "load_model",
@@ -37,7 +40,9 @@ __all__ = [
     "merged",
     "merged_weight",
     "native_refusal",
+    "other_parameters",
     "save_adapter",
+    "save_model",
     "sharing_refusal",
     "split_head",
     "unpacked_rows",

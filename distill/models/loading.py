@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.models.attention import choose_attention
+from distill.models.composite import auto_class, set_other_parts_aside
 from distill.models.norms import fuse_norms
 from distill.models.sources import ModelError, Source, cache_dir, resolve, sha256_of
 from distill.models.structure import remove_layers
@@ -49,6 +50,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads a causal LM in eval mode; on a GPU its RMS norms are one kernel each.
 
+    One with other parts beside its language model has them frozen, in the dtype in which they are stored.
     `drop_layers` are indices into the layers of the model as it is stored. Raises `ModelError`.
     """
     device = torch.device(device)
@@ -56,7 +58,8 @@ def load_model(
     # Tensor by tensor to where they stay, so that the host never holds the whole; a CPU is where they are read to.
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
     with _readable_errors(reference, location):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+        model, info = auto_class(config).from_pretrained(
             location,
             dtype=dtype,
             attn_implementation=choose_attention(attention, device),
@@ -67,6 +70,7 @@ def load_model(
             **placed,
         )
         _check_complete(reference, info)
+    set_other_parts_aside(model, config.dtype)
     remove_layers(model, drop_layers)
     model = model.to(device).eval()
     if device.type == "cuda":

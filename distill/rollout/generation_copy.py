@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from distill.models import alias, fuse_norms, is_adapted, join_siblings, linear_layers, merged_weight, whole
+from distill.models import (
+    alias,
+    fuse_norms,
+    is_adapted,
+    join_siblings,
+    language_model,
+    linear_layers,
+    merged_weight,
+    other_parameters,
+    whole,
+)
 
 
 class GenerationCopy:
@@ -39,7 +49,7 @@ class GenerationCopy:
         self._updates: list[Callable[[], None]] = []
         packs = pack and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self._replace_head(packs)
-        for parent, name, child in list(linear_layers(self.model)):
+        for parent, name, child in list(linear_layers(language_model(self.model))):
             if packs:
                 setattr(parent, name, self._packed(child, self.dtype))
             elif is_adapted(child):
@@ -74,9 +84,10 @@ class GenerationCopy:
 
     def _cast_parameters(self) -> None:
         copies: dict[int, nn.Parameter] = {}
+        unused = {id(parameter) for parameter in other_parameters(self.model)}
         for module in self.model.modules():
             for name, source in module._parameters.items():
-                if source is None or not source.is_floating_point():
+                if source is None or not source.is_floating_point() or id(source) in unused:
                     continue
                 if source.dtype == self.dtype and not hasattr(source, "full_tensor"):
                     continue

@@ -69,7 +69,7 @@ def _to_int8(model: PreTrainedModel) -> None:
         raise ModelError(
             f"teacher.precision int8 needs the package torchao ({error}): pip install 'distill-on-policy[int8]'"
         ) from None
-    quantize_(model.base_model, Int8WeightOnlyConfig())
+    quantize_(split_head(model)[0], Int8WeightOnlyConfig())
 
 
 class HostMemory:

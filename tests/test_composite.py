@@ -1,0 +1,126 @@
+"""Models of text and pictures: the language model inside is trained, and what is saved is what was loaded."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from safetensors.torch import load_file
+from test_train import execute, metrics_of
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from distill.models import load_model, split_head
+from distill.models.composite import other_parameters
+
+VOCAB_SIZE = 264
+IDS = torch.arange(3, 13)[None]
+TEXT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# As many layers as the language model has, where a family allows it: the two stacks must not be taken for one another.
+LAYERS = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LAYERS |= {"image_size": 28, "patch_size": 14}
+BLOCKS = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+BLOCKS |= {"num_position_embeddings": 16}
+LINEAR = {f"linear_{name}": size for name, size in (("num_key_heads", 2), ("num_value_heads", 2))}
+LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+FAMILIES = {
+    "gemma3": ({"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}, LAYERS),
+    "mistral3": ({"model_type": "mistral"}, LAYERS | {"model_type": "pixtral", "head_dim": 16}),
+    "qwen3_5": (LINEAR | {"layer_types": ["linear_attention", "full_attention"]}, BLOCKS),
+    "qwen3_vl": ({}, BLOCKS | {"deepstack_visual_indexes": [0]}),
+}
+
+
+def tiny_composite(family: str, seed: int = 0):
+    """A random model of text and pictures, as large as the others of the tests."""
+    text, vision = FAMILIES[family]
+    config = AutoConfig.for_model(family, text_config=TEXT | text, vision_config=vision)
+    config.image_token_id = config.image_token_index = VOCAB_SIZE - 1
+    config.text_config.initializer_range = 0.3
+    torch.manual_seed(seed)
+    return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a tiny model of a family with a tokenizer and what its pictures go through; returns its folder."""
+
+    def write(family: str, dtype: torch.dtype = torch.float32):
+        folder = tmp_path / family
+        tiny_composite(family).to(dtype).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text('{"image_processor_type": "SomeImageProcessor"}')
+        return folder
+
+    return write
+
+
+def is_language(name: str) -> bool:
+    return name.startswith(("model.language_model.", "language_model.", "lm_head."))
+
+
+def config_of(folder) -> dict:
+    """A saved configuration but for the dtypes in it: weights are trained, and saved, in float32."""
+    return json.loads((folder / "config.json").read_text(), object_hook=lambda found: found | {"dtype": None})
+
+
+def check_saved(final, source) -> None:
+    """Of two folders: the same class and configuration; the other parts bit for bit, the language model changed."""
+    ours, theirs = (AutoModelForImageTextToText.from_pretrained(folder) for folder in (final, source))
+    assert type(ours) is type(theirs)
+    configs = [config_of(folder) for folder in (final, source)]
+    assert configs[0] == configs[1]
+    assert configs[0]["architectures"] == [type(theirs).__name__]
+    found, expected = (load_file(folder / "model.safetensors") for folder in (final, source))
+    assert set(found) == set(expected)
+    others = {name for name in expected if not is_language(name)}
+    assert others
+    for name in others:
+        assert found[name].dtype == expected[name].dtype, name
+        assert torch.equal(found[name], expected[name]), name
+    changed = {
+        name for name in set(expected) - others if not torch.equal(found[name].to(expected[name].dtype), expected[name])
+    }
+    assert any("mlp" in name for name in changed)
+    assert not ours.get_output_embeddings().weight.dtype.itemsize < 4, (
+        "trained weights would be rounded as they are loaded"
+    )
+    assert (final / "preprocessor_config.json").read_text() == (source / "preprocessor_config.json").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_language_model_is_trained_and_all_else_is_saved_as_it_was(write_config, save, family):
+    folder = save(family, torch.bfloat16)
+    engine = "transformers" if family == "qwen3_5" else "native"
+    changes = {"student.model": str(folder), "training.max_steps": 2, "rollout.engine": engine}
+    run = execute(write_config(changes | {"training.learning_rate": 0.01}))
+    trained = {name for name, p in run.parts.student.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(map(is_language, trained))
+    assert len(metrics_of(run.output.path)) == 2
+    check_saved(run.output.path / "final", folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_body_and_head_are_those_that_text_passes(save, family):
+    model = load_model(str(save(family)))
+    body, head = split_head(model)
+    torch.testing.assert_close(head.logits(body(input_ids=IDS).last_hidden_state), model(input_ids=IDS).logits)
+    inside = {
+        id(parameter) for parameter in (*body.parameters(), head.weight, *model.get_output_embeddings().parameters())
+    }
+    others = {id(parameter) for parameter in other_parameters(model)}
+    assert others
+    assert not others & inside
+    assert len(others) + len(inside - {id(head.weight)}) == len(list(model.parameters()))
