@@ -7,10 +7,12 @@ import torch
 from conftest import tiny_tokenizer
 from safetensors.torch import load_file
 from test_train import execute, metrics_of
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from distill.models import load_model, split_head
-from distill.models.composite import other_parameters
+from distill.models import is_adapted, load_model, split_head
+from distill.models.composite import auto_class, other_parameters
+from distill.rollout.generation_copy import GenerationCopy
+from distill.runtime import read_json_lines
 
 VOCAB_SIZE = 264
 IDS = torch.arange(3, 13)[None]
@@ -103,7 +105,7 @@ def check_saved(final, source) -> None:
 def test_the_language_model_is_trained_and_all_else_is_saved_as_it_was(write_config, save, family):
     folder = save(family, torch.bfloat16)
     engine = "transformers" if family == "qwen3_5" else "native"
-    changes = {"student.model": str(folder), "training.max_steps": 2, "rollout.engine": engine}
+    changes = {"student.model": str(folder), "training.max_steps": 2, "rollout.engine": engine, "prompts.eval": None}
     run = execute(write_config(changes | {"training.learning_rate": 0.01}))
     trained = {name for name, p in run.parts.student.named_parameters() if p.requires_grad}
     assert trained
@@ -124,3 +126,85 @@ def test_body_and_head_are_those_that_text_passes(save, family):
     assert others
     assert not others & inside
     assert len(others) + len(inside - {id(head.weight)}) == len(list(model.parameters()))
+
+
+@pytest.fixture
+def copies(save):
+    """A generation copy of a model of a family, and the model."""
+
+    def make(family: str, dtype: torch.dtype = torch.bfloat16):
+        model = load_model(str(save(family)))
+        return GenerationCopy(model, dtype, eos_token_ids=[2], pad_token_id=0, pack=True).model, model
+
+    return make
+
+
+def test_a_generation_copy_shares_the_other_parts(copies):
+    copied, model = copies("gemma3")
+    ours, theirs = ({p.data_ptr() for p in other_parameters(each)} for each in (copied, model))
+    assert ours == theirs
+    assert len(ours) > 10
+    towers = [[type(module) for module in each.model.vision_tower.modules()] for each in (copied, model)]
+    assert towers[0] == towers[1], "none of its layers is packed"
+
+
+def test_layers_are_dropped_from_the_language_model_alone(save):
+    model, whole = (load_model(str(save("gemma3")), drop_layers=dropped) for dropped in ([0], []))
+    assert model.config.text_config.num_hidden_layers == len(model.model.language_model.layers) == 1
+    assert model.config.text_config.layer_types == ["full_attention"]
+    assert model.config.vision_config.num_hidden_layers == 2
+    assert len(list(other_parameters(model))) == len(list(other_parameters(whole)))
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("qwen3_vl", None), (None, "mistral3"), ("gemma3", "qwen3_vl")])
+def test_a_pair_may_have_pictures_on_either_side(write_config, save, student, teacher):
+    sides = {"student": student, "teacher": teacher}
+    models = {f"{side}.model": str(save(family)) for side, family in sides.items() if family}
+    run = execute(write_config(models | {"training.max_steps": 1, "prompts.eval": None}))
+    assert metrics_of(run.output.path)[0]["grad_norm"] > 0
+    assert [bool(list(other_parameters(run.parts.student)))] == [student is not None]
+
+
+def test_both_engines_sample_the_same_from_a_model_of_pictures(write_config, save):
+    folder, found = save("qwen3_vl"), {}
+    for engine in ("native", "transformers"):
+        changes = {"student.model": str(folder), "training.max_steps": 1, "prompts.eval": None}
+        changes |= {"rollout.engine": engine, "training.output_dir": str(folder.parent / engine)}
+        run = execute(write_config(changes))
+        assert run.parts.engine.engine == engine
+        found[engine] = [line["completion"] for line in read_json_lines(run.output.path / "rollouts.jsonl")]
+    assert found["native"] == found["transformers"]
+
+
+def test_adapters_are_put_into_the_language_model_alone_and_resumed(write_config, save, tmp_path):
+    folder = save("gemma3")
+    changes = {"student.model": str(folder), "student.lora.rank": 4, "training.learning_rate": 0.01}
+    changes |= {"training.max_steps": 2, "training.save_every": 1, "prompts.eval": None}
+    run = execute(write_config(changes))
+    inside = {name for name, module in run.parts.student.named_modules() if is_adapted(module)}
+    assert inside
+    assert all("language_model" in name for name in inside)
+    check_saved(run.output.path / "final", folder)
+    expected = run.parts.student(input_ids=IDS).logits
+    code = (run.output.path / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    names: dict = {}
+    exec(code, names)
+    torch.testing.assert_close(names["model"](input_ids=IDS).logits, expected, rtol=0, atol=1e-3)
+    start = str(run.output.path / "checkpoints" / "step-000001")
+    again = execute(write_config(changes | {"training.resume": start, "training.output_dir": str(tmp_path / "again")}))
+    ours, theirs = (each.parts.student.state_dict() for each in (run, again))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert metrics_of(run.output.path) == metrics_of(again.output.path)
+
+
+def test_a_text_model_of_a_family_with_pictures_stays_one(tmp_path):
+    """Of some families the language model alone is a class of its own, and a folder may name it."""
+    config = AutoConfig.for_model("qwen3_5_text", **TEXT, **FAMILIES["qwen3_5"][0])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert type(model).__name__ == "Qwen3_5ForCausalLM"
+    assert not list(other_parameters(model))
+    whole = AutoConfig.for_model("qwen3_5", text_config=config.to_dict())
+    assert auto_class(whole) is AutoModelForMultimodalLM
+    whole.architectures = ["Qwen3_5ForCausalLM"]
+    assert auto_class(whole) is AutoModelForCausalLM
