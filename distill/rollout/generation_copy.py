@@ -22,7 +22,6 @@ from distill.models import (
     language_model,
     linear_layers,
     merged_weight,
-    other_parameters,
     whole,
 )
 
@@ -84,10 +83,9 @@ class GenerationCopy:
 
     def _cast_parameters(self) -> None:
         copies: dict[int, nn.Parameter] = {}
-        unused = {id(parameter) for parameter in other_parameters(self.model)}
-        for module in self.model.modules():
+        for module in (*language_model(self.model).modules(), self.model.get_output_embeddings()):
             for name, source in module._parameters.items():
-                if source is None or not source.is_floating_point() or id(source) in unused:
+                if source is None or not source.is_floating_point():
                     continue
                 if source.dtype == self.dtype and not hasattr(source, "full_tensor"):
                     continue
