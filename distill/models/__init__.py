@@ -14,7 +14,7 @@ from distill.models.lora import add_adapters, describe, is_adapted, linear_layer
 from distill.models.norms import fuse_norms
 from distill.models.siblings import join_siblings
 from distill.models.sources import ModelError
-from distill.models.structure import Head, alias, language_model, layer_stack, split_head, whole, without_layers
+from distill.models.structure import Head, alias, layer_stack, split_head, text_model, whole, without_layers
 
 __all__ = [
     "Head",
@@ -32,7 +32,6 @@ __all__ = [
     "fuse_norms",
     "is_adapted",
     "join_siblings",
-    "language_model",
     "layer_stack",
     "linear_layers",
     "load_model",
@@ -45,6 +44,7 @@ __all__ = [
     "save_model",
     "sharing_refusal",
     "split_head",
+    "text_model",
     "unpacked_rows",
     "whole",
     "without_layers",

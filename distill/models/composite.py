@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
-from distill.models.structure import has_other_parts, language_model
+from distill.models.structure import has_other_parts, text_model
 
 # What turns pictures and sounds into a model's inputs: not read here, but the saved model is of no use without.
 PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
@@ -36,7 +36,7 @@ def auto_class(config: Any) -> type:
 def other_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     """The parameters that text does not pass, such as a vision tower's; a plain model has none."""
     if has_other_parts(model):
-        used = {id(p) for part in (language_model(model), model.get_output_embeddings()) for p in part.parameters()}
+        used = {id(p) for part in (text_model(model), model.get_output_embeddings()) for p in part.parameters()}
         yield from (parameter for parameter in model.parameters() if id(parameter) not in used)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from distill.config import LoraConfig
 from distill.models.composite import auto_class
 from distill.models.sources import ModelError
-from distill.models.structure import alias, language_model, whole
+from distill.models.structure import alias, text_model, whole
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
 
@@ -72,7 +72,7 @@ def add_adapters(model: PreTrainedModel, options: LoraConfig, seed: int) -> None
 
 def _outside_language(model: PreTrainedModel) -> str | None:
     """The modules that text does not pass, as a pattern of their names; None where it passes them all."""
-    inside = language_model(model)
+    inside = text_model(model)
     name = next(name for name, module in model.named_modules() if module is inside)
     return rf"(?!{re.escape(name)}\.).*" if name else None
 

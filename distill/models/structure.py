@@ -52,7 +52,7 @@ def split_head(model: PreTrainedModel, vocab_size: int | None = None) -> tuple[n
         getattr(config, "final_logit_softcapping", None),
         scale,
     )
-    return language_model(model).base_model, head
+    return text_model(model).base_model, head
 
 
 def has_other_parts(model: PreTrainedModel) -> bool:
@@ -60,7 +60,7 @@ def has_other_parts(model: PreTrainedModel) -> bool:
     return model.config.get_text_config() is not model.config
 
 
-def language_model(model: PreTrainedModel) -> PreTrainedModel:
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that text passes: the decoder inside one of several parts, all of any other."""
     return model.get_decoder() if has_other_parts(model) else model
 
@@ -88,7 +88,7 @@ def layer_stack(model: PreTrainedModel, key: str) -> tuple[nn.Module, str]:
     count = model.config.get_text_config().num_hidden_layers
     stacks = [
         (parent, name)
-        for parent in language_model(model).modules()
+        for parent in text_model(model).modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]
