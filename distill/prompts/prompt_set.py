@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill.prompts.records import BLANK, MAX_LINE_BYTES, PromptError, Record, Records, read
-from distill.prompts.tokens import Message, Written, encode, write
+from distill.prompts.tokens import Message, PromptTokeniser, Written
 
 Conversation = tuple[list[Message], str | None]  # and the name of its teacher
 
@@ -83,12 +83,13 @@ def load_prompts(
     columns = (column or COLUMNS[0], *COLUMNS, "teacher")
     left_out: Counter[str] = Counter()
     records = watched(islice(read(path, columns, whole=limit is None, streaming=streaming), limit))
-    prompts = _written(records, column, tokenizer, templated, control_tokens == "special", left_out)
+    tokeniser = PromptTokeniser(tokenizer, templated, special=control_tokens == "special")
+    prompts = _written(records, column, tokeniser, left_out)
     token_ids, conversations, teachers = [], [], []
     # Token ids are numbers met again and again: each is kept once.
     known = list(range(len(tokenizer)))
     for batch in _batches(prompts):
-        for prompt, ids in zip(batch, _encoded(batch, tokenizer, templated), strict=True):
+        for prompt, ids in zip(batch, _encoded(batch, tokeniser), strict=True):
             if len(ids) > max_tokens:
                 left_out["too_long"] += 1
             elif ids:
@@ -114,12 +115,7 @@ class _Prompt(NamedTuple):
 
 
 def _written(
-    records: Records,
-    column: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    templated: bool,
-    special: bool,
-    left_out: Counter[str],
+    records: Records, column: str | None, tokeniser: PromptTokeniser, left_out: Counter[str]
 ) -> Iterator[_Prompt]:
     """The prompts of records, those that are not used counted in `left_out`. Raises `PromptError`."""
     for where, record in records:
@@ -134,13 +130,13 @@ def _written(
         if not messages or not messages[-1]["content"].strip():
             left_out["empty"] += 1
             continue
-        if not templated and len(messages) > 1:
+        if not tokeniser.templated and len(messages) > 1:
             raise PromptError(f"{where}: a conversation needs a chat template, and the tokenizer's is absent or off")
         if sum(len(message["content"]) for message in messages) > MAX_LINE_BYTES:
             left_out["too_long"] += 1
             continue
         try:
-            written = write(messages, tokenizer, templated, special=special)
+            written = tokeniser.write(messages)
         except UNUSABLE as error:
             raise _not_tokenised(where, error) from None
         yield _Prompt(where, messages, teacher, written)
@@ -162,14 +158,14 @@ def _batches(prompts: Iterator[_Prompt]) -> Iterator[list[_Prompt]]:
     yield batch
 
 
-def _encoded(batch: list[_Prompt], tokenizer: PreTrainedTokenizerBase, templated: bool) -> list[list[int]]:
+def _encoded(batch: list[_Prompt], tokeniser: PromptTokeniser) -> list[list[int]]:
     try:
-        return encode([prompt.written for prompt in batch], tokenizer, templated)
+        return tokeniser.encode([prompt.written for prompt in batch])
     except UNUSABLE:
         found = []
     for prompt in batch:  # to find which of them it was
         try:
-            found += encode([prompt.written], tokenizer, templated)
+            found += tokeniser.encode([prompt.written])
         except UNUSABLE as error:
             raise _not_tokenised(prompt.where, error) from None
     return found

@@ -5,7 +5,6 @@ template sees it, and tokenised apart from what stands around it.
 """
 
 import re
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,71 @@ class Written(NamedTuple):
     """What stands between them, and is text."""
 
 
+class PromptTokeniser:
+    """Tokenises prompts; what takes longer than that to find out of a tokenizer is found out here, once."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, templated: bool, *, special: bool = False, **template_arguments: Any
+    ) -> None:
+        """Without `templated`, a prompt is its last message. `special` makes control tokens of those spelled out."""
+        self._tokenizer, self.templated, self._arguments = tokenizer, templated, template_arguments
+        added = () if special else tokenizer.added_tokens_decoder.values()
+        self._control = None if special else ControlTokens([token.content for token in added if token.special])
+        probe = [{"role": "user", "content": PROBE}]
+        # Templates for models of pictures may leave out a text that is no list of parts.
+        self._in_parts = templated and not self._holds(probe) and self._holds(_in_parts(probe))
+
+    def __call__(self, messages: list[Message]) -> list[int]:
+        """Token ids of one prompt. Raises `PromptError`, and what a template or a tokenizer raises."""
+        return self.encode([self.write(messages)])[0]
+
+    def write(self, messages: list[Message]) -> Written:
+        """A prompt in the chat template."""
+        hidden: list[str] = []
+        if self._control is not None:
+            if any(mark in message["content"] for message in messages for mark in MARKS):
+                raise PromptError(
+                    f"it holds one of the private-use characters {MARKS[0]!r} and {MARKS[1]!r}; remove them"
+                )
+            messages = [{**message, "content": self._control.hide(message["content"], hidden)} for message in messages]
+        if self.templated:
+            text = self._rendered(_in_parts(messages) if self._in_parts else messages)
+        else:
+            text = messages[-1]["content"]
+        pieces = MARK.split(text) if hidden else [text]
+        return Written(pieces[::2], [hidden[int(index)] for index in pieces[1::2]])
+
+    def encode(self, prompts: Sequence[Written]) -> list[list[int]]:
+        """Token ids of each: the tokenizer is called once for all beginnings, once for what is spelled out, and once
+        for what stands between.
+        """
+        # The template writes its own beginning-of-sequence token where the model wants one.
+        ids = self._called([prompt.pieces[0] for prompt in prompts], add_special_tokens=not self.templated)
+        spelled = [text for prompt in prompts for text in prompt.spelled]
+        between = [text for prompt in prompts for text in prompt.pieces[1:]]
+        spelled_ids = iter(self._called(spelled, add_special_tokens=False, split_special_tokens=True))
+        between_ids = iter(self._called(between, add_special_tokens=False))
+        for prompt, found in zip(prompts, ids, strict=True):
+            for _ in prompt.spelled:
+                found += next(spelled_ids) + next(between_ids)
+        return ids
+
+    def _called(self, texts: list[str], **options: Any) -> list[list[int]]:
+        return self._tokenizer(texts, **options)["input_ids"] if texts else []
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self._arguments
+        )
+
+    def _holds(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether the template writes the text of `messages`."""
+        try:
+            return PROBE in self._rendered(messages)
+        except (TemplateError, TypeError, ValueError):  # a template that wants more than this says so of a prompt
+            return False
+
+
 def tokenise(
     messages: list[Message],
     tokenizer: PreTrainedTokenizerBase,
@@ -38,56 +102,12 @@ def tokenise(
     special: bool = False,
     **template_arguments: Any,
 ) -> list[int]:
-    """Token ids of a prompt; control tokens come from the template and, unless `special`, from nowhere else."""
-    return encode([write(messages, tokenizer, templated, special=special, **template_arguments)], tokenizer, templated)[
-        0
-    ]
+    """Token ids of one prompt; control tokens come from the template and, unless `special`, from nowhere else."""
+    return PromptTokeniser(tokenizer, templated, special=special, **template_arguments)(messages)
 
 
-def write(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    templated: bool,
-    *,
-    special: bool = False,
-    **template_arguments: Any,
-) -> Written:
-    """A prompt in the chat template, or its last message where it is not `templated`. Raises `PromptError`."""
-    hidden: list[str] = []
-    ways = _ways(tokenizer)
-    if special:
-        safe = messages
-    elif any(mark in message["content"] for message in messages for mark in MARKS):
-        raise PromptError(f"it holds one of the private-use characters {MARKS[0]!r} and {MARKS[1]!r}; remove them")
-    else:
-        safe = [{**message, "content": ways.control.hide(message["content"], hidden)} for message in messages]
-    if templated:
-        given = _in_parts(safe) if ways.in_parts else safe
-        text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True, **template_arguments)
-    else:
-        text = safe[-1]["content"]
-    pieces = MARK.split(text) if hidden else [text]
-    return Written(pieces[::2], [hidden[int(index)] for index in pieces[1::2]])
-
-
-def encode(prompts: Sequence[Written], tokenizer: PreTrainedTokenizerBase, templated: bool) -> list[list[int]]:
-    """Token ids of each prompt: the tokenizer is called once for all beginnings, once for what is spelled out, and once
-    for what stands between.
-    """
-    # The template writes its own beginning-of-sequence token where the model wants one.
-    ids = _called(tokenizer, [prompt.pieces[0] for prompt in prompts], add_special_tokens=not templated)
-    spelled = [text for prompt in prompts for text in prompt.spelled]
-    between = [text for prompt in prompts for text in prompt.pieces[1:]]
-    spelled_ids = iter(_called(tokenizer, spelled, add_special_tokens=False, split_special_tokens=True))
-    between_ids = iter(_called(tokenizer, between, add_special_tokens=False))
-    for prompt, found in zip(prompts, ids, strict=True):
-        for _ in prompt.spelled:
-            found += next(spelled_ids) + next(between_ids)
-    return ids
-
-
-def _called(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
-    return tokenizer(texts, **options)["input_ids"] if texts else []
+def _in_parts(messages: list[Message]) -> list[dict[str, Any]]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 class ControlTokens:
@@ -111,38 +131,3 @@ class ControlTokens:
                 done = at + len(token)
             begin = self._begin.search(content, done if token else at + 1)
         return "".join([*kept, content[done:]]) if kept else content
-
-
-class Ways(NamedTuple):
-    """What is found out of a tokenizer once: to list thousands of tokens takes longer than to tokenise a prompt."""
-
-    control: ControlTokens
-    in_parts: bool
-    """Whether its template leaves out text that is not a list of parts, as some do for models of pictures."""
-
-
-_WAYS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, Ways]] = weakref.WeakKeyDictionary()
-
-
-def _ways(tokenizer: PreTrainedTokenizerBase) -> Ways:
-    known = len(tokenizer), tokenizer.chat_template
-    before, found = _WAYS.get(tokenizer, (None, None))
-    if before != known:
-        control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        messages = [{"role": "user", "content": PROBE}]
-        in_parts = not _holds(tokenizer, messages) and _holds(tokenizer, _in_parts(messages))
-        found = Ways(ControlTokens(control), in_parts)
-        _WAYS[tokenizer] = known, found
-    return found
-
-
-def _in_parts(messages: list[Message]) -> list[dict[str, Any]]:
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-
-
-def _holds(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> bool:
-    """Whether the template writes the text of `messages`."""
-    try:
-        return PROBE in tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError):  # a template that wants more than this says so of a prompt
-        return False
