@@ -90,7 +90,13 @@ class PromptTokeniser:
         """Whether the template writes the text of `messages`."""
         try:
             return PROBE in self._rendered(messages)
-        except (TemplateError, TypeError, ValueError):  # a template that wants more than this says so of a prompt
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+        ):  # a template that wants more than this says so of a prompt
             return False
 
 
