@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_train import execute, metrics_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
+from benchmarks.plan.shapes import shape_of
 from distill.models import is_adapted, load_model, split_head
 from distill.models.composite import auto_class, other_parameters
 from distill.rollout.generation_copy import GenerationCopy
@@ -208,3 +209,23 @@ def test_a_text_model_of_a_family_with_pictures_stays_one(tmp_path):
     assert auto_class(whole) is AutoModelForMultimodalLM
     whole.architectures = ["Qwen3_5ForCausalLM"]
     assert auto_class(whole) is AutoModelForCausalLM
+
+
+def test_other_parts_keep_their_dtype_unless_that_would_round_them(save):
+    folder = save("mistral3", torch.bfloat16)
+    trained, teacher = (load_model(str(folder), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert {parameter.dtype for parameter in other_parameters(trained)} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in split_head(trained)[0].parameters()} == {torch.float32}
+    wide = save("gemma3")
+    (wide / "config.json").write_text((wide / "config.json").read_text().replace("float32", "bfloat16"))
+    rounded = {parameter.dtype for parameter in other_parameters(load_model(str(wide)))}
+    assert torch.float32 in rounded, "what is stored in float32 stays so, whatever the configuration says"
+    assert {parameter.dtype for parameter in other_parameters(teacher)} == {torch.bfloat16}
+
+
+def test_the_planner_counts_the_language_model(save):
+    folder = save("mistral3")
+    model = load_model(str(folder))
+    body, _ = split_head(model)
+    norms = sum(parameter.numel() for parameter in body.parameters() if parameter.dim() == 1)
+    assert shape_of(str(folder)).parameters == sum(parameter.numel() for parameter in body.parameters()) - norms

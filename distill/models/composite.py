@@ -45,13 +45,17 @@ def set_other_parts_aside(model: PreTrainedModel, stored: torch.dtype | None) ->
     """Freezes what text does not pass, in the dtype in which it is stored, unless that would round it."""
     for parameter in other_parameters(model):
         parameter.requires_grad_(False)
-        if stored is not None and torch.equal(parameter.to(stored).to(parameter.dtype), parameter):
+        smaller = stored is not None and stored.itemsize < parameter.itemsize
+        if smaller and torch.equal(parameter.to(stored).to(parameter.dtype), parameter):
             parameter.data = parameter.to(stored)
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes a model folder that loads again as what `model` was loaded as, its tokenizer aside."""
-    model.save_pretrained(folder)
+def save_model(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """Writes a model folder that loads again as what `model` was loaded as, its tokenizer aside.
+
+    The `options` are those of `save_pretrained`.
+    """
+    model.save_pretrained(folder, **options)
     if not has_other_parts(model):
         return
     # transformers names the dtype of whichever part comes first, and loads all others in it.
