@@ -73,7 +73,7 @@ def _evaluate_models(options: argparse.Namespace, console: Console) -> dict[str,
     )
     device = choose_device(config.training.device)
     pair = load_pair(config, device, choose_dtype(config.training.precision, device))
-    prompts = load_prompt_sets(config, pair, lambda line: console.print(line, markup=False))[0].student
+    prompts = load_prompt_sets(config, pair, console)[0].student
     limits = MemoryLimits(config.training.tokens_per_micro_batch)
     sampler = pair.student if options.sample_from == "student" else pair.teachers[0].model
     precision = str(pair.student_parts.dtype).removeprefix("torch.")

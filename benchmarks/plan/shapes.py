@@ -2,7 +2,8 @@
 
 The numbers of the table are those of each model's config.json on the Hugging Face hub, under the names given (Qwen,
 HuggingFaceTB, meta-llama); a test holds the parameters that follow from them to those on the model cards.
-Left out on purpose: layers that differ from one another, and every attention but the ordinary one.
+Left out on purpose: layers that differ from one another, every attention but the ordinary one, and what a model has
+beside its language model, such as a vision tower, which is held but not computed with.
 """
 
 import json
@@ -110,6 +111,7 @@ def shape_of(reference: str, dropped_layers: int = 0) -> Shape:
 
 def _read(path: Path) -> Shape:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    tied = content.get("tie_word_embeddings")  # of the whole model, whatever its language model says
     content |= content.get("text_config") or {}
     experts = content.get("num_experts") or content.get("num_local_experts") or 1
     try:
@@ -122,7 +124,7 @@ def _read(path: Path) -> Shape:
             content.get("num_key_value_heads") or heads,
             content.get("head_dim") or hidden // heads,
             content["vocab_size"],
-            content.get("tie_word_embeddings", True),
+            content.get("tie_word_embeddings", True) if tied is None else tied,
             experts,
             content.get("num_experts_per_tok") or 1,
             qk_norm=content.get("model_type", "").startswith("qwen3"),

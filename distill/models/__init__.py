@@ -8,12 +8,13 @@ from distill.models.agreement import check_pair, eos_ids
 from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
 from distill.models.compiling import compile_layers
+from distill.models.composite import auto_class, other_parameters, save_model
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
 from distill.models.norms import fuse_norms
 from distill.models.siblings import join_siblings
 from distill.models.sources import ModelError
-from distill.models.structure import Head, alias, body_of, layer_stack, split_head, whole, without_layers
+from distill.models.structure import Head, alias, body_of, layer_stack, split_head, text_model, whole, without_layers
 
 __all__ = [
     "Head",
@@ -21,6 +22,7 @@ __all__ = [
     "add_adapters",
     "alias",
     "attention_as",
+    "auto_class",
     "body_of",
     "check_pair",
     "checkpointed",
@@ -38,9 +40,12 @@ __all__ = [
     "merged",
     "merged_weight",
     "native_refusal",
+    "other_parameters",
     "save_adapter",
+    "save_model",
     "sharing_refusal",
     "split_head",
+    "text_model",
     "unpacked_rows",
     "whole",
     "without_layers",

@@ -17,7 +17,7 @@ from distill.runtime import is_out_of_memory
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a completion: those of the generation configuration and the tokenizer's, sorted."""
     found = {tokenizer.eos_token_id}
-    for config in (model.generation_config, model.config):
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         found.update(ids if isinstance(ids, list) else [ids])
     return sorted(found - {None})

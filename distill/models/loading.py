@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.models.attention import choose_attention, prefer_flash
+from distill.models.composite import auto_class, set_other_parts_aside
 from distill.models.norms import fuse_norms
+from distill.models.quantised import load_quantised, stored_format
 from distill.models.sources import ModelError, Source, cache_dir, resolve, sha256_of
 from distill.models.structure import remove_layers
 
@@ -46,27 +48,42 @@ def load_model(
     device: str | torch.device = "cpu",
     attention: str = "auto",
     trust_remote_code: bool = False,
+    trained: bool = False,
 ) -> PreTrainedModel:
     """Loads a causal LM in eval mode; on a GPU its RMS norms are one kernel each.
 
-    `drop_layers` are indices into the layers of the model as it is stored. Raises `ModelError`.
+    One with other parts beside its language model has them frozen, in the dtype in which they are stored.
+    `drop_layers` are indices into the layers of the model as it is stored. One that is stored quantised is used so
+    where it can be, and dequantised where it is `trained` or pruned. Raises `ModelError`.
     """
     device = torch.device(device)
     location = _folder(resolve(reference), trust_remote_code)
     # Tensor by tensor to where they stay, so that the host never holds the whole; a CPU is where they are read to.
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
     with _readable_errors(reference, location):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            location,
-            dtype=dtype,
-            attn_implementation=choose_attention(attention, device),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,  # other weights are pickles, which can run code
-            ignore_mismatched_sizes=True,  # for `_check_complete`, which names them
-            output_loading_info=True,
-            **placed,
-        )
-        _check_complete(reference, info)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+
+        def read(**more: Any) -> PreTrainedModel:
+            model, info = auto_class(config).from_pretrained(
+                location,
+                dtype=dtype,
+                attn_implementation=choose_attention(attention, device),
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,  # other weights are pickles, which can run code
+                ignore_mismatched_sizes=True,  # for `_check_complete`, which names them
+                output_loading_info=True,
+                **placed,
+                **more,
+            )
+            _check_complete(reference, info)
+            return model
+
+        if stored_format(config):
+            plain = trained or bool(drop_layers)
+            model = load_quantised(reference, config, read, dtype=dtype, device=device, plain=plain)
+        else:
+            model = read()
+    set_other_parts_aside(model, config.dtype)
     remove_layers(model, drop_layers)
     model = model.to(device).eval()
     if attention == "auto":

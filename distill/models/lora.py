@@ -5,6 +5,7 @@ so nothing that calls it has to know. Left out on purpose: dropout, which would 
 chance, and adapters on the output layer, whose plain weight the fused loss multiplies by.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.config import LoraConfig
+from distill.models.composite import auto_class
 from distill.models.sources import ModelError
-from distill.models.structure import alias, whole
+from distill.models.structure import alias, text_model, whole
 
 ADAPTER = "default"  # peft's name for the only adapter of a model
 
@@ -27,9 +29,9 @@ model = PeftModel.from_pretrained(base, "{folder}")
 ```
 {note}"""
 PLAIN_BASE = """from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-base = AutoModelForCausalLM.from_pretrained("{location}")"""
+base = {auto_class}.from_pretrained("{location}")"""
 PRUNED_BASE = """from distill.models import load_model
 from peft import PeftModel
 
@@ -49,6 +51,7 @@ def add_adapters(model: PreTrainedModel, options: LoraConfig, seed: int) -> None
         r=options.rank,
         lora_alpha=options.alpha or 2 * options.rank,
         target_modules=names[0] if names == ("all-linear",) else list(names),
+        exclude_modules=_outside_language(model),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
@@ -65,6 +68,13 @@ def add_adapters(model: PreTrainedModel, options: LoraConfig, seed: int) -> None
                 f"there would be missing from the loss: leave it out, or train all weights without student.lora"
             )
     model.eval()
+
+
+def _outside_language(model: PreTrainedModel) -> str | None:
+    """The modules that text does not pass, as a pattern of their names; None where it passes them all."""
+    inside = text_model(model)
+    name = next(name for name, module in model.named_modules() if module is inside)
+    return rf"(?!{re.escape(name)}\.).*" if name else None
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -123,7 +133,10 @@ def save_adapter(model: PreTrainedModel, folder: Path, reference: str, dropped: 
         reference=reference,
         folder=folder.with_name("adapter"),
         base=(PRUNED_BASE if dropped else PLAIN_BASE).format(
-            reference=reference, location=model.name_or_path, dropped=list(dropped)
+            reference=reference,
+            location=model.name_or_path,
+            dropped=list(dropped),
+            auto_class=auto_class(model.config).__name__,
         ),
         note=pruned if dropped else "",
     )

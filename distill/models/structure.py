@@ -56,9 +56,20 @@ def split_head(model: PreTrainedModel, vocab_size: int | None = None) -> tuple[n
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
-    """What gives hidden states; where a class names no base of its own, the one model in it."""
-    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-    return inner[0] if model.base_model is model and len(inner) == 1 else model.base_model
+    """What gives hidden states of text; where a class names no base of its own, the one model in it."""
+    inside = text_model(model)
+    inner = [child for child in inside.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if inside.base_model is inside and len(inner) == 1 else inside.base_model
+
+
+def has_other_parts(model: PreTrainedModel) -> bool:
+    """Whether a model has parts beside the one that text passes, such as a vision tower."""
+    return model.config.get_text_config() is not model.config
+
+
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that text passes: the decoder inside one of several parts, all of any other."""
+    return model.get_decoder() if has_other_parts(model) else model
 
 
 def alias(model: PreTrainedModel) -> PreTrainedModel:
@@ -84,7 +95,7 @@ def layer_stack(model: PreTrainedModel, key: str) -> tuple[nn.Module, str]:
     count = model.config.get_text_config().num_hidden_layers
     stacks = [
         (parent, name)
-        for parent in model.modules()
+        for parent in text_model(model).modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]

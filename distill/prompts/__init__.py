@@ -3,7 +3,17 @@
 In: paths and a tokenizer. Out: a `PromptSet`, and batches of left-padded token ids.
 """
 
-from distill.prompts.prompt_set import PromptSet, epoch_batches, epoch_order, left_pad, load_prompts, tokenise
+from distill.prompts.prompt_set import PromptSet, epoch_batches, epoch_order, left_pad, load_prompts
 from distill.prompts.records import PromptError
+from distill.prompts.tokens import PromptTokeniser, tokenise
 
-__all__ = ["PromptError", "PromptSet", "epoch_batches", "epoch_order", "left_pad", "load_prompts", "tokenise"]
+__all__ = [
+    "PromptError",
+    "PromptSet",
+    "PromptTokeniser",
+    "epoch_batches",
+    "epoch_order",
+    "left_pad",
+    "load_prompts",
+    "tokenise",
+]

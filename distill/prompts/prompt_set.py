@@ -1,27 +1,27 @@
-"""Prompts from records: the chat template, and the order in which prompts are drawn. `records.py` reads the files.
+"""Prompts from records, and the order in which they are drawn. `records.py` reads the files, `tokens.py` tokenises.
 
 All prompts are tokenised before the first step and kept, so that their digest can guard a resumed run. The order is a
-function of (seed, epoch) alone, so that such a run needs only its position. Text that happens to spell a control token
-(`<|im_end|>`) stays text.
+function of (seed, epoch) alone, so that such a run needs only its position.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from distill.prompts.records import BLANK, MAX_LINE_BYTES, PromptError, Record, read
+from distill.prompts.records import BLANK, MAX_LINE_BYTES, PromptError, Record, Records, read
+from distill.prompts.tokens import Message, PromptTokeniser, Written
 
-Message = dict[str, str]
 Conversation = tuple[list[Message], str | None]  # and the name of its teacher
 
 
@@ -55,7 +55,8 @@ class PromptSet:
 
 ROLES = ("system", "user", "assistant", "tool")
 COLUMNS = ("prompt", "messages")
-MARKS = "\U000f0d15", "\U000f0d16"  # private-use characters: no template gives them a meaning
+BATCH, BATCH_CHARACTERS = 256, 2**20  # prompts, and how long they are together, that a tokenizer is given at once
+UNUSABLE = (UnicodeError, TemplateError, TypeError, PromptError)
 
 
 def load_prompts(
@@ -68,55 +69,111 @@ def load_prompts(
     chat_template: str = "auto",
     control_tokens: str = "text",
     max_tokens: int = 1024,
+    watched: Callable[[Records], Records] = iter,
 ) -> PromptSet:
     """Reads and tokenises the first `limit` records, or all, of a prompt file, a folder or a hub dataset.
 
     `column` holds the prompt: text, or a conversation whose last turn the student answers; absent, one of COLUMNS.
     `control_tokens` says what those are that a prompt spells out: `text`, or `special` tokens.
+    `watched` is handed the records and hands them on, to show how far it is.
     Raises `PromptError` for what is missing, not UTF-8, malformed, or without a usable prompt.
     """
     templated = chat_template == "auto" and tokenizer.chat_template is not None
     column = None if path.suffix == ".txt" else column
     columns = (column or COLUMNS[0], *COLUMNS, "teacher")
-    token_ids, conversations, teachers, empty, too_long, answered = [], [], [], 0, 0, 0
+    left_out: Counter[str] = Counter()
+    records = watched(islice(read(path, columns, whole=limit is None, streaming=streaming), limit))
+    tokeniser = PromptTokeniser(tokenizer, templated, special=control_tokens == "special")
+    prompts = _written(records, column, tokeniser, left_out)
+    token_ids, conversations, teachers = [], [], []
     # Token ids are numbers met again and again: each is kept once.
     known = list(range(len(tokenizer)))
-    for where, record in islice(read(path, columns, whole=limit is None, streaming=streaming), limit):
+    for batch in _batches(prompts):
+        for prompt, ids in zip(batch, _encoded(batch, tokeniser), strict=True):
+            if len(ids) > max_tokens:
+                left_out["too_long"] += 1
+            elif ids:
+                token_ids.append([known[i] for i in ids])
+                conversations.append(prompt.messages)
+                teachers.append(prompt.teacher)
+            else:
+                left_out["empty"] += 1
+    if not token_ids:
+        raise PromptError(
+            f"{path}: no usable prompt ({left_out['empty']} empty, {left_out['too_long']} of more than {max_tokens} "
+            f"tokens; prompts.max_tokens)"
+        )
+    texts = [messages[-1]["content"] for messages in conversations]
+    return PromptSet(token_ids, texts, conversations, teachers, **left_out)
+
+
+class _Prompt(NamedTuple):
+    where: str
+    messages: list[Message]
+    teacher: str | None
+    written: Written
+
+
+def _written(
+    records: Records, column: str | None, tokeniser: PromptTokeniser, left_out: Counter[str]
+) -> Iterator[_Prompt]:
+    """The prompts of records, those that are not used counted in `left_out`. Raises `PromptError`."""
+    for where, record in records:
         if record is None:
-            too_long += 1
+            left_out["too_long"] += 1
             continue
         messages, teacher = ([], None) if record is BLANK else _conversation(record, where, column)
         answers = 0
         while messages and messages[-1]["role"] == "assistant":
             messages, answers = messages[:-1], 1
-        answered += answers
+        left_out["answered"] += answers
         if not messages or not messages[-1]["content"].strip():
-            empty += 1
+            left_out["empty"] += 1
             continue
-        if not templated and len(messages) > 1:
+        if not tokeniser.templated and len(messages) > 1:
             raise PromptError(f"{where}: a conversation needs a chat template, and the tokenizer's is absent or off")
         if sum(len(message["content"]) for message in messages) > MAX_LINE_BYTES:
-            too_long += 1
+            left_out["too_long"] += 1
             continue
         try:
-            ids = tokenise(messages, tokenizer, templated, special=control_tokens == "special")
-        # Half a surrogate pair, which JSON can write and UTF-8 cannot; a template that wants roles to alternate.
-        except (UnicodeError, TemplateError, TypeError, PromptError) as error:
-            raise PromptError(f"{where}: this prompt cannot be tokenised: {error}") from None
-        if len(ids) > max_tokens:
-            too_long += 1
-        elif ids:
-            token_ids.append([known[i] for i in ids])
-            conversations.append(messages)
-            teachers.append(teacher)
-        else:
-            empty += 1
-    if not token_ids:
-        raise PromptError(
-            f"{path}: no usable prompt ({empty} empty, {too_long} of more than {max_tokens} tokens; prompts.max_tokens)"
-        )
-    texts = [messages[-1]["content"] for messages in conversations]
-    return PromptSet(token_ids, texts, conversations, teachers, empty, too_long, answered)
+            written = tokeniser.write(messages)
+        except UNUSABLE as error:
+            raise _not_tokenised(where, error) from None
+        yield _Prompt(where, messages, teacher, written)
+
+
+def _batches(prompts: Iterator[_Prompt]) -> Iterator[list[_Prompt]]:
+    """Some at a time. Of several faults the first is told: what comes before an error is handed out before it."""
+    batch, characters = [], 0
+    try:
+        for prompt in prompts:
+            batch.append(prompt)
+            characters += sum(map(len, prompt.written.pieces))
+            if len(batch) == BATCH or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    except PromptError:
+        yield batch
+        raise
+    yield batch
+
+
+def _encoded(batch: list[_Prompt], tokeniser: PromptTokeniser) -> list[list[int]]:
+    try:
+        return tokeniser.encode([prompt.written for prompt in batch])
+    except UNUSABLE:
+        found = []
+    for prompt in batch:  # to find which of them it was
+        try:
+            found += tokeniser.encode([prompt.written])
+        except UNUSABLE as error:
+            raise _not_tokenised(prompt.where, error) from None
+    return found
+
+
+def _not_tokenised(where: str, error: Exception) -> PromptError:
+    """Half a surrogate pair, which JSON can write and UTF-8 cannot; a template that wants roles to alternate."""
+    return PromptError(f"{where}: this prompt cannot be tokenised: {error}")
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
@@ -167,48 +224,3 @@ def _conversation(record: Record, where: str, column: str | None) -> Conversatio
     if teacher is not None and not isinstance(teacher, str):
         raise PromptError(f"{where}: expected a teacher's name as text; found {teacher!s:.80}")
     return messages, teacher or None
-
-
-def tokenise(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    templated: bool,
-    *,
-    special: bool = False,
-    **template_arguments: Any,
-) -> list[int]:
-    """Token ids of a prompt; control tokens come from the template and, unless `special`, from nowhere else."""
-    hidden: list[str] = []
-    if special:
-        safe = messages
-    elif any(mark in message["content"] for message in messages for mark in MARKS):
-        raise PromptError(f"it holds one of the private-use characters {MARKS[0]!r} and {MARKS[1]!r}; remove them")
-    else:
-        safe = [{**message, "content": _hide(message["content"], tokenizer, hidden)} for message in messages]
-    if templated:
-        text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True, **template_arguments)
-    else:
-        text = safe[-1]["content"]
-    # The template writes its own beginning-of-sequence token where the model wants one.
-    ids = tokenizer(text.split(_mark(0))[0] if hidden else text, add_special_tokens=not templated)["input_ids"]
-    for index, spelled in enumerate(hidden):
-        ids += tokenizer(spelled, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        rest = text.split(_mark(index))[1].split(_mark(index + 1))[0]
-        ids += tokenizer(rest, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def _mark(index: int) -> str:
-    return f"{MARKS[0]}{index}{MARKS[1]}"
-
-
-def _hide(content: str, tokenizer: PreTrainedTokenizerBase, hidden: list[str]) -> str:
-    """Replaces spelled-out control tokens by marks, appending what they hid to `hidden`."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    while True:
-        found = [(content.find(token), -len(token), token) for token in special if token and token in content]
-        if not found:
-            return content
-        token = min(found)[2]
-        content = content.replace(token, _mark(len(hidden)), 1)
-        hidden.append(token)

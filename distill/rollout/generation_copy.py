@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from distill.models import alias, fuse_norms, is_adapted, join_siblings, linear_layers, merged_weight, whole
+from distill.models import alias, fuse_norms, is_adapted, join_siblings, linear_layers, merged_weight, text_model, whole
 
 
 class GenerationCopy:
@@ -39,7 +39,7 @@ class GenerationCopy:
         self._updates: list[Callable[[], None]] = []
         packs = pack and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self._replace_head(packs)
-        for parent, name, child in list(linear_layers(self.model)):
+        for parent, name, child in list(linear_layers(text_model(self.model))):
             if packs:
                 setattr(parent, name, self._packed(child, self.dtype))
             elif is_adapted(child):
@@ -74,7 +74,7 @@ class GenerationCopy:
 
     def _cast_parameters(self) -> None:
         copies: dict[int, nn.Parameter] = {}
-        for module in self.model.modules():
+        for module in (*text_model(self.model).modules(), self.model.get_output_embeddings()):
             for name, source in module._parameters.items():
                 if source is None or not source.is_floating_point():
                     continue

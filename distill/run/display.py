@@ -1,16 +1,51 @@
 """What the user sees while a run goes on: a live panel in a terminal, plain lines anywhere else."""
 
+import contextlib
 import math
+import time
 from collections import deque
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+PATIENCE = 3.0  # seconds that may pass without a word
+Item = TypeVar("Item")
+
+
+@contextlib.contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[Iterator[Item]], Iterator[Item]]]:
+    """Gives what hands items on and, once that takes longer than PATIENCE, shows how many there have been.
+
+    A bar in a terminal, which nothing is left of, and one line anywhere else.
+    """
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}"), console=console)
+    bar.live.transient = True
+
+    def watched(items: Iterator[Item]) -> Iterator[Item]:
+        began, task = time.monotonic(), None
+        for count, item in enumerate(items):
+            if task is None and time.monotonic() - began > PATIENCE:
+                task = bar.add_task(escape(what), total=None)
+                if console.is_terminal:
+                    bar.start()
+                else:
+                    console.print(f"{what} ({count:,} so far)", highlight=False, soft_wrap=True, markup=False)
+            elif task is not None:
+                bar.update(task, completed=count)
+            yield item
+
+    try:
+        yield watched
+    finally:
+        bar.stop()
 
 
 class Display:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from distill.models import merged, save_adapter
+from distill.models import auto_class, merged, save_adapter, save_model
 from distill.run.card import write_card
 from distill.run.live_report import LiveReport
 from distill.run.outcome import Outcome
@@ -22,9 +22,9 @@ def write_models(parts: RunParts, progress: Progress, output: OutputFolder) -> N
     reference, dropped = parts.config.student.model, parts.dropped_layers
 
     def write_model(folder: Path) -> None:
-        merged(student).save_pretrained(folder)
+        save_model(merged(student), folder)
         parts.tokenizer.save_pretrained(folder)
-        write_card(folder, outcome_of(parts, progress, output))
+        write_card(folder, outcome_of(parts, progress, output), auto_class(student.config).__name__)
 
     if parts.config.student.lora:
         output.replace("adapter", lambda folder: save_adapter(student, folder, reference, dropped))

@@ -30,7 +30,8 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     options, attention = config.student, config.training.attention
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     # The student's weights stay float32 whatever it is computed in: small updates would round away.
-    base = load_model(options.model, trust_remote_code=options.trust_remote_code, device=device, attention=attention)
+    trusted = options.trust_remote_code
+    base = load_model(options.model, trust_remote_code=trusted, device=device, attention=attention, trained=True)
     # Weights that are trained cannot be a teacher's.
     frozen = base if options.lora else None
     teachers = load_teachers(config.teacher, device, dtype, attention, student=options, base=frozen)

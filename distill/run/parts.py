@@ -37,7 +37,7 @@ class RunParts:
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         teachers = [teacher.parts for teacher in pair.teachers]
         self.servers = [teacher.body.server for teacher in teachers if teacher.sampled_only]
-        self.prompts, self.held_out = load_prompt_sets(config, pair, self.tell)
+        self.prompts, self.held_out = load_prompt_sets(config, pair, console)
         for teacher in teachers:
             check_against_itself(teacher, self.prompts.student.token_ids[0], self.vocab_size)
         self.layer_choice: dict[str, Any] | None = None

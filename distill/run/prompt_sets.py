@@ -1,11 +1,13 @@
 """The training and the held-out prompts of a run, as the student sees them and as its teachers do."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+
 from distill.config import Config, ConfigError
 from distill.prompts import PromptSet, left_pad, load_prompts
+from distill.run.display import counting
 from distill.run.loading import Pair
 from distill.teachers import TeacherPrompts, teacher_prompts
 
@@ -17,9 +19,12 @@ class Prompts(NamedTuple):
     teacher: TeacherPrompts | None
 
 
-def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) -> tuple[Prompts, Prompts | None]:
-    """Training and held-out prompts; `tell` hears of what was left out. Raises `ConfigError` or `PromptError`."""
+def load_prompt_sets(config: Config, pair: Pair, console: Console) -> tuple[Prompts, Prompts | None]:
+    """Training and held-out prompts; what was left out is said. Raises `ConfigError` or `PromptError`."""
     settings = config.prompts
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def load(path: Path, limit: int | None, key: str, completion: int) -> Prompts:
         longest = settings.max_tokens
@@ -29,16 +34,18 @@ def load_prompt_sets(config: Config, pair: Pair, tell: Callable[[str], None]) ->
                     f"{key}: found {completion}, expected less than the models' context of {pair.context} tokens"
                 )
             longest = min(longest, pair.context - completion)
-        prompts = load_prompts(
-            path,
-            pair.tokenizer,
-            column=settings.column,
-            limit=limit,
-            streaming=settings.streaming,
-            chat_template=settings.chat_template,
-            control_tokens=settings.control_tokens,
-            max_tokens=longest,
-        )
+        with counting(console, f"reading the prompts of {path}") as watched:
+            prompts = load_prompts(
+                path,
+                pair.tokenizer,
+                column=settings.column,
+                limit=limit,
+                streaming=settings.streaming,
+                chat_template=settings.chat_template,
+                control_tokens=settings.control_tokens,
+                max_tokens=longest,
+                watched=watched,
+            )
         if prompts.empty or prompts.too_long:
             tell(
                 f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "

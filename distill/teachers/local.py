@@ -63,13 +63,15 @@ def _origin(reference: str, config: TeacherConfig, student: StudentConfig) -> tu
 
 def _to_int8(model: PreTrainedModel) -> None:
     """Rounds the weights of the body's linear layers to 8 bits, one scale a row; head and embeddings stay."""
+    if getattr(model, "hf_quantizer", None):
+        raise ModelError("teacher.precision int8: the model is stored quantised already, and used so: leave it out")
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ModelError(
             f"teacher.precision int8 needs the package torchao ({error}): pip install 'distill-on-policy[int8]'"
         ) from None
-    quantize_(model.base_model, Int8WeightOnlyConfig())
+    quantize_(split_head(model)[0], Int8WeightOnlyConfig())
 
 
 class HostMemory:

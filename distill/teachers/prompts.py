@@ -1,5 +1,6 @@
 """What the teachers see of each prompt, and which of them scores it."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,7 @@ from jinja2 import TemplateError
 
 from distill.config import TeacherConfig
 from distill.loss import TeacherView
-from distill.prompts import PromptError, PromptSet, left_pad, tokenise
+from distill.prompts import PromptError, PromptSet, PromptTokeniser, left_pad
 from distill.teachers.teacher import Teacher
 
 
@@ -34,13 +35,24 @@ def teacher_prompts(
 ) -> TeacherPrompts | None:
     """The prompts as the teachers see them; None where there is one teacher and it sees the student's.
 
-    `longest` is how many tokens of prompt the teachers can take, `special` as for `tokenise`. Raises `PromptError`.
+    `longest` is how many tokens of prompt the teachers can take, `special` as for `PromptTokeniser`. Raises
+    `PromptError`.
     """
     changed = config.system_prompt is not None or bool(config.chat_template_kwargs)
     if not changed and len(teachers) == 1 and not any(prompts.teachers):
         return None
     known = {teacher.name: index for index, teacher in enumerate(teachers)}
     token_ids, chosen = [], []
+
+    @functools.cache
+    def tokeniser(index: int) -> PromptTokeniser:
+        if teachers[index].tokenizer.chat_template is None:
+            raise PromptError(
+                "teacher.system_prompt and teacher.chat_template_kwargs need a chat template, and the teacher's "
+                "tokenizer has none: leave them out or choose an instruction-tuned teacher"
+            )
+        return PromptTokeniser(teachers[index].tokenizer, True, special=special, **config.chat_template_kwargs)
+
     for ids, messages, name in zip(prompts.token_ids, prompts.messages, prompts.teachers, strict=True):
         if name not in known:
             raise PromptError(
@@ -48,7 +60,7 @@ def teacher_prompts(
                 f"{', '.join(filter(None, known)) or 'none'}"
             )
         chosen.append(known[name])
-        token_ids.append(_seen(messages, teachers[known[name]], config, special) if changed else ids)
+        token_ids.append(_seen(messages, tokeniser(known[name]), config) if changed else ids)
         if longest is not None and len(token_ids[-1]) > longest:
             raise PromptError(
                 f"the prompt {messages[-1]['content'][:60]!r} has {len(token_ids[-1])} tokens as the teacher sees it, "
@@ -58,18 +70,13 @@ def teacher_prompts(
     return TeacherPrompts(token_ids, chosen, pad_token_id)
 
 
-def _seen(messages: list[dict[str, str]], teacher: Teacher, config: TeacherConfig, special: bool) -> list[int]:
+def _seen(messages: list[dict[str, str]], tokeniser: PromptTokeniser, config: TeacherConfig) -> list[int]:
     """A prompt's ids with the teacher's own template, under its system prompt."""
-    if teacher.tokenizer.chat_template is None:
-        raise PromptError(
-            "teacher.system_prompt and teacher.chat_template_kwargs need a chat template, and the teacher's tokenizer "
-            "has none: leave them out or choose an instruction-tuned teacher"
-        )
     if config.system_prompt is not None:
         others = messages[1:] if messages[0]["role"] == "system" else messages
         messages = [{"role": "system", "content": config.system_prompt}, *others]
     try:
-        return tokenise(messages, teacher.tokenizer, True, special=special, **config.chat_template_kwargs)
+        return tokeniser(messages)
     except (UnicodeError, TemplateError, TypeError, PromptError) as error:
         raise PromptError(
             f"the prompt {messages[-1]['content'][:60]!r} cannot be tokenised for the teacher: {error}"

@@ -112,7 +112,7 @@ class Ranks(Processes):
     def describe(self, model: "PreTrainedModel") -> str:
         """How many ranks there are and what each keeps of `model`, as a line to print."""
         tensors = [*model.parameters()]
-        held = sum((tensor.to_local() if self.sharded else tensor).numel() for tensor in tensors)
+        held = sum((tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel() for tensor in tensors)
         return (
             f"{self.size} ranks; rank 0 keeps {held:,} of the student's {sum(t.numel() for t in tensors):,} parameters"
         )

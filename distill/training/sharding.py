@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from distill.forward import refuse_like
 from distill.loss import ModelParts
-from distill.models import Head, alias, body_of, layer_stack
+from distill.models import Head, alias, body_of, layer_stack, other_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,8 +29,9 @@ def share_out(model: "PreTrainedModel", parts: ModelParts, mesh: DeviceMesh) -> 
     # Inputs stay the very objects that they are: our attention counts its calls in one of them.
     policy = MixedPrecisionPolicy(parts.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     parent, name = layer_stack(called.model, "training.parallel shard")
+    unused = set(other_parameters(called.model))
     for module in (*getattr(parent, name), called):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=unused)
         # Weights of tokens are global: ranks add up.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

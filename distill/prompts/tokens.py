@@ -1,0 +1,139 @@
+"""Token ids of prompts: the chat template, control tokens that a prompt spells out, and few calls of the tokenizer.
+
+Control tokens come from the template. What a prompt spells out (`<|im_end|>`) stays text: it is marked before the
+template sees it, and tokenised apart from what stands around it.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from distill.prompts.records import PromptError
+
+Message = dict[str, str]
+
+MARKS = "\U000f0d15", "\U000f0d16"  # private-use characters: no template gives them a meaning
+PROBE = "a few words"
+MARK = re.compile(f"{MARKS[0]}([0-9]+){MARKS[1]}")
+
+
+class Written(NamedTuple):
+    """A prompt as the template writes it, cut where control tokens are spelled out."""
+
+    pieces: list[str]
+    """One more than there are in `spelled`."""
+    spelled: list[str]
+    """What stands between them, and is text."""
+
+
+class PromptTokeniser:
+    """Tokenises prompts; what takes longer than that to find out of a tokenizer is found out here, once."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, templated: bool, *, special: bool = False, **template_arguments: Any
+    ) -> None:
+        """Without `templated`, a prompt is its last message. `special` makes control tokens of those spelled out."""
+        self._tokenizer, self.templated, self._arguments = tokenizer, templated, template_arguments
+        added = () if special else tokenizer.added_tokens_decoder.values()
+        self._control = None if special else ControlTokens([token.content for token in added if token.special])
+        probe = [{"role": "user", "content": PROBE}]
+        # Templates for models of pictures may leave out a text that is no list of parts.
+        self._in_parts = templated and not self._holds(probe) and self._holds(_in_parts(probe))
+
+    def __call__(self, messages: list[Message]) -> list[int]:
+        """Token ids of one prompt. Raises `PromptError`, and what a template or a tokenizer raises."""
+        return self.encode([self.write(messages)])[0]
+
+    def write(self, messages: list[Message]) -> Written:
+        """A prompt in the chat template."""
+        hidden: list[str] = []
+        if self._control is not None:
+            if any(mark in message["content"] for message in messages for mark in MARKS):
+                raise PromptError(
+                    f"it holds one of the private-use characters {MARKS[0]!r} and {MARKS[1]!r}; remove them"
+                )
+            messages = [{**message, "content": self._control.hide(message["content"], hidden)} for message in messages]
+        if self.templated:
+            text = self._rendered(_in_parts(messages) if self._in_parts else messages)
+        else:
+            text = messages[-1]["content"]
+        pieces = MARK.split(text) if hidden else [text]
+        return Written(pieces[::2], [hidden[int(index)] for index in pieces[1::2]])
+
+    def encode(self, prompts: Sequence[Written]) -> list[list[int]]:
+        """Token ids of each: the tokenizer is called once for all beginnings, once for what is spelled out, and once
+        for what stands between.
+        """
+        # The template writes its own beginning-of-sequence token where the model wants one.
+        ids = self._called([prompt.pieces[0] for prompt in prompts], add_special_tokens=not self.templated)
+        spelled = [text for prompt in prompts for text in prompt.spelled]
+        between = [text for prompt in prompts for text in prompt.pieces[1:]]
+        spelled_ids = iter(self._called(spelled, add_special_tokens=False, split_special_tokens=True))
+        between_ids = iter(self._called(between, add_special_tokens=False))
+        for prompt, found in zip(prompts, ids, strict=True):
+            for _ in prompt.spelled:
+                found += next(spelled_ids) + next(between_ids)
+        return ids
+
+    def _called(self, texts: list[str], **options: Any) -> list[list[int]]:
+        return self._tokenizer(texts, **options)["input_ids"] if texts else []
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self._arguments
+        )
+
+    def _holds(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether the template writes the text of `messages`."""
+        try:
+            return PROBE in self._rendered(messages)
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+        ):  # a template that wants more than this says so of a prompt
+            return False
+
+
+def tokenise(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    templated: bool,
+    *,
+    special: bool = False,
+    **template_arguments: Any,
+) -> list[int]:
+    """Token ids of one prompt; control tokens come from the template and, unless `special`, from nowhere else."""
+    return PromptTokeniser(tokenizer, templated, special=special, **template_arguments)(messages)
+
+
+def _in_parts(messages: list[Message]) -> list[dict[str, Any]]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+class ControlTokens:
+    """Finds a tokenizer's special tokens in a text: the earliest first, and of those that begin there the longest."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._tokens = frozenset(filter(None, tokens))
+        self._lengths = sorted({len(token) for token in self._tokens}, reverse=True)
+        # Some tokenizers have thousands, of a few beginnings: a text is searched for those.
+        self._begin = re.compile("|".join(sorted({re.escape(token[:2]) for token in self._tokens})) or r"(?!)")
+
+    def hide(self, content: str, hidden: list[str]) -> str:
+        """Replaces spelled-out control tokens by marks, appending what they hid to `hidden`."""
+        kept, done, begin = [], 0, self._begin.search(content)
+        while begin:
+            at = begin.start()
+            token = next((t for n in self._lengths if (t := content[at : at + n]) in self._tokens), None)
+            if token:
+                kept += [content[done:at], f"{MARKS[0]}{len(hidden)}{MARKS[1]}"]
+                hidden.append(token)
+                done = at + len(token)
+            begin = self._begin.search(content, done if token else at + 1)
+        return "".join([*kept, content[done:]]) if kept else content
