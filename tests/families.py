@@ -104,9 +104,9 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attention_head_size": 8},
     "qwen4_exp_text": DELTA | {"layer_types": ("linear_attention",) * 4, "ple_layer_ids": ()},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32, "is_decoder": True},
-    **dict.fromkeys(
-        ("bert", "roberta", "electra", "xlm-roberta", "camembert", "ernie", "roformer"), {"is_decoder": True}
-    ),
+    **{name: {"is_decoder": True} for name in ("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie")},
+    **{name: {"is_decoder": True} for name in ("megatron-bert", "roberta", "roberta-prelayernorm", "roc_bert")},
+    **{name: {"is_decoder": True} for name in ("roformer", "xlm-roberta", "xlm-roberta-xl", "bert-generation")},
     "xmod": {"default_language": "en_XX", "languages": ("en_XX",), "is_decoder": True},
     "xlnet": {"max_position_embeddings": None},
     "zamba": MAMBA_1 | {"num_key_value_heads": 4, "attention_head_dim": 16},

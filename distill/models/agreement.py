@@ -6,11 +6,11 @@ Left out on purpose: patches per model family; what the generic split into body 
 import contextlib
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.models.head_inputs import differs_from_own_logits, eval_mode, precision_of
 from distill.models.sources import ModelError
-from distill.models.structure import Head, split_head
+from distill.models.structure import split_head
 from distill.runtime import is_out_of_memory
 
 
@@ -60,24 +60,31 @@ def check_pair(
     return vocab_size
 
 
-@torch.no_grad()
+def find_split(model: PreTrainedModel) -> None:
+    """Has `split_head` take all of `model` up to its output layer, where its base alone does not give its logits.
+
+    What goes wrong here is said by `check_pair`, which knows whose model it is.
+    """
+    if model.get_output_embeddings() is None or model.device.type == "meta":
+        return
+    with contextlib.suppress(Exception):
+        error, allowed = differs_from_own_logits(*split_head(model), model)
+        if error > allowed:
+            model.split_at_head = True
+            error, allowed = differs_from_own_logits(*split_head(model), model)
+            model.split_at_head = bool(error <= allowed)
+
+
 def _check_split(name: str, model: PreTrainedModel, vocab_size: int) -> None:
     body, head = split_head(model)
     if head.weight.shape[0] < vocab_size:
         raise ModelError(f"{name}: the tokenizer has {vocab_size} tokens, the model's head only {head.weight.shape[0]}")
-    probe = torch.arange(1, min(9, vocab_size), device=head.weight.device)[None]
-    mixed, dtype = _precision(model, head)
     try:
-        with _eval_mode(model), torch.autocast(head.weight.device.type, dtype, enabled=mixed):
-            expected = model(input_ids=probe).logits.float()
-            found = head.logits(body(input_ids=probe, use_cache=False).last_hidden_state)
-    except Exception as error:
+        error, allowed = differs_from_own_logits(body, head, model)
+    except Exception as failure:
         what = f"{name}: model type {model.config.model_type!r} does not take token ids alone to logits"
-        raise _unfit(f"{what} by way of hidden states", error) from error
-    # Two ways through the same arithmetic: what remains is the rounding of one matrix product.
-    allowed = 64 * torch.finfo(dtype).eps * expected.abs().max().clamp(min=1)
-    error = (expected - found).abs().max()
-    if not expected.isfinite().all():
+        raise _unfit(f"{what} by way of hidden states", failure) from failure
+    if not allowed.isfinite():
         raise ModelError(f"{name}: its logits are not finite: its weights are damaged")
     if not error <= allowed:
         raise ModelError(
@@ -92,19 +99,13 @@ def _check_gradient(student: PreTrainedModel) -> None:
     trained = student.get_input_embeddings().weight
     if not trained.requires_grad:
         return
-    mixed, dtype = _precision(student, head)
+    mixed, dtype = precision_of(student, head.weight)
     try:
-        with _eval_mode(student), torch.autocast(trained.device.type, dtype, enabled=mixed):
+        with eval_mode(student), torch.autocast(trained.device.type, dtype, enabled=mixed):
             hidden = body(input_ids=torch.arange(1, 5, device=trained.device)[None], use_cache=False).last_hidden_state
         torch.autograd.grad(hidden.sum(), trained)
     except Exception as error:
         raise _unfit(f"student: model type {student.config.model_type!r} has no gradient", error) from error
-
-
-def _precision(model: PreTrainedModel, head: Head) -> tuple[bool, torch.dtype]:
-    """Whether autocast has to be on, and the dtype computed in: FlashAttention takes no float32, as a student is."""
-    mixed = "flash" in model.config._attn_implementation and head.weight.dtype == torch.float32
-    return mixed, torch.bfloat16 if mixed else head.weight.dtype
 
 
 def _unfit(what: str, error: Exception) -> ModelError:
@@ -112,13 +113,3 @@ def _unfit(what: str, error: Exception) -> ModelError:
     if is_out_of_memory(error):
         raise error
     return ModelError(f"{what}, so it cannot be distilled: {' '.join(f'{type(error).__name__}: {error}'.split()):.300}")
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module):
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.models.agreement import find_split
 from distill.models.attention import choose_attention, prefer_flash
 from distill.models.composite import auto_class, set_other_parts_aside
 from distill.models.norms import fuse_norms
@@ -90,6 +91,7 @@ def load_model(
         prefer_flash(model, device)
     if device.type == "cuda":
         fuse_norms(model)
+    find_split(model)
     return model
 
 

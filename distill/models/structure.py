@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from distill.models.head_inputs import HeadInputs
 from distill.models.sources import ModelError
+
+# What configurations call the soft cap of the logits.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class Head(NamedTuple):
@@ -49,7 +53,7 @@ def split_head(model: PreTrainedModel, vocab_size: int | None = None) -> tuple[n
     head = Head(
         output.weight[:vocab_size],
         None if bias is None else bias[:vocab_size],
-        getattr(config, "final_logit_softcapping", None),
+        next(filter(None, (getattr(config, name, None) for name in SOFTCAPS)), None),
         scale,
     )
     return body_of(model), head
@@ -57,6 +61,8 @@ def split_head(model: PreTrainedModel, vocab_size: int | None = None) -> tuple[n
 
 def body_of(model: PreTrainedModel) -> nn.Module:
     """What gives hidden states of text; where a class names no base of its own, the one model in it."""
+    if getattr(model, "split_at_head", False):  # as `find_split` found
+        return HeadInputs(model)
     inside = text_model(model)
     inner = [child for child in inside.children() if isinstance(child, PreTrainedModel)]
     return inner[0] if inside.base_model is inside and len(inner) == 1 else inside.base_model

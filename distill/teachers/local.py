@@ -71,7 +71,9 @@ def _to_int8(model: PreTrainedModel) -> None:
         raise ModelError(
             f"teacher.precision int8 needs the package torchao ({error}): pip install 'distill-on-policy[int8]'"
         ) from None
-    quantize_(split_head(model)[0], Int8WeightOnlyConfig())
+    head = model.get_output_embeddings()
+    chosen = {"filter_fn": lambda module, _: isinstance(module, nn.Linear) and module is not head}
+    quantize_(split_head(model)[0], Int8WeightOnlyConfig(), **chosen)
 
 
 class HostMemory:
