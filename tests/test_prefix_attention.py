@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from distill.forward.prefix_attention import PrefixLayout, Shared, prefix_attention
+from distill_kernels import PrefixLayout, Shared, prefix_attention
 
 
 def layout(device="cpu"):
     """Prompts of 7 and 3 tokens that are shared, one lone row of 5, and completions of (4, 4, 1) and (6, 2)."""
     shared = [Shared(0, 7, 15, 9), Shared(7, 3, 24, 8)]
-    return PrefixLayout([7, 3, 5, 4, 4, 1, 6, 2], shared, torch.device(device), 11)
+    return PrefixLayout([7, 3, 5, 4, 4, 1, 6, 2], shared, lambda index: index.to(device))
 
 
 def visible(layout):
@@ -42,10 +42,10 @@ def errors(function, inputs, upstream, layout, exact):
 
 def inputs_and_exact(heads, groups, head_size, value_size, place):
     torch.manual_seed(0)
-    L = sum(place.segments)
+    L, device = sum(place.segments), place.to_device(torch.empty(0)).device
     shapes = [(L, heads, head_size), (L, heads // groups, head_size), (L, heads // groups, value_size)]
-    inputs = [torch.randn(shape, dtype=torch.float64, device=place.device).requires_grad_() for shape in shapes]
-    upstream = torch.randn(L, heads, value_size, dtype=torch.float64, device=place.device)
+    inputs = [torch.randn(shape, dtype=torch.float64, device=device).requires_grad_() for shape in shapes]
+    upstream = torch.randn(L, heads, value_size, dtype=torch.float64, device=device)
     out = masked_attention(*inputs, place, 0.3)
     return inputs, upstream, [out, *torch.autograd.grad(out, inputs, upstream)]
 
