@@ -1,47 +1,82 @@
 """`prefix_attention`: exact attention over packed tokens in which completions share their prompt's keys, un-repeated.
 
 A packed sequence is a run of causal segments without padding: prompts first, then completions, a prompt's next to
-each other. A completion token attends causally to its own segment and to every token of its prompt. The two parts
-are computed apart and merged by their log-sum-exps; the backward runs each part's ordinary flash backward with the
-merged output and log-sum-exp, which is exact because a softmax's gradient needs nothing else (the identity behind
-ring attention, arXiv 2310.01889). Left out on purpose: dropout, soft caps, sinks, windows shorter than a row.
+each other. A completion token attends causally to its own segment and to its prompt, both through a window if there is
+one. The two parts are computed apart and merged by their log-sum-exps; the backward runs each part's ordinary flash
+backward with the merged output and log-sum-exp, which is exact because a softmax's gradient needs nothing else (the
+identity behind ring attention, arXiv 2310.01889). A sink is one more key, with a value of zero, and merges likewise.
+Left out on purpose: dropout; flash kernels on CUDA for windows and soft caps, which take the dense way there.
 
-Letters: L packed tokens, h query heads, g query heads per key-value head, d head size, n segments, w their width.
+Letters: L packed tokens, h query heads, g query heads per key-value head, d head size (dv that of values), n segments,
+w their width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distill_kernels.prefix_layout import PrefixLayout, Shared
+from distill_kernels.prefix_layout import Bucket, Prefix, PrefixLayout, Shared
 
 
-def prefix_attention(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-    """[L, h, d], [L, h / g, d], [L, h / g, d] to the attention's output [L, h, d]; gradients to all three."""
-    return _PrefixAttention.apply(query, key, value, layout, scale)
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """[L, h, d], [L, h / g, d], [L, h / g, dv] to the attention's output [L, h, dv]; gradients to all, and to `sinks`.
+
+    A token sees itself and the `window` - 1 tokens before it, its prompt's counted. `softcap` bounds the scaled scores:
+    softcap * tanh(score / softcap). `sinks` [h] are logits that take part in the softmax, and nothing of the output.
+    """
+    return _PrefixAttention.apply(query, key, value, sinks, _Options(layout, scale, window, softcap))
+
+
+class _Options(NamedTuple):
+    """What a call is given beside tensors with gradients."""
+
+    layout: PrefixLayout
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-        forward = _flash_forward if _has_flash(query, value) else _dense_forward
-        out, lse = forward(query, key, value, layout, scale)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.layout, ctx.scale = layout, scale
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: _Options) -> Tensor:
+        ctx.options, ctx.flash = options, _has_flash(query, value, options)
+        out, lse = (_flash_forward if ctx.flash else _dense_forward)(query, key, value, options)
+        if sinks is not None:
+            L = len(query)
+            _merge_sinks(out[:L], lse.t() if ctx.flash else lse[:L], sinks)
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
         return out[: len(query)]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, out, lse = ctx.saved_tensors
-        backward = _flash_backward if _has_flash(query, value) else _dense_backward
-        return *backward(grad_out, query, key, value, out, lse, ctx.layout, ctx.scale), None, None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        backward = _flash_backward if ctx.flash else _dense_backward
+        grads = backward(grad_out, query, key, value, out, lse, ctx.options)
+        grad_sinks = None
+        if ctx.needs_input_grad[3]:
+            L = len(query)
+            share = (sinks - (lse.t() if ctx.flash else lse[:L])).exp()
+            grad_sinks = -(share * (grad_out * out[:L]).sum(-1, dtype=share.dtype)).sum(0).to(sinks.dtype)
+        return *grads, grad_sinks, None
 
 
-def _has_flash(query: Tensor, value: Tensor) -> bool:
+def _has_flash(query: Tensor, value: Tensor, options: _Options) -> bool:
     """Whether PyTorch's variable-length flash kernels take these [L, h, d] tensors."""
+    if options.window is not None or options.softcap is not None:
+        return False
     half = query.dtype in (torch.float16, torch.bfloat16)
     head = query.shape[-1]
     return query.is_cuda and half and head == value.shape[-1] and head % 8 == 0 and head <= 256
@@ -52,6 +87,12 @@ def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     share = torch.sigmoid(other_lse - lse)[..., None]
     out.copy_(torch.lerp(out.to(share.dtype), other_out.to(share.dtype), share))
     torch.logaddexp(lse, other_lse, out=lse)
+
+
+def _merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Adds a key of logit `sinks` [h] and of value 0, in place: out [L, h, d], lse [L, h] float32."""
+    out.copy_(out * torch.sigmoid(lse - sinks)[..., None])
+    torch.logaddexp(lse, sinks.to(lse.dtype), out=lse)
 
 
 # --- variable-length flash kernels (CUDA, half precision): one call for all segments, one for all prefixes ---
@@ -71,10 +112,9 @@ def _flash_arguments(layout: PrefixLayout) -> tuple[slice, slice, tuple, tuple]:
     return queries, keys, causal, prefix
 
 
-def _flash_forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float
-) -> tuple[Tensor, Tensor]:
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
     """Output [L, h, d] and its log-sum-exp [h, L] float32."""
+    layout, scale = options.layout, options.scale
     flash = torch.ops.aten._flash_attention_forward
     queries, keys, causal, prefix = _flash_arguments(layout)
     out, lse, *_ = flash(query, key, value, *causal, 0.0, True, False, scale=scale)
@@ -85,15 +125,9 @@ def _flash_forward(
 
 
 def _flash_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: PrefixLayout,
-    scale: float,
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
+    layout, scale = options.layout, options.scale
     flash = torch.ops.aten._flash_attention_backward
     queries, keys, causal, prefix = _flash_arguments(layout)
     grad_out = grad_out.contiguous()
@@ -111,63 +145,69 @@ def _flash_backward(
 # --- dense calls (CPU, and whatever the flash kernels do not take): one a bucket, one a shared prompt ---
 
 
-def _dense_forward(
-    query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output [L + 1, h, d] and log-sum-exp [L + 1, h] float32 (float64 for float64); the last row takes padding."""
+class _Scores(NamedTuple):
+    """How a dense call scores: causally or not; a key may have to be `seen` [w, w'] bool, too."""
+
+    scale: float
+    softcap: float | None
+    causal: bool
+    seen: Tensor | None = None
+
+    @classmethod
+    def within(cls, bucket: Bucket, options: _Options, device: torch.device) -> "_Scores":
+        """A segment's tokens on one another."""
+        seen = None
+        if options.window is not None and options.window < bucket.width:
+            seen = torch.ones(bucket.width, bucket.width, dtype=torch.bool, device=device).triu(1 - options.window)
+        return cls(options.scale, options.softcap, True, seen)
+
+
+def _dense_forward(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Output [L + 1, h, dv] and log-sum-exp [L + 1, h] float32 (float64 for float64); the last row takes padding."""
     L, h, _ = query.shape
     g = h // key.shape[1]
     out = query.new_empty(L + 1, h, value.shape[-1])
     lse = torch.empty(L + 1, h, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    for bucket in layout.buckets:
+    for bucket in options.layout.buckets:
         q, k, v = (bucket.take(each, bucket.read) for each in (query, key, value))
-        part, part_lse = _attend(q, _repeat(k, g), _repeat(v, g), True, scale)
+        part, part_lse = _attend(q, _repeat(k, g), _repeat(v, g), _Scores.within(bucket, options, q.device))
         bucket.put(out, part)
         bucket.put(lse, part_lse)
     # Padding's log-sum-exp: with it, a padded query has weight exp(-inf) = 0 in the backward.
     lse[L] = torch.inf
-    for shared in layout.shared:
-        queries, keys = _slices(shared)
-        k, v = key[keys].transpose(0, 1)[None], value[keys].transpose(0, 1)[None]
-        part, part_lse = _attend(_fold(query[queries], g), k, v, False, scale)
-        _merge(out[queries], lse[queries], _unfold(part, g), _unfold(part_lse, g))
+    for prefix in options.layout.prefixes(options.window):
+        k, v = (each[prefix.keys].transpose(0, 1)[None] for each in (key, value))
+        q, whole, whole_lse = (each[prefix.queries] for each in (query, out, lse))
+        part, part_lse = _attend(_fold(q, g), k, v, _Scores(options.scale, options.softcap, False, _of(prefix, g)))
+        _merge(whole, whole_lse, _unfold(part, g), _unfold(part_lse, g))
+        if isinstance(prefix.queries, Tensor):  # else `whole` is a view
+            out[prefix.queries], lse[prefix.queries] = whole, whole_lse
     return out, lse
 
 
 def _dense_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout: PrefixLayout,
-    scale: float,
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: _Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     L = len(query)
     g = query.shape[1] // key.shape[1]
     grad_query, grad_key, grad_value = (each.new_empty(L + 1, *each.shape[1:]) for each in (query, key, value))
-    for bucket in layout.buckets:
+    for bucket in options.layout.buckets:
         q, k, v, o, go = (bucket.take(each, bucket.read) for each in (query, key, value, out, grad_out))
         stats = bucket.take(lse, bucket.write)
-        parts = _attend_backward(go, q, _repeat(k, g), _repeat(v, g), o, stats, True, scale)
+        scores = _Scores.within(bucket, options, q.device)
+        parts = _attend_backward(go, q, _repeat(k, g), _repeat(v, g), o, stats, scores)
         bucket.put(grad_query, parts[0])
         bucket.put(grad_key, parts[1].unflatten(1, (-1, g)).sum(2) if g > 1 else parts[1])
         bucket.put(grad_value, parts[2].unflatten(1, (-1, g)).sum(2) if g > 1 else parts[2])
-    for shared in layout.shared:
-        queries, keys = _slices(shared)
-        q, o, go, stats = (_fold(each[queries], g) for each in (query, out, grad_out, lse))
-        k, v = key[keys].transpose(0, 1)[None], value[keys].transpose(0, 1)[None]
-        parts = _attend_backward(go, q, k, v, o, stats, False, scale)
-        grad_query[queries] += _unfold(parts[0], g)
-        grad_key[keys] += parts[1][0].transpose(0, 1)
-        grad_value[keys] += parts[2][0].transpose(0, 1)
+    for prefix in options.layout.prefixes(options.window):
+        q, o, go, stats = (_fold(each[prefix.queries], g) for each in (query, out, grad_out, lse))
+        k, v = (each[prefix.keys].transpose(0, 1)[None] for each in (key, value))
+        scores = _Scores(options.scale, options.softcap, False, _of(prefix, g))
+        parts = _attend_backward(go, q, k, v, o, stats, scores)
+        grad_query[prefix.queries] += _unfold(parts[0], g)
+        grad_key[prefix.keys] += parts[1][0].transpose(0, 1)
+        grad_value[prefix.keys] += parts[2][0].transpose(0, 1)
     return grad_query[:L], grad_key[:L], grad_value[:L]
-
-
-def _slices(shared: Shared) -> tuple[slice, slice]:
-    queries = slice(shared.query_start, shared.query_start + shared.query_length)
-    return queries, slice(shared.key_start, shared.key_start + shared.key_length)
 
 
 def _repeat(heads: Tensor, g: int) -> Tensor:
@@ -176,7 +216,7 @@ def _repeat(heads: Tensor, g: int) -> Tensor:
 
 
 def _fold(packed: Tensor, g: int) -> Tensor:
-    """[M, h, ..] to [1, h / g, M g, ..]: without a mask, the heads of a group are more queries to the same keys."""
+    """[M, h, ..] to [1, h / g, M g, ..]: the heads of a group are more queries to the same keys."""
     return packed.unflatten(1, (-1, g)).transpose(0, 1).flatten(1, 2)[None]
 
 
@@ -185,41 +225,71 @@ def _unfold(folded: Tensor, g: int) -> Tensor:
     return folded[0].unflatten(1, (-1, g)).transpose(0, 1).flatten(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention [n, h, w, d] and its log-sum-exp [n, h, w]."""
-    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+def _of(prefix: Prefix, g: int) -> Tensor | None:
+    """What each of the folded queries of a prefix sees."""
+    return prefix.seen if prefix.seen is None or g == 1 else prefix.seen.repeat_interleave(g, dim=0)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scores: _Scores) -> tuple[Tensor, Tensor]:
+    """Attention [n, h, w, dv] and its log-sum-exp [n, h, w]."""
+    if _has_cpu_flash(query, scores):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(query, key, value, 0.0, causal, scale=scale)
-    scores = _scores(query, key, causal, scale)
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(value.dtype) @ value, lse
+        # Its heads are of one size: zeros add nothing, and are faster than products of whole scores.
+        q, k, v = _padded(query, key, value)
+        out, lse = flash(q, k, v, 0.0, scores.causal, attn_mask=_bias(q, scores), scale=scores.scale)
+        return out[..., : value.shape[-1]], lse
+    capped, _ = _scored(query, key, scores)
+    lse = capped.logsumexp(-1)
+    return (capped - lse[..., None]).exp().to(value.dtype) @ value, lse
 
 
 def _attend_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scores: _Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to query, key and value of the part of a softmax, given its whole output and log-sum-exp."""
-    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+    if _has_cpu_flash(query, scores):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return flash(grad_out, query, key, value, out, lse, 0.0, causal, scale=scale)
-    weight = (_scores(query, key, causal, scale) - lse[..., None]).exp()
+        tensors = _padded(grad_out, query, key, value, out)
+        bias = _bias(query, scores)
+        grads = flash(*tensors, lse, 0.0, scores.causal, attn_mask=bias, scale=scores.scale)
+        return tuple(g[..., : like.shape[-1]] for g, like in zip(grads, (query, key, value), strict=True))
+    capped, slope = _scored(query, key, scores)
+    weight = (capped - lse[..., None]).exp()
     offset = (grad_out * out).sum(-1, keepdim=True, dtype=weight.dtype)
-    grad_scores = (weight * ((grad_out @ value.mT).to(weight.dtype) - offset) * scale).to(query.dtype)
+    grad_scores = (weight * ((grad_out @ value.mT).to(weight.dtype) - offset) * slope).to(query.dtype)
     return grad_scores @ key, grad_scores.mT @ query, weight.to(grad_out.dtype).mT @ grad_out
 
 
-def _scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
-    """Scaled scores, float32 or better: [n, h, w, d], [n, h, w', d] -> [n, h, w, w']."""
+def _has_cpu_flash(query: Tensor, scores: _Scores) -> bool:
+    return query.device.type == "cpu" and scores.softcap is None
+
+
+def _padded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With zeros, to the largest of their last dimensions."""
+    widest = max(each.shape[-1] for each in tensors)
+    return tuple(
+        each if each.shape[-1] == widest else nn.functional.pad(each, (0, widest - each.shape[-1])) for each in tensors
+    )
+
+
+def _bias(query: Tensor, scores: _Scores) -> Tensor | None:
+    """What keeps the flash call for CPUs from unseen keys, in the query's dtype: [n, h, w, w']."""
+    if scores.seen is None:
+        return None
+    bias = torch.zeros(scores.seen.shape, dtype=query.dtype, device=query.device)
+    return bias.masked_fill_(~scores.seen, -torch.inf).expand(*query.shape[:2], -1, -1)
+
+
+def _scored(query: Tensor, key: Tensor, scores: _Scores) -> tuple[Tensor, Tensor | float]:
+    """Scores [n, h, w, w'] in float32 or better, -inf where a key is not seen, and their slope by the products."""
     precision = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(precision) @ key.to(precision).mT) * scale
-    if causal:
-        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(above, -torch.inf)
-    return scores
+    found, slope = (query.to(precision) @ key.to(precision).mT) * scores.scale, scores.scale
+    if scores.softcap is not None:
+        share = torch.tanh(found / scores.softcap)
+        found, slope = scores.softcap * share, scores.scale * (1 - share * share)
+    if scores.causal:
+        above = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).triu(1)
+        found = found.masked_fill(above, -torch.inf)
+    if scores.seen is not None:
+        found = found.masked_fill(~scores.seen, -torch.inf)
+    return found, slope

@@ -4,7 +4,7 @@ Left out on purpose: how index tensors come to a device without making the host 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -22,6 +22,17 @@ class Shared(NamedTuple):
     key_length: int
     query_start: int
     query_length: int
+
+
+class Prefix(NamedTuple):
+    """The keys of one prompt and the queries that see any of them: a slice where that is all of its completions'.
+
+    `seen` [queries, keys] bool is true where a query sees a key, or None where each sees them all.
+    """
+
+    keys: slice
+    queries: slice | Tensor
+    seen: Tensor | None = None
 
 
 class Bucket(NamedTuple):
@@ -61,25 +72,31 @@ class PrefixLayout:
     segments: list[int]
     shared: list[Shared]
     to_device: Callable[[Tensor], Tensor]  # brings index tensors from the host to where the tokens are
+    _prefixes: dict[int | None, list[Prefix]] = field(default_factory=dict)
 
     @cached_property
-    def buckets(self) -> list[Bucket]:
-        """Segments in dense groups of similar width, for backends without variable lengths."""
+    def starts(self) -> list[int]:
+        """Where each segment begins."""
         starts, at = [], 0
         for length in self.segments:
             starts.append(at)
             at += length
+        return starts
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """Segments in dense groups of similar width, for backends without variable lengths."""
         groups: list[list[int]] = []
-        for segment in sorted(range(len(starts)), key=lambda i: (-self.segments[i], i)):
+        for segment in sorted(range(len(self.segments)), key=lambda i: (-self.segments[i], i)):
             if groups and self.segments[segment] >= (1 - BUCKET_SPREAD) * self.segments[groups[-1][0]]:
                 groups[-1].append(segment)
             else:
                 groups.append([segment])
-        return [self._bucket(group, starts, at) for group in groups]
+        return [self._bucket(group) for group in groups]
 
-    def _bucket(self, group: list[int], starts: list[int], spare: int) -> Bucket:
-        width, first = self.segments[group[0]], starts[group[0]]
-        begin = torch.tensor([starts[i] for i in group])
+    def _bucket(self, group: list[int]) -> Bucket:
+        width, first, spare = self.segments[group[0]], self.starts[group[0]], sum(self.segments)
+        begin = torch.tensor([self.starts[i] for i in group])
         length = torch.tensor([self.segments[i] for i in group])
         if bool((length == width).all() and (begin == first + width * torch.arange(len(group))).all()):
             return Bucket(len(group), width, first)
@@ -87,6 +104,30 @@ class PrefixLayout:
         read = begin[:, None] + torch.minimum(column, length[:, None] - 1)
         write = torch.where(column < length[:, None], read, spare)
         return Bucket(len(group), width, first, *(self.to_device(each.flatten()) for each in (read, write)))
+
+    def prefixes(self, window: int | None) -> list[Prefix]:
+        """What completions see of their prompts, through a window of so many tokens; planned once a window."""
+        if window not in self._prefixes:
+            self._prefixes[window] = [made for each in self.shared if (made := self._prefix(each, window)) is not None]
+        return self._prefixes[window]
+
+    def _prefix(self, shared: Shared, window: int | None) -> Prefix | None:
+        """None where nothing is seen, as through a window of one token."""
+        keys, queries = (slice(start, start + length) for start, length in (shared[:2], shared[2:]))
+        if window is None:
+            return Prefix(keys, queries)
+        spans = [(b, n) for b, n in zip(self.starts, self.segments, strict=True) if queries.start <= b < queries.stop]
+        if shared.key_length + max(n for _, n in spans) <= window:
+            return Prefix(keys, queries)
+        # A completion's token j sees the last window - 1 - j keys.
+        count = min(shared.key_length, window - 1)
+        if count == 0:
+            return None
+        token = torch.cat([torch.arange(min(n, window - 1)) for _, n in spans])
+        seen = torch.arange(count) > token[:, None] + count - window
+        if len(token) < shared.query_length:
+            queries = self.to_device(torch.cat([torch.arange(b, b + min(n, window - 1)) for b, n in spans]))
+        return Prefix(slice(keys.stop - count, keys.stop), queries, self.to_device(seen))
 
     @cached_property
     def offsets(self) -> tuple[Tensor, Tensor, Tensor]:
