@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.models import attention_as, compile_layers, linear_layers, native_refusal
+from distill.models import attention_as, compile_layers, linear_layers, native_refusal, windowed_layers
 from distill.rollout.decode import decode_step, prefill
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.generation_copy import PackedLinear
-from distill.rollout.kv_cache import ATTENTION_NAME, DecodeCache
+from distill.rollout.kv_cache import ATTENTION_NAME, INSTEAD, DecodeCache
 from distill.rollout.native import NativeEngine
 from distill.rollout.stock import StockEngine
 
@@ -36,7 +36,7 @@ def local_engine(
     if engine != "native":
         return StockEngine(model, dtype=choose_dtype(model, precision), **options)
     if reason := native_refusal(model):
-        raise NotImplementedError(f"rollout.engine native: {reason}; set rollout.engine: transformers")
+        raise NotImplementedError(f"rollout.engine native: {reason}; {INSTEAD}")
     dtype = choose_dtype(model, precision)
     made = NativeEngine(model, dtype=dtype, memory_budget_bytes=memory_budget_bytes, **options)
     check_decode_step(made.body, dtype)
@@ -60,8 +60,11 @@ def check_decode_step(body: nn.Module, dtype: torch.dtype) -> None:
     if not error < tolerance:
         raise NotImplementedError(
             f"rollout.engine native: a decode step is off by {error:.1e} from the model's own forward, "
-            f"so its attention is of a kind the native engine cannot run; set rollout.engine: transformers"
+            f"so its attention is of a kind the native engine cannot run; {INSTEAD}"
         )
+    # Too short a step to fall out of a window: the layers have to tell of it.
+    if windowed_layers(body.config.get_text_config()) - cache.windows:
+        raise NotImplementedError(f"rollout.engine native: layers have windows in their mask alone; {INSTEAD}")
 
 
 def choose_dtype(model: PreTrainedModel, precision: str) -> torch.dtype:
