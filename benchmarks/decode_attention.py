@@ -108,7 +108,7 @@ def unfused_calls(layers: list[dict], shape: Shape) -> list[Callable[[], Tensor]
         cache._arrange()
         query, seen = layer["query"][:, :, None], shape.seen
         keys, values = (layer[name][:, :, :seen] for name in ("keys", "values"))
-        return lambda: cache.attend(query, keys, values, 0, layer["scale"], None)
+        return lambda: cache.attend(query, keys, values, 0, layer["scale"])
 
     return [call_of(layer) for layer in layers]
 

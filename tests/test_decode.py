@@ -33,22 +33,43 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def exact_attention(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+def exact_attention(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """float64 [R, heads, D] for keys [R, kv heads, L, D], of which row r sees `seen` [R, L]."""
     query = query.double().view(query.shape[0], KV_HEADS, GROUP, WIDTH)
     scores = query @ keys.double().transpose(-1, -2) / math.sqrt(WIDTH)
-    weights = scores.masked_fill(~seen[:, None, None], -math.inf).softmax(-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen[:, None, None], -math.inf)
+    if sinks is not None:
+        sinks = sinks.double().view(KV_HEADS, GROUP, 1).expand(len(query), -1, -1, 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]]
     return (weights @ values.double()).flatten(1, 2)
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (4, 4, 4), (3, 1, 2), (5, 1, 1)])
-@pytest.mark.parametrize("window", [None, 1, 4, 9])
-def test_two_piece_attention_is_attention_on_the_whole_row(counts: tuple[int, ...], window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("window", "softcap", "sink", "value_width"),
+    [
+        *((window, None, None, WIDTH) for window in (None, 1, 4, 9)),
+        (None, None, None, 5),
+        (None, None, None, 12),
+        (None, 0.7, None, WIDTH),
+        (None, None, 1.0, WIDTH),
+        (4, 0.7, 1.0, 5),
+    ],
+)
+def test_two_piece_attention_is_attention_on_the_whole_row(
+    counts: tuple[int, ...], window: int | None, softcap: float | None, sink: float | None, value_width: int
+) -> None:
     """Ragged prompts, ragged numbers of rows, rows dropped on the way, and sliding windows that cut either piece."""
     generator = torch.Generator().manual_seed(1)
-    prompts, length, steps = len(counts), 7, 6
+    prompts, length, steps, widths = len(counts), 7, 6, (WIDTH, value_width)
     mask = torch.arange(length) >= torch.tensor([0, 6, 3])[:, None]
-    made = [torch.randn(prompts, KV_HEADS, length, WIDTH, generator=generator) for _ in range(2)]
+    made = [torch.randn(prompts, KV_HEADS, length, width, generator=generator) for width in widths]
+    sinks = None if sink is None else sink * torch.randn(KV_HEADS * GROUP, generator=generator)
     index = torch.repeat_interleave(torch.arange(prompts), torch.tensor(counts))
     cache = DecodeCache(PromptCache([made[0]], [made[1]], mask), index, steps + 1)
     keys, values, seen = made[0][index], made[1][index], mask[index]
@@ -59,14 +80,47 @@ def test_two_piece_attention_is_attention_on_the_whole_row(counts: tuple[int, ..
             cache.keep(kept)
             index, keys, values, seen = index[kept], keys[kept], values[kept], seen[kept]
         query = torch.randn(len(index), KV_HEADS * GROUP, 1, WIDTH, generator=generator)
-        new = [torch.randn(len(index), KV_HEADS, 1, WIDTH, generator=generator) for _ in range(2)]
+        new = [torch.randn(len(index), KV_HEADS, 1, width, generator=generator) for width in widths]
         keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
         seen = torch.cat([seen, torch.ones(len(index), 1, dtype=torch.bool)], 1)
         in_window = torch.arange(keys.shape[2]) >= (0 if window is None else keys.shape[2] - window)
-        expected = exact_attention(query, keys, values, seen & in_window)
-        output = cache.attend(query, *cache.update(*new, 0), 0, WIDTH**-0.5, window)
+        expected = exact_attention(query, keys, values, seen & in_window, softcap, sinks)
+        options = {"window": window, "softcap": softcap, "sinks": sinks}
+        output = cache.attend(query, *cache.update(*new, 0), 0, WIDTH**-0.5, **options)
         torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-5)
         cache.advance()
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("made", [DecodeCache, StaticDecodeCache])
+def test_of_latents_attention_writes_what_the_model_made_of_them(made: type[DecodeCache], counts: tuple) -> None:
+    """`update` hands the new token's latent back alone."""
+    generator = torch.Generator().manual_seed(4)
+    pieces = [torch.randn(2, KV_HEADS, 4, width, generator=generator) for width in (WIDTH, 5)]
+    index = torch.repeat_interleave(torch.arange(2), torch.tensor(counts))
+    prompt = PromptCache([pieces[0]], [pieces[1]], torch.ones(2, 4, dtype=torch.bool), latent=True)
+    cache, keys, values = made(prompt, index, 4), pieces[0][index], pieces[1][index]
+    if made is StaticDecodeCache:
+        cache.show(3)
+    for _ in range(3):
+        latents = [torch.randn(len(index), 1, 1, 3, generator=generator) for _ in range(2)]
+        assert all(back is latent for back, latent in zip(cache.update(*latents, 0), latents, strict=True))
+        query = torch.randn(len(index), KV_HEADS * GROUP, 1, WIDTH, generator=generator)
+        new = [torch.randn(len(index), KV_HEADS, 1, width, generator=generator) for width in (WIDTH, 5)]
+        keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
+        expected = exact_attention(query, keys, values, torch.ones(len(index), keys.shape[2]).bool(), None, None)
+        output = cache.attend(query, *new, 0, WIDTH**-0.5)
+        torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-5)
+        cache.advance()
+
+
+@pytest.mark.parametrize("option", [{"window": 4}, {"softcap": 1.0}, {"sinks": torch.zeros(KV_HEADS * GROUP)}])
+def test_a_static_cache_refuses_what_it_cannot_do(option: dict) -> None:
+    prompt = PromptCache(*([torch.zeros(1, KV_HEADS, 2, WIDTH)] for _ in range(2)), torch.ones(1, 2).bool())
+    cache, new = StaticDecodeCache(prompt, torch.zeros(2, dtype=torch.long), 3), torch.zeros(2, KV_HEADS, 1, WIDTH)
+    query = torch.zeros(2, KV_HEADS * GROUP, 1, WIDTH)
+    with pytest.raises(NotImplementedError, match=rf"native: {next(iter(option))} .* set rollout\.engine"):
+        cache.attend(query, *cache.update(new, new, 0), 0, 1.0, **option)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -92,7 +146,7 @@ def test_a_static_cache_attends_as_the_other_does(
         caches[1].ended[1] = step == 5
         query = torch.randn(len(index), KV_HEADS * GROUP, 1, WIDTH, generator=generator)
         new = [torch.randn(len(index), KV_HEADS, 1, WIDTH, generator=generator) for _ in range(2)]
-        expected, output = (cache.attend(query, *cache.update(*new, 0), 0, 0.3, None) for cache in caches)
+        expected, output = (cache.attend(query, *cache.update(*new, 0), 0, 0.3) for cache in caches)
         alive = ~caches[1].ended if fused else slice(None)
         torch.testing.assert_close(output[alive], expected[alive], rtol=1e-5, atol=1e-5)
         for cache in caches:

@@ -15,6 +15,16 @@ from distill.forward.packing import host_rows
 from distill.models import split_head
 from distill.runtime.micro_batches import micro_batches
 
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
 
 def random_rows(prompt_lengths, completion_lengths, prompt_index, *, vocab_size=97, seed=0):
     """Left-padded prompts, right-padded completions; padding holds ordinary ids, which must not matter."""
@@ -238,29 +248,31 @@ def test_a_group_split_by_budget_has_the_same_gradient():
 
 
 def test_other_attention_falls_back_to_plain_rows_with_one_warning():
+    """A window that stands in the mask alone, which no function of ours reads."""
     ways._warn_once.cache_clear()
-    rows = ragged_rows(1, 6, longest=24)
-    with pytest.warns(UserWarning, match="model type 'gemma3_text' .* window of 16 tokens is shorter than a row"):
-        assert_same(tiny_model("gemma3"), rows)
+    config = AutoConfig.for_model("phimoe", **SMALL, num_local_experts=4, sliding_window=16)
+    model, rows = AutoModelForCausalLM.from_config(config).eval(), ragged_rows(1, 6, longest=24)
+    with pytest.warns(UserWarning, match="model type 'phimoe' .* 2 of its layers have a window, and 0 tell"):
+        assert_same(model, rows)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        our_logprobs(tiny_model("gemma3"), rows)
-        assert_same(tiny_model("gemma3"), ragged_rows(1, 6, longest=3))  # within the window nothing is special
+        our_logprobs(model, rows)
+
+
+def test_windows_are_shared_and_need_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for longest in (24, 3):  # beyond the window and within
+            assert_same(tiny_model("gemma3"), ragged_rows(1, 6, longest=longest))
 
 
 def test_attention_that_is_more_than_causal_is_noticed_and_left_as_it_was():
     ways._warn_once.cache_clear()
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    config = AutoConfig.for_model("gemma2", vocab_size=97, intermediate_size=64, **sizes)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **SMALL))
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
     before = model.config._attn_implementation
-    with pytest.warns(UserWarning, match="model type 'gemma2' .* as its attention takes softcap"):
+    with pytest.warns(UserWarning, match="model type 'gemma3_text' .* a mask of its own, or looks ahead"):
         hidden = completion_hidden(model.model, *ragged_rows(1, 6))
     assert torch.isfinite(hidden).all()
     assert model.config._attn_implementation == before

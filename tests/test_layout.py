@@ -205,7 +205,7 @@ def closure(modules: tuple[str, ...]) -> set[str]:
 
 def test_the_path_of_a_step_reads_in_one_sitting():
     lengths = {module: len(MODULES[module].read_text().splitlines()) for module in closure(STEP)}
-    assert {"loss.gradients", "rollout.decode", "forward.prefix_attention"} < set(lengths), "the path was not followed"
+    assert {"loss.gradients", "rollout.decode", "forward.packing"} < set(lengths), "the path was not followed"
     assert sum(lengths.values()) <= LONGEST_STEP, f"{sum(lengths.values())} lines: {lengths}"
 
 

@@ -1,10 +1,10 @@
 """Hidden states that predict the completion tokens of a batch of rollouts, for student and teacher alike.
 
 A prompt is computed once, however many completions it has, and no token of padding is computed: prompts and
-completions are packed into one row, and an attention function of our own keeps them apart (prefix_attention.py).
-Models it cannot stand in for get plain rows, a prompt each. Rows are described by lengths that the host knows, so that
-nothing here waits for an accelerator, and no mask is compared with `pad_token_id`. Left out on purpose: logits and
-losses, which live behind the head, and any change to the model that outlasts a call.
+completions are packed into one row, and an attention function of our own (`distill_kernels.prefix_attention`) keeps
+them apart. Models it cannot stand in for get plain rows, a prompt each. Rows are described by lengths that the host
+knows, so that nothing here waits for an accelerator, and no mask is compared with `pad_token_id`. Left out on purpose:
+logits and losses, which live behind the head, and any change to the model that outlasts a call.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from transformers import AttentionInterface
 
 from distill.forward.cpu_linear import OneDnnLinears
 from distill.forward.packing import MAX_PADDING, Rows, host_rows, length_buckets, pack, pad
-from distill.forward.prefix_attention import PrefixLayout, prefix_attention
-from distill.models import attention_as, checkpointed, sharing_refusal, unpacked_rows
+from distill.models import attention_as, checkpointed, sharing_refusal, unpacked_rows, windowed_layers
 from distill.runtime import to_device
+from distill_kernels import PrefixLayout, prefix_attention
 
 ATTENTION = "shared_prefix"
 # Rows are computed plainly when that takes no more than this times the tokens of sharing. Measured on a CPU: the merge
@@ -31,12 +32,22 @@ ATTENTION = "shared_prefix"
 WORTH_SHARING = 1.15
 # Arguments with which a model may call its attention and still mean plain causal attention.
 PLAIN_ARGUMENTS = frozenset(
-    ("position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "sliding_window")
+    ("position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states")
 )
 
 
+@dataclass
+class Sharing:
+    """What the layers of a model are told in a pass that shares prompts, and what they say back."""
+
+    layout: PrefixLayout
+    longest_row: int  # tokens of the longest prompt and completion together
+    calls: int = 0  # attention layers that have used the layout
+    windows: int = 0  # those of them that see a window of the row
+
+
 class NotShareableError(Exception):
-    """This model's attention is more than the causal softmax that `prefix_attention` computes."""
+    """This model's attention is more than what `prefix_attention` computes."""
 
 
 def completion_hidden(
@@ -96,7 +107,8 @@ def shared_hidden(
     device = prompt_ids.device
     packed = pack(rows, prompt_ids.shape[1], completion_ids.shape[1])
     source, positions, states = (to_device(each, device) for each in packed[:3])
-    layout = PrefixLayout(packed.segments, packed.shared, device, rows.longest())
+    layout = PrefixLayout(packed.segments, packed.shared, functools.partial(to_device, device=device))
+    sharing = Sharing(layout, rows.longest())
     token_ids = torch.cat([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
     ours = functools.partial(attention_as, body, ATTENTION)
     with ours(), checkpointed(body, ours) if checkpointing else _nothing():
@@ -104,11 +116,14 @@ def shared_hidden(
             input_ids=token_ids[source][None],
             position_ids=positions[None],
             use_cache=False,
-            shared_prefix=layout,
+            shared_prefix=sharing,
         ).last_hidden_state
-    layers = body.config.get_text_config().num_hidden_layers
-    if layout.calls != layers:
-        raise NotShareableError(f"its {layers} layers called plain attention {layout.calls} times")
+    config = body.config.get_text_config()
+    if sharing.calls != config.num_hidden_layers:
+        raise NotShareableError(f"its {config.num_hidden_layers} layers called attention {sharing.calls} times")
+    windows = len(windowed_layers(config))
+    if sharing.windows < windows and config.sliding_window < sharing.longest_row:
+        raise NotShareableError(f"{windows} of its layers have a window, and {sharing.windows} tell their attention so")
     return hidden[0][states]
 
 
@@ -153,28 +168,36 @@ def _shared_prefix_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    shared_prefix: PrefixLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    shared_prefix: Sharing | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """What a layer of the model calls in place of its attention: [1, h, L, d] to [1, L, h, d]."""
+    """What a layer of the model calls in place of its attention: [1, h, L, d] to [1, L, h, dv].
+
+    `s_aux` [h] are sinks, logits that take part in the softmax only.
+    """
     if shared_prefix is None:
         raise NotShareableError("it does not hand arguments on to its attention")
-    window = arguments.get("sliding_window")
-    if window is not None and window < shared_prefix.longest_row:
-        raise NotShareableError(f"its attention window of {window} tokens is shorter than a row")
     if attention_mask is not None or dropout or is_causal is False or not getattr(module, "is_causal", True):
         raise NotShareableError("its attention has dropout, a mask of its own, or looks ahead")
+    window = sliding_window if sliding_window and sliding_window < shared_prefix.longest_row else None
     extra = [name for name, given in arguments.items() if given is not None and name not in PLAIN_ARGUMENTS]
+    options = {"window": window, "softcap": softcap, "sinks": s_aux}
+    if query.is_cuda:  # where no card has yet measured whether sharing pays with these
+        extra += [name for name, given in options.items() if given is not None]
     if extra:
         raise NotShareableError(f"its attention takes {', '.join(extra)}")
     shared_prefix.calls += 1
+    shared_prefix.windows += bool(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Rotary embeddings may leave query and key in another precision than value, above all under autocast.
     kind = query.device.type
+    # Rotary embeddings may leave query and key in another precision than value, above all under autocast.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     packed = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
     with torch.autocast(kind, enabled=False):
-        return prefix_attention(*packed, shared_prefix, scale)[None], None
+        return prefix_attention(*packed, shared_prefix.layout, scale, **options)[None], None
 
 
 AttentionInterface.register(ATTENTION, _shared_prefix_attention)

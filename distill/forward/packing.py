@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.forward.prefix_attention import Shared
 from distill.runtime import host_integers
+from distill_kernels import Shared
 
 # A padded sub-batch is closed when a shorter row would make more than this share of its tokens padding.
 MAX_PADDING = 0.1

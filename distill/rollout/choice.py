@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.models import attention_as, compile_layers, linear_layers, native_refusal
+from distill.models import attention_as, compile_layers, linear_layers, native_refusal, windowed_layers
 from distill.rollout.decode import decode_step, prefill
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.generation_copy import PackedLinear
@@ -81,6 +81,9 @@ def check_decode_step(body: nn.Module, dtype: torch.dtype) -> None:
         raise NotImplementedError(
             f"a decode step is off by {error:.1e} from the model's own forward, so its attention is of another kind"
         )
+    # Too short a step to fall out of a window: the layers have to tell of it.
+    if windowed_layers(body.config.get_text_config()) - cache.windows:
+        raise NotImplementedError("layers have windows in their mask alone")
 
 
 def choose_dtype(model: PreTrainedModel, precision: str) -> torch.dtype:

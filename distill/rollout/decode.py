@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from distill.rollout.kv_cache import DecodeCache, PromptCache, StaticDecodeCache
+from distill.rollout.latents import are_latents, expanded
 from distill_kernels import Sample, sample
 
 # Rows are dropped once this part of them has ended: copying their keys costs about as much as one step.
@@ -90,10 +91,12 @@ def prefill(body: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[P
     )
     # On a CPU, attention of few queries is faster in float32 than in bfloat16, whatever the rest is faster in.
     dtype = torch.float32 if prompt_ids.device.type == "cpu" else cache.layers[0].keys.dtype
-    keys = [layer.keys.to(dtype) for layer in cache.layers]
-    values = [layer.values.to(dtype) for layer in cache.layers]
+    pieces = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+    if latent := are_latents(body.config.get_text_config(), cache.layers[0].keys):
+        pieces = expanded(body, cache)
+    keys, values = ([piece.to(dtype) for piece in of_layers] for of_layers in pieces)
     # A copy of the last position alone, so that the other positions are freed.
-    return PromptCache(keys, values, prompt_mask), output.last_hidden_state[:, -1].clone()
+    return PromptCache(keys, values, prompt_mask, latent), output.last_hidden_state[:, -1].clone()
 
 
 class Wave:

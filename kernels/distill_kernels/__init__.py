@@ -4,16 +4,21 @@ from distill_kernels import reference
 from distill_kernels.decode_attention import decode_attention
 from distill_kernels.linear_distill_loss import linear_distill_loss
 from distill_kernels.linear_reverse_kl import linear_reverse_kl
+from distill_kernels.prefix_attention import prefix_attention
+from distill_kernels.prefix_layout import PrefixLayout, Shared
 from distill_kernels.reverse_kl import reverse_kl
 from distill_kernels.sample import sample
 from distill_kernels.types import Sample, TokenStats
 
 __all__ = [
+    "PrefixLayout",
     "Sample",
+    "Shared",
     "TokenStats",
     "decode_attention",
     "linear_distill_loss",
     "linear_reverse_kl",
+    "prefix_attention",
     "reference",
     "reverse_kl",
     "sample",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill_kernels.counter import uniform
+from distill_kernels.prefix_layout import PrefixLayout
 from distill_kernels.types import OBJECTIVES, Sample, TokenStats
 
 
@@ -171,6 +172,44 @@ def decode_attention(
     weights = scores.masked_fill(~real[:, None], -math.inf).softmax(-1)
     out = torch.einsum("rhn,rhnd->rhd", weights, values.repeat_interleave(group, 1))
     return out if ended is None else out.masked_fill(ended[:, None, None], 0)
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """A masked softmax over all packed tokens [L, h, d], and over the sinks."""
+    group, position = query.shape[1] // key.shape[1], _positions(layout).to(query.device)
+    distance = position[:, None] - position
+    lengths = torch.tensor(layout.segments, device=query.device)
+    segment = torch.arange(len(lengths), device=query.device).repeat_interleave(lengths)
+    seen = segment[:, None] == segment
+    for start, keys, first, queries in layout.shared:
+        seen[first : first + queries, start : start + keys] = True
+    seen &= (distance >= 0) & (distance < (len(query) + 1 if window is None else window))
+    scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(group, 1)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], -1)
+    weights = scores.softmax(-1)[..., : len(key)]
+    return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(group, 1))
+
+
+def _positions(layout: PrefixLayout) -> Tensor:
+    """Where each packed token stands in its row [L] int64: after its prompt, if that is shared."""
+    positions = torch.cat([torch.arange(length) for length in layout.segments])
+    for _, keys, first, queries in layout.shared:
+        positions[first : first + queries] += keys
+    return positions
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:

@@ -1,0 +1,295 @@
+"""`prefix_attention`: exact attention over packed tokens in which completions share their prompt's keys, un-repeated.
+
+A packed sequence is a run of causal segments without padding: prompts first, then completions, a prompt's next to
+each other. A completion token attends causally to its own segment and to its prompt, both through a window if there is
+one. The two parts are computed apart and merged by their log-sum-exps; the backward runs each part's ordinary flash
+backward with the merged output and log-sum-exp, which is exact because a softmax's gradient needs nothing else (the
+identity behind ring attention, arXiv 2310.01889). A sink is one more key, with a value of zero, and merges likewise.
+Left out on purpose: dropout; flash kernels on CUDA for windows and soft caps, which take the dense way there.
+
+Letters: L packed tokens, h query heads, g query heads per key-value head, d head size (dv that of values), n segments,
+w their width.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from distill_kernels.prefix_layout import Bucket, Prefix, PrefixLayout, Shared
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """[L, h, d], [L, h / g, d], [L, h / g, dv] to the attention's output [L, h, dv]; gradients to all, and to `sinks`.
+
+    A token sees itself and the `window` - 1 tokens before it, its prompt's counted. `softcap` bounds the scaled scores:
+    softcap * tanh(score / softcap). `sinks` [h] are logits that take part in the softmax, and nothing of the output.
+    """
+    return _PrefixAttention.apply(query, key, value, sinks, _Options(layout, scale, window, softcap))
+
+
+class _Options(NamedTuple):
+    """What a call is given beside tensors with gradients."""
+
+    layout: PrefixLayout
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class _PrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: _Options) -> Tensor:
+        ctx.options, ctx.flash = options, _has_flash(query, value, options)
+        out, lse = (_flash_forward if ctx.flash else _dense_forward)(query, key, value, options)
+        if sinks is not None:
+            L = len(query)
+            _merge_sinks(out[:L], lse.t() if ctx.flash else lse[:L], sinks)
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        return out[: len(query)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        backward = _flash_backward if ctx.flash else _dense_backward
+        grads = backward(grad_out, query, key, value, out, lse, ctx.options)
+        grad_sinks = None
+        if ctx.needs_input_grad[3]:
+            L = len(query)
+            share = (sinks - (lse.t() if ctx.flash else lse[:L])).exp()
+            grad_sinks = -(share * (grad_out * out[:L]).sum(-1, dtype=share.dtype)).sum(0).to(sinks.dtype)
+        return *grads, grad_sinks, None
+
+
+def _has_flash(query: Tensor, value: Tensor, options: _Options) -> bool:
+    """Whether PyTorch's variable-length flash kernels take these [L, h, d] tensors."""
+    if options.window is not None or options.softcap is not None:
+        return False
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    head = query.shape[-1]
+    return query.is_cuda and half and head == value.shape[-1] and head % 8 == 0 and head <= 256
+
+
+def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Adds a second set of keys to attention over a first, in place: out [M, h, d], lse [M, h] float32."""
+    share = torch.sigmoid(other_lse - lse)[..., None]
+    out.copy_(torch.lerp(out.to(share.dtype), other_out.to(share.dtype), share))
+    torch.logaddexp(lse, other_lse, out=lse)
+
+
+def _merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Adds a key of logit `sinks` [h] and of value 0, in place: out [L, h, d], lse [L, h] float32."""
+    out.copy_(out * torch.sigmoid(lse - sinks)[..., None])
+    torch.logaddexp(lse, sinks.to(lse.dtype), out=lse)
+
+
+# --- variable-length flash kernels (CUDA, half precision): one call for all segments, one for all prefixes ---
+
+
+def _flash_arguments(layout: PrefixLayout) -> tuple[slice, slice, tuple, tuple]:
+    """The sharing queries, the shared keys, and the length arguments of the causal and of the prefix call."""
+    segment_ends, query_ends, key_ends = layout.offsets
+    longest = max(layout.segments)
+    causal = (segment_ends, segment_ends, longest, longest)
+    longest_query = max((s.query_length for s in layout.shared), default=0)
+    longest_key = max((s.key_length for s in layout.shared), default=0)
+    prefix = (query_ends, key_ends, longest_query, longest_key)
+    first = layout.shared[0] if layout.shared else Shared(0, 0, 0, 0)
+    queries = slice(first.query_start, first.query_start + sum(s.query_length for s in layout.shared))
+    keys = slice(first.key_start, first.key_start + sum(s.key_length for s in layout.shared))
+    return queries, keys, causal, prefix
+
+
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Output [L, h, d] and its log-sum-exp [h, L] float32."""
+    layout, scale = options.layout, options.scale
+    flash = torch.ops.aten._flash_attention_forward
+    queries, keys, causal, prefix = _flash_arguments(layout)
+    out, lse, *_ = flash(query, key, value, *causal, 0.0, True, False, scale=scale)
+    if layout.shared:
+        part = flash(query[queries], key[keys], value[keys], *prefix, 0.0, False, False, scale=scale)
+        _merge(out[queries], lse[:, queries].t(), part[0], part[1].t())
+    return out, lse
+
+
+def _flash_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: _Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout, scale = options.layout, options.scale
+    flash = torch.ops.aten._flash_attention_backward
+    queries, keys, causal, prefix = _flash_arguments(layout)
+    grad_out = grad_out.contiguous()
+    random = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the state of a dropout that is off
+    unused = torch.empty(0, device=query.device)
+    grads = flash(grad_out, query, key, value, out, lse, *causal, 0.0, True, random, unused, scale=scale)
+    if layout.shared:
+        shared = (query[queries], key[keys], value[keys], out[queries], lse[:, queries].contiguous())
+        parts = flash(grad_out[queries], *shared, *prefix, 0.0, False, random, unused, scale=scale)
+        for grad, part, where in zip(grads, parts, (queries, keys, keys), strict=True):
+            grad[where] += part
+    return grads
+
+
+# --- dense calls (CPU, and whatever the flash kernels do not take): one a bucket, one a shared prompt ---
+
+
+class _Scores(NamedTuple):
+    """How a dense call scores: causally or not; a key may have to be `seen` [w, w'] bool, too."""
+
+    scale: float
+    softcap: float | None
+    causal: bool
+    seen: Tensor | None = None
+
+    @classmethod
+    def within(cls, bucket: Bucket, options: _Options, device: torch.device) -> "_Scores":
+        """A segment's tokens on one another."""
+        seen = None
+        if options.window is not None and options.window < bucket.width:
+            seen = torch.ones(bucket.width, bucket.width, dtype=torch.bool, device=device).triu(1 - options.window)
+        return cls(options.scale, options.softcap, True, seen)
+
+
+def _dense_forward(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Output [L + 1, h, dv] and log-sum-exp [L + 1, h] float32 (float64 for float64); the last row takes padding."""
+    L, h, _ = query.shape
+    g = h // key.shape[1]
+    out = query.new_empty(L + 1, h, value.shape[-1])
+    lse = torch.empty(L + 1, h, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    for bucket in options.layout.buckets:
+        q, k, v = (bucket.take(each, bucket.read) for each in (query, key, value))
+        part, part_lse = _attend(q, _repeat(k, g), _repeat(v, g), _Scores.within(bucket, options, q.device))
+        bucket.put(out, part)
+        bucket.put(lse, part_lse)
+    # Padding's log-sum-exp: with it, a padded query has weight exp(-inf) = 0 in the backward.
+    lse[L] = torch.inf
+    for prefix in options.layout.prefixes(options.window):
+        k, v = (each[prefix.keys].transpose(0, 1)[None] for each in (key, value))
+        q, whole, whole_lse = (each[prefix.queries] for each in (query, out, lse))
+        part, part_lse = _attend(_fold(q, g), k, v, _Scores(options.scale, options.softcap, False, _of(prefix, g)))
+        _merge(whole, whole_lse, _unfold(part, g), _unfold(part_lse, g))
+        if isinstance(prefix.queries, Tensor):  # else `whole` is a view
+            out[prefix.queries], lse[prefix.queries] = whole, whole_lse
+    return out, lse
+
+
+def _dense_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: _Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    L = len(query)
+    g = query.shape[1] // key.shape[1]
+    grad_query, grad_key, grad_value = (each.new_empty(L + 1, *each.shape[1:]) for each in (query, key, value))
+    for bucket in options.layout.buckets:
+        q, k, v, o, go = (bucket.take(each, bucket.read) for each in (query, key, value, out, grad_out))
+        stats = bucket.take(lse, bucket.write)
+        scores = _Scores.within(bucket, options, q.device)
+        parts = _attend_backward(go, q, _repeat(k, g), _repeat(v, g), o, stats, scores)
+        bucket.put(grad_query, parts[0])
+        bucket.put(grad_key, parts[1].unflatten(1, (-1, g)).sum(2) if g > 1 else parts[1])
+        bucket.put(grad_value, parts[2].unflatten(1, (-1, g)).sum(2) if g > 1 else parts[2])
+    for prefix in options.layout.prefixes(options.window):
+        q, o, go, stats = (_fold(each[prefix.queries], g) for each in (query, out, grad_out, lse))
+        k, v = (each[prefix.keys].transpose(0, 1)[None] for each in (key, value))
+        scores = _Scores(options.scale, options.softcap, False, _of(prefix, g))
+        parts = _attend_backward(go, q, k, v, o, stats, scores)
+        grad_query[prefix.queries] += _unfold(parts[0], g)
+        grad_key[prefix.keys] += parts[1][0].transpose(0, 1)
+        grad_value[prefix.keys] += parts[2][0].transpose(0, 1)
+    return grad_query[:L], grad_key[:L], grad_value[:L]
+
+
+def _repeat(heads: Tensor, g: int) -> Tensor:
+    """[n, h / g, w, d] to [n, h, w, d]."""
+    return heads if g == 1 else heads.repeat_interleave(g, dim=1)
+
+
+def _fold(packed: Tensor, g: int) -> Tensor:
+    """[M, h, ..] to [1, h / g, M g, ..]: the heads of a group are more queries to the same keys."""
+    return packed.unflatten(1, (-1, g)).transpose(0, 1).flatten(1, 2)[None]
+
+
+def _unfold(folded: Tensor, g: int) -> Tensor:
+    """The reverse of `_fold`."""
+    return folded[0].unflatten(1, (-1, g)).transpose(0, 1).flatten(1, 2)
+
+
+def _of(prefix: Prefix, g: int) -> Tensor | None:
+    """What each of the folded queries of a prefix sees."""
+    return prefix.seen if prefix.seen is None or g == 1 else prefix.seen.repeat_interleave(g, dim=0)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scores: _Scores) -> tuple[Tensor, Tensor]:
+    """Attention [n, h, w, dv] and its log-sum-exp [n, h, w]."""
+    if _has_cpu_flash(query, scores):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        # Its heads are of one size: zeros add nothing, and are faster than products of whole scores.
+        q, k, v = _padded(query, key, value)
+        out, lse = flash(q, k, v, 0.0, scores.causal, attn_mask=_bias(q, scores), scale=scores.scale)
+        return out[..., : value.shape[-1]], lse
+    capped, _ = _scored(query, key, scores)
+    lse = capped.logsumexp(-1)
+    return (capped - lse[..., None]).exp().to(value.dtype) @ value, lse
+
+
+def _attend_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scores: _Scores
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to query, key and value of the part of a softmax, given its whole output and log-sum-exp."""
+    if _has_cpu_flash(query, scores):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        tensors = _padded(grad_out, query, key, value, out)
+        bias = _bias(query, scores)
+        grads = flash(*tensors, lse, 0.0, scores.causal, attn_mask=bias, scale=scores.scale)
+        return tuple(g[..., : like.shape[-1]] for g, like in zip(grads, (query, key, value), strict=True))
+    capped, slope = _scored(query, key, scores)
+    weight = (capped - lse[..., None]).exp()
+    offset = (grad_out * out).sum(-1, keepdim=True, dtype=weight.dtype)
+    grad_scores = (weight * ((grad_out @ value.mT).to(weight.dtype) - offset) * slope).to(query.dtype)
+    return grad_scores @ key, grad_scores.mT @ query, weight.to(grad_out.dtype).mT @ grad_out
+
+
+def _has_cpu_flash(query: Tensor, scores: _Scores) -> bool:
+    return query.device.type == "cpu" and scores.softcap is None
+
+
+def _padded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """With zeros, to the largest of their last dimensions."""
+    widest = max(each.shape[-1] for each in tensors)
+    return tuple(
+        each if each.shape[-1] == widest else nn.functional.pad(each, (0, widest - each.shape[-1])) for each in tensors
+    )
+
+
+def _bias(query: Tensor, scores: _Scores) -> Tensor | None:
+    """What keeps the flash call for CPUs from unseen keys, in the query's dtype: [n, h, w, w']."""
+    if scores.seen is None:
+        return None
+    bias = torch.zeros(scores.seen.shape, dtype=query.dtype, device=query.device)
+    return bias.masked_fill_(~scores.seen, -torch.inf).expand(*query.shape[:2], -1, -1)
+
+
+def _scored(query: Tensor, key: Tensor, scores: _Scores) -> tuple[Tensor, Tensor | float]:
+    """Scores [n, h, w, w'] in float32 or better, -inf where a key is not seen, and their slope by the products."""
+    precision = torch.promote_types(query.dtype, torch.float32)
+    found, slope = (query.to(precision) @ key.to(precision).mT) * scores.scale, scores.scale
+    if scores.softcap is not None:
+        share = torch.tanh(found / scores.softcap)
+        found, slope = scores.softcap * share, scores.scale * (1 - share * share)
+    if scores.causal:
+        above = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).triu(1)
+        found = found.masked_fill(above, -torch.inf)
+    if scores.seen is not None:
+        found = found.masked_fill(~scores.seen, -torch.inf)
+    return found, slope

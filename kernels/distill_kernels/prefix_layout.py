@@ -1,0 +1,137 @@
+"""How packed tokens lie, planned on the host from lengths alone, for `prefix_attention`.
+
+Left out on purpose: how index tensors come to a device without making the host wait, which the caller knows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Segments of one dense call: none is padded by more than this share of the longest.
+BUCKET_SPREAD = 0.25
+
+
+class Shared(NamedTuple):
+    """Where one prompt's keys and the queries of all its completions lie among the packed tokens."""
+
+    key_start: int
+    key_length: int
+    query_start: int
+    query_length: int
+
+
+class Prefix(NamedTuple):
+    """The keys of one prompt and the queries that see any of them: a slice where that is all of its completions'.
+
+    `seen` [queries, keys] bool is true where a query sees a key, or None where each sees them all.
+    """
+
+    keys: slice
+    queries: slice | Tensor
+    seen: Tensor | None = None
+
+
+class Bucket(NamedTuple):
+    """`count` segments computed in one dense call of `width` tokens each.
+
+    Equal segments that lie side by side are a view from `start` on; others are gathered by `read` [count * width]
+    and scattered by `write`, which sends padding to the row past the last token.
+    """
+
+    count: int
+    width: int
+    start: int
+    read: Tensor | None = None
+    write: Tensor | None = None
+
+    def take(self, packed: Tensor, index: Tensor | None) -> Tensor:
+        """[L + 1, h, ..] to [count, h, width, ..]."""
+        if index is None:
+            rows = packed[self.start : self.start + self.count * self.width]
+        else:
+            rows = packed.index_select(0, index)
+        return rows.unflatten(0, (self.count, self.width)).transpose(1, 2)
+
+    def put(self, packed: Tensor, values: Tensor) -> None:
+        """The reverse of `take`."""
+        rows = values.transpose(1, 2).flatten(0, 1)
+        if self.write is None:
+            packed[self.start : self.start + len(rows)] = rows
+        else:
+            packed.index_copy_(0, self.write, rows)
+
+
+@dataclass
+class PrefixLayout:
+    """Lengths of the causal segments in packed order, and which of them share a prompt's keys."""
+
+    segments: list[int]
+    shared: list[Shared]
+    to_device: Callable[[Tensor], Tensor]  # brings index tensors from the host to where the tokens are
+    _prefixes: dict[int | None, list[Prefix]] = field(default_factory=dict)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each segment begins."""
+        starts, at = [], 0
+        for length in self.segments:
+            starts.append(at)
+            at += length
+        return starts
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """Segments in dense groups of similar width, for backends without variable lengths."""
+        groups: list[list[int]] = []
+        for segment in sorted(range(len(self.segments)), key=lambda i: (-self.segments[i], i)):
+            if groups and self.segments[segment] >= (1 - BUCKET_SPREAD) * self.segments[groups[-1][0]]:
+                groups[-1].append(segment)
+            else:
+                groups.append([segment])
+        return [self._bucket(group) for group in groups]
+
+    def _bucket(self, group: list[int]) -> Bucket:
+        width, first, spare = self.segments[group[0]], self.starts[group[0]], sum(self.segments)
+        begin = torch.tensor([self.starts[i] for i in group])
+        length = torch.tensor([self.segments[i] for i in group])
+        if bool((length == width).all() and (begin == first + width * torch.arange(len(group))).all()):
+            return Bucket(len(group), width, first)
+        column = torch.arange(width)
+        read = begin[:, None] + torch.minimum(column, length[:, None] - 1)
+        write = torch.where(column < length[:, None], read, spare)
+        return Bucket(len(group), width, first, *(self.to_device(each.flatten()) for each in (read, write)))
+
+    def prefixes(self, window: int | None) -> list[Prefix]:
+        """What completions see of their prompts, through a window of so many tokens; planned once a window."""
+        if window not in self._prefixes:
+            self._prefixes[window] = [made for each in self.shared if (made := self._prefix(each, window)) is not None]
+        return self._prefixes[window]
+
+    def _prefix(self, shared: Shared, window: int | None) -> Prefix | None:
+        """None where nothing is seen, as through a window of one token."""
+        keys, queries = (slice(start, start + length) for start, length in (shared[:2], shared[2:]))
+        if window is None:
+            return Prefix(keys, queries)
+        spans = [(b, n) for b, n in zip(self.starts, self.segments, strict=True) if queries.start <= b < queries.stop]
+        if shared.key_length + max(n for _, n in spans) <= window:
+            return Prefix(keys, queries)
+        # A completion's token j sees the last window - 1 - j keys.
+        count = min(shared.key_length, window - 1)
+        if count == 0:
+            return None
+        token = torch.cat([torch.arange(min(n, window - 1)) for _, n in spans])
+        seen = torch.arange(count) > token[:, None] + count - window
+        if len(token) < shared.query_length:
+            queries = self.to_device(torch.cat([torch.arange(b, b + min(n, window - 1)) for b, n in spans]))
+        return Prefix(slice(keys.stop - count, keys.stop), queries, self.to_device(seen))
+
+    @cached_property
+    def offsets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Cumulative lengths, int32: of the segments, of the sharing queries, of the shared keys."""
+        lengths = (self.segments, [s.query_length for s in self.shared], [s.key_length for s in self.shared])
+        sums = (torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in lengths)
+        return tuple(self.to_device(each) for each in sums)
