@@ -13,6 +13,7 @@ from distill.models.lora import add_adapters, describe, is_adapted, linear_layer
 from distill.models.norms import fuse_norms
 from distill.models.siblings import join_siblings
 from distill.models.sources import ModelError
+from distill.models.states import cache_argument, empty_cache, joined, keeps_states, of_rows, take_keys, tensors_of
 from distill.models.structure import Head, alias, layer_stack, split_head, whole, without_layers
 
 __all__ = [
@@ -21,15 +22,19 @@ __all__ = [
     "add_adapters",
     "alias",
     "attention_as",
+    "cache_argument",
     "check_pair",
     "checkpointed",
     "compile_layers",
     "describe",
+    "empty_cache",
     "eos_ids",
     "fits_static",
     "fuse_norms",
     "is_adapted",
     "join_siblings",
+    "joined",
+    "keeps_states",
     "layer_stack",
     "linear_layers",
     "load_model",
@@ -37,9 +42,12 @@ __all__ = [
     "merged",
     "merged_weight",
     "native_refusal",
+    "of_rows",
     "save_adapter",
     "sharing_refusal",
     "split_head",
+    "take_keys",
+    "tensors_of",
     "unpacked_rows",
     "whole",
     "without_layers",

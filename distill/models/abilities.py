@@ -8,13 +8,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill.models.states import STATE_LAYERS, keeps_states
+
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+BESIDE_STATES = STATE_LAYERS | {"moe", "mlp"}  # what a model with states may have too; the latter two keep nothing
 
 
 def native_refusal(model: PreTrainedModel) -> str | None:
     """Why the native engine cannot decode this model, or None."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    stateful = keeps_states(config)
+    kinds = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS - (BESIDE_STATES if stateful else set())
     if config.is_encoder_decoder:
         return "an encoder-decoder has no prompt cache of the causal kind"
     if kinds:
@@ -23,7 +27,7 @@ def native_refusal(model: PreTrainedModel) -> str | None:
         return "layers share one another's keys and values"
     if getattr(config, "attn_logit_softcapping", None):
         return "attention scores are soft-capped"
-    if not model._supports_attention_backend:
+    if not (model._supports_attention_backend or stateful):  # hybrid families leave it unsaid: the first call tells
         return f"{type(model).__name__} computes attention itself and takes no other function for it"
     return None
 
@@ -48,4 +52,6 @@ def fits_static(config: Any) -> bool:
     sliding = sliding or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     rope = getattr(config, "rope_parameters", None) or {}
+    if keeps_states(config):  # no step of theirs has been captured on a GPU yet
+        return False
     return not sliding and not experts and rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")

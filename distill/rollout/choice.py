@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.models import attention_as, compile_layers, linear_layers, native_refusal
+from distill.models import attention_as, compile_layers, keeps_states, linear_layers, native_refusal
 from distill.rollout.decode import decode_step, prefill
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.generation_copy import PackedLinear
@@ -38,8 +38,14 @@ def local_engine(
     if reason := native_refusal(model):
         raise NotImplementedError(f"rollout.engine native: {reason}; set rollout.engine: transformers")
     dtype = choose_dtype(model, precision)
-    made = NativeEngine(model, dtype=dtype, memory_budget_bytes=memory_budget_bytes, **options)
-    check_decode_step(made.body, dtype)
+    try:
+        made = NativeEngine(model, dtype=dtype, memory_budget_bytes=memory_budget_bytes, **options)
+        check_decode_step(made.body, dtype)
+    except (NotImplementedError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model does that is not made for this
+        found = f"a decode step raises {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise NotImplementedError(f"rollout.engine native: {found}; set rollout.engine: transformers") from error
     if compiled:
         compile_layers(made.body)
     return made
@@ -47,20 +53,24 @@ def local_engine(
 
 @torch.no_grad()
 def check_decode_step(body: nn.Module, dtype: torch.dtype) -> None:
-    """Compares a decode step with the body's own forward. Raises `NotImplementedError` when they disagree."""
-    token_ids = torch.arange(4, device=body.device)[None]
-    everything = torch.ones_like(token_ids, dtype=torch.bool)
-    _, expected = prefill(body, token_ids, everything)
-    prompt, _ = prefill(body, token_ids[:, :-1], everything[:, :-1])
-    cache = DecodeCache(prompt, token_ids.new_zeros(2), 2)
+    """Compares decode steps with the body's own forward, several where it keeps states, which only they carry on.
+
+    Raises `NotImplementedError` when they disagree.
+    """
+    P, steps = 3, 3 if keeps_states(body.config) else 1
+    token_ids = torch.arange(P + 2 * steps, device=body.device)
+    rows = torch.cat([token_ids[:P].expand(2, P), token_ids[P:].view(2, steps)], 1)
+    expected = body(input_ids=rows, use_cache=False).last_hidden_state[:, P:]
+    prompt, _ = prefill(body, rows[:1, :P], torch.ones_like(rows[:1, :P], dtype=torch.bool))
+    cache = DecodeCache(prompt, rows.new_zeros(2), steps + 1)
     with attention_as(body, ATTENTION_NAME):
-        hidden = decode_step(body, cache, token_ids[0, -1:].expand(2), token_ids.new_full((2,), 3))
+        found = [decode_step(body, cache, rows[:, at], rows.new_full((2,), at)) for at in range(P, P + steps)]
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
-    error = float((hidden - expected).abs().max() / expected.abs().max())
+    error = float((torch.stack(found, 1) - expected).abs().max() / expected.abs().max())
     if not error < tolerance:
         raise NotImplementedError(
             f"rollout.engine native: a decode step is off by {error:.1e} from the model's own forward, "
-            f"so its attention is of a kind the native engine cannot run; set rollout.engine: transformers"
+            f"so its layers are of a kind the native engine cannot run; set rollout.engine: transformers"
         )
 
 

@@ -8,12 +8,13 @@ Left out on purpose: paging. All rows of a wave are as long as one another, so a
 """
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
+from distill.models import of_rows
 from distill_kernels import decode_attention
 from distill_kernels.decode_attention import LARGEST_HEAD
 
@@ -28,21 +29,27 @@ FUSED_ATTENTION = True
 
 
 class PromptCache(NamedTuple):
-    """What a prefill leaves: per layer [B, kv heads, P, D], and [B, P] bool, true where there is a token."""
+    """What a prefill leaves: per layer [B, kv heads, P, D], and [B, P] bool, true where there is a token.
+
+    `states` has a cache layer of transformers for each layer of a model in which some keep a state; those without
+    attention have no heads in `keys`.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
+    states: list[Any] = []  # noqa: RUF012 # never changed
 
     def select(self, prompts: Tensor) -> "PromptCache":
-        return PromptCache([k[prompts] for k in self.keys], [v[prompts] for v in self.values], self.mask[prompts])
+        keys, values = [k[prompts] for k in self.keys], [v[prompts] for v in self.values]
+        return PromptCache(keys, values, self.mask[prompts], of_rows(self.states, prompts))
 
 
 class DecodeCache(Cache):
     """Cache of R rows that continue prompts; `prompt_index` [R] is sorted, row r continues that prompt."""
 
     def __init__(self, prompt: PromptCache, prompt_index: Tensor, max_new_tokens: int) -> None:
-        super().__init__(layers=[])
+        super().__init__(layers=of_rows(prompt.states, prompt_index))
         rows, prompts = prompt_index.numel(), prompt.mask.shape[0]
         self.shared = rows > prompts
         self.prompt_length = prompt.mask.shape[1]
@@ -83,7 +90,7 @@ class DecodeCache(Cache):
         end = self._offset + self.length
         for buffer in (*self._keys, *self._values):
             buffer[: rows.numel(), :, :end] = buffer[rows, :, :end]
-        self._rows = rows.numel()
+        self._rows, self.layers = rows.numel(), of_rows(self.layers, rows)
         prompts, self._prompt_index = self._prompt_index[rows].unique_consecutive(return_inverse=True)
         if prompts.numel() < self._prompt.mask.shape[0]:
             self._prompt = self._prompt.select(prompts)
