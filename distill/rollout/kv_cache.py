@@ -75,6 +75,7 @@ class DecodeCache(Cache):
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Writes [R, kv heads, 1, D] at the current position; returns views of all that the rows' buffers hold."""
+        self.layer = layer_idx  # some layers share one attention module, which knows no number of its own
         end = self._offset + self.length + 1
         keys, values = self._keys[layer_idx][: self._rows], self._values[layer_idx][: self._rows]
         keys[:, :, end - 1 : end] = key_states
@@ -180,6 +181,7 @@ class StaticDecodeCache(DecodeCache):
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        self.layer = layer_idx
         keys, values = self._keys[layer_idx][: self._rows], self._values[layer_idx][: self._rows]
         keys.index_copy_(2, self._slot, key_states.to(keys.dtype))
         values.index_copy_(2, self._slot, value_states.to(values.dtype))
@@ -280,7 +282,7 @@ def shared_prefix_attention(
         found = f"attention with {', '.join(beyond)}" if beyond else "a model that passes no arguments on to attention"
         raise NotImplementedError(f"rollout.engine native: {found} is beyond it; set rollout.engine: transformers")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = decode_cache.attend(query.to(key.dtype), key, value, module.layer_idx, scale, sliding_window)
+    output = decode_cache.attend(query.to(key.dtype), key, value, decode_cache.layer, scale, sliding_window)
     return output.to(query.dtype).unsqueeze(1), None
 
 
