@@ -2,7 +2,8 @@
 
 A prompt is computed once, however many completions it has, and no token of padding is computed: prompts and
 completions are packed into one row, and an attention function of our own keeps them apart (prefix_attention.py).
-Models it cannot stand in for get plain rows, a prompt each. Rows are described by lengths that the host knows, so that
+Where layers keep a state instead, completions go on from that of their prompt (continued.py). Other models get
+plain rows, a prompt each. Rows are described by lengths that the host knows, so that
 nothing here waits for an accelerator, and no mask is compared with `pad_token_id`. Left out on purpose: logits and
 losses, which live behind the head, and any change to the model that outlasts a call.
 """
@@ -12,17 +13,18 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from distill.forward.continued import continued_hidden
 from distill.forward.cpu_linear import OneDnnLinears
 from distill.forward.packing import MAX_PADDING, Rows, host_rows, length_buckets, pack, pad
 from distill.forward.prefix_attention import PrefixLayout, prefix_attention
-from distill.models import attention_as, checkpointed, sharing_refusal, unpacked_rows
+from distill.models import attention_as, checkpointed, gradients_apart, keeps_states, sharing_refusal, unpacked_rows
 from distill.runtime import to_device
 
 ATTENTION = "shared_prefix"
@@ -76,7 +78,14 @@ def _hidden(
     plainly = functools.partial(padded_hidden, *inputs, checkpointing=checkpointing, buckets=buckets)
     if sum(len(bucket) * rows.length(bucket[0]) for bucket in buckets) <= WORTH_SHARING * rows.packed_tokens():
         return plainly()
+    stateful = keeps_states(body.config)
+    if stateful and body not in _REFUSED and not (checkpointing or one_call):
+        _REFUSED[body] = _state_refusal(body)
     reason = _REFUSED.get(body) or sharing_refusal(body, rows.longest())
+    if stateful and reason is None:
+        if not (checkpointing or one_call):
+            return continued_hidden(*inputs)
+        reason = "checkpointing drops states" if checkpointing else "its weights are shared out over ranks"
     if reason is None:
         try:
             return shared_hidden(*inputs, checkpointing=checkpointing)
@@ -136,6 +145,28 @@ def padded_hidden(
     return torch.cat(found)[to_device(order, prompt_ids.device)]
 
 
+def _state_refusal(body: nn.Module) -> str | None:
+    """Why completions cannot go on from the states of their prompt, or None: its gradients are tried out."""
+
+    def way(hidden_of: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def run(prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:
+            R, T = completion_ids.shape
+            return hidden_of(body, prompt_ids, completion_ids, Rows([prompt_ids.shape[1]], [T] * R, [0] * R))
+
+        return run
+
+    rounded = body.dtype != torch.float32 or torch.is_autocast_enabled(body.device.type)
+    try:
+        apart = gradients_apart(body, [way(padded_hidden), way(continued_hidden)])
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model does that is not made for this
+        return (
+            f"going on from a prompt's states raises {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        )
+    return None if apart < (0.1 if rounded else 1e-3) else f"the gradient through a prompt's states is {apart:.0%} off"
+
+
 def refuse_like(body: nn.Module, other: nn.Module) -> None:
     """Has `other`, which computes what `body` does, share no prompts where `body` was found unable to."""
     if body in _REFUSED:
@@ -179,7 +210,7 @@ def _shared_prefix_attention(
 
 AttentionInterface.register(ATTENTION, _shared_prefix_attention)
 
-_REFUSED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_REFUSED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 _nothing = contextlib.nullcontext
 
 

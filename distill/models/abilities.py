@@ -35,6 +35,8 @@ def native_refusal(model: PreTrainedModel) -> str | None:
 def sharing_refusal(body: nn.Module, longest_row: int) -> str | None:
     """Why a prompt cannot be computed once for all of its rows, of at most `longest_row` tokens, or None."""
     config = body.config.get_text_config()
+    if keeps_states(config):  # nothing here is replaced; whether gradients enter a prompt's state is tried out
+        return None
     if not getattr(body, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
     kinds = set(getattr(config, "layer_types", None) or ())
