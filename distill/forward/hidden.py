@@ -24,7 +24,7 @@ from distill.forward.continued import continued_hidden
 from distill.forward.cpu_linear import OneDnnLinears
 from distill.forward.packing import MAX_PADDING, Rows, host_rows, length_buckets, pack, pad
 from distill.forward.prefix_attention import PrefixLayout, prefix_attention
-from distill.models import attention_as, checkpointed, gradients_apart, keeps_states, sharing_refusal, unpacked_rows
+from distill.models import attention_as, checkpointed, gradients_differ, keeps_states, sharing_refusal, unpacked_rows
 from distill.runtime import to_device
 
 ATTENTION = "shared_prefix"
@@ -80,7 +80,8 @@ def _hidden(
         return plainly()
     stateful = keeps_states(body.config)
     if stateful and body not in _REFUSED and not (checkpointing or one_call):
-        _REFUSED[body] = _state_refusal(body)
+        ways = (functools.partial(_of_one_prompt, way) for way in (padded_hidden, continued_hidden))
+        _REFUSED[body] = gradients_differ(body, *ways)
     reason = _REFUSED.get(body) or sharing_refusal(body, rows.longest())
     if stateful and reason is None:
         if not (checkpointing or one_call):
@@ -145,26 +146,10 @@ def padded_hidden(
     return torch.cat(found)[to_device(order, prompt_ids.device)]
 
 
-def _state_refusal(body: nn.Module) -> str | None:
-    """Why completions cannot go on from the states of their prompt, or None: its gradients are tried out."""
-
-    def way(hidden_of: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        def run(prompt_ids: Tensor, completion_ids: Tensor) -> Tensor:
-            R, T = completion_ids.shape
-            return hidden_of(body, prompt_ids, completion_ids, Rows([prompt_ids.shape[1]], [T] * R, [0] * R))
-
-        return run
-
-    rounded = body.dtype != torch.float32 or torch.is_autocast_enabled(body.device.type)
-    try:
-        apart = gradients_apart(body, [way(padded_hidden), way(continued_hidden)])
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a model does that is not made for this
-        return (
-            f"going on from a prompt's states raises {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-        )
-    return None if apart < (0.1 if rounded else 1e-3) else f"the gradient through a prompt's states is {apart:.0%} off"
+def _of_one_prompt(hidden_of: Callable[..., Tensor], body: nn.Module, prompt_ids: Tensor, said: Tensor) -> Tensor:
+    """Hidden states of a prompt's completions [R, T], all of it tokens, by `padded_hidden` or the like."""
+    R, T = said.shape
+    return hidden_of(body, prompt_ids, said, Rows([prompt_ids.shape[1]], [T] * R, [0] * R))
 
 
 def refuse_like(body: nn.Module, other: nn.Module) -> None:

@@ -8,7 +8,7 @@ from distill.models.agreement import check_pair, eos_ids
 from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
 from distill.models.compiling import compile_layers
-from distill.models.gradient_probe import gradients_apart
+from distill.models.gradient_probe import gradients_differ
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
 from distill.models.norms import fuse_norms
@@ -32,7 +32,7 @@ __all__ = [
     "eos_ids",
     "fits_static",
     "fuse_norms",
-    "gradients_apart",
+    "gradients_differ",
     "is_adapted",
     "join_siblings",
     "joined",
