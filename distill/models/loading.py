@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from distill.models.attention import choose_attention
 from distill.models.norms import fuse_norms
 from distill.models.sources import ModelError, Source, cache_dir, resolve, sha256_of
+from distill.models.states import warn_of_absent_kernels
 from distill.models.structure import remove_layers
 
 # For a repository without safetensors, transformers would otherwise ask a service of the hub to convert it.
@@ -71,6 +72,7 @@ def load_model(
     model = model.to(device).eval()
     if device.type == "cuda":
         fuse_norms(model)
+        warn_of_absent_kernels(model.config)
     return model
 
 

@@ -9,6 +9,7 @@ Left out on purpose: models that keep states in caches or modules of their own, 
 import copy
 import functools
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
+from transformers.utils import import_utils
 
+# What transformers computes such layers with where it is installed, by itself and on a GPU.
+KERNELS = {
+    "flash-linear-attention": import_utils.is_flash_linear_attention_available,
+    "causal-conv1d": import_utils.is_causal_conv1d_available,
+}
 STATE_LAYERS = {
     kind for kind, layer in DYNAMIC_LAYER_TYPE_MAPPING.items() if issubclass(layer, LinearAttentionCacheLayerMixin)
 }
@@ -32,6 +39,22 @@ STATE_LAYERS = {
 def keeps_states(config: Any) -> bool:
     """Whether a model of this configuration has layers that keep a state."""
     return bool(STATE_LAYERS & set(getattr(config.get_text_config(), "layer_types", None) or ()))
+
+
+def warn_of_absent_kernels(config: Any) -> None:
+    """Says, once a model type, which packages for its states are not installed and what that costs; for a GPU."""
+    absent = [name for name, is_available in KERNELS.items() if not is_available()]
+    if absent and keeps_states(config):
+        _warn_once(config.model_type, " and ".join(absent))
+
+
+@functools.cache
+def _warn_once(model_type: str, absent: str) -> None:
+    warnings.warn(
+        f"model type {model_type!r} has layers that keep a state, and without {absent} they run as many small PyTorch "
+        f"operations: the same result, much slower; pip install 'distill-on-policy[hybrid]'",
+        stacklevel=3,
+    )
 
 
 class GraphState(LinearAttentionLayer):
