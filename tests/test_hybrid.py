@@ -265,7 +265,8 @@ def test_gradients_equal_those_of_plain_rows(name: str) -> None:
     ],
 )
 def test_uneven_shapes(name: str, shape: tuple) -> None:
-    assert_like_plain(tiny_hybrid(name), hybrid_rows(*shape))
+    # In float64 the long rows of the delta rule agree to 2e-12; in float32 that is the rounding of its decay.
+    assert_like_plain(tiny_hybrid(name), hybrid_rows(*shape), 2e-3 if shape[0] == [70] else 1e-4)
 
 
 @pytest.mark.parametrize("name", IGNORE_STATES)
@@ -289,13 +290,26 @@ def test_a_cache_of_its_own_is_named_and_left_alone() -> None:
         assert_like_plain(tiny_hybrid("minimax"), hybrid_rows(), 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("option", "reason"), [("one_call", "weights are shared out over ranks"), ("checkpointing", "checkpointing drops")]
-)
-def test_where_states_cannot_be_kept_rows_are_plain(option: str, reason: str) -> None:
+def test_ranks_that_share_weights_out_compute_plain_rows() -> None:
     model = tiny_hybrid("qwen3_5_text")
-    with pytest.warns(UserWarning, match=reason):
-        assert_like_plain(model, hybrid_rows(), **{option: True})
+    seen = token_counts(model)
+    with pytest.warns(UserWarning, match="ranks that share its weights out call it once"):
+        our_logprobs(model, hybrid_rows(), one_call=True)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", SHARE)
+@pytest.mark.filterwarnings("error:model type")
+def test_checkpointing_changes_nothing_but_memory(name: str) -> None:
+    model, rows, saved = tiny_hybrid(name), hybrid_rows(), {}
+    for checkpointing in (False, True):
+        found = our_logprobs(model, rows, checkpointing=checkpointing)  # the probe is done with
+        sizes = saved[checkpointing] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            again = our_logprobs(model, rows, checkpointing=checkpointing)
+        assert torch.equal(found, again)
+    assert sum(saved[True]) < 0.5 * sum(saved[False])
+    assert_like_plain(model, rows, 3e-4 if name == "qwen3_next" else 1e-4, checkpointing=True)
 
 
 def test_the_probe_leaves_a_model_as_it_was_and_runs_once() -> None:

@@ -79,17 +79,17 @@ def _hidden(
     if sum(len(bucket) * rows.length(bucket[0]) for bucket in buckets) <= WORTH_SHARING * rows.packed_tokens():
         return plainly()
     stateful = keeps_states(body.config)
-    if stateful and body not in _REFUSED and not (checkpointing or one_call):
-        ways = (functools.partial(_of_one_prompt, way) for way in (padded_hidden, continued_hidden))
-        _REFUSED[body] = gradients_differ(body, *ways)
+    shared = functools.partial(continued_hidden if stateful else shared_hidden, checkpointing=checkpointing)
+    if stateful and body not in _REFUSED and not one_call:
+        _REFUSED[body] = gradients_differ(
+            body, *(functools.partial(_of_one_prompt, way) for way in (padded_hidden, shared))
+        )
     reason = _REFUSED.get(body) or sharing_refusal(body, rows.longest())
-    if stateful and reason is None:
-        if not (checkpointing or one_call):
-            return continued_hidden(*inputs)
-        reason = "checkpointing drops states" if checkpointing else "its weights are shared out over ranks"
+    if stateful and one_call and reason is None:
+        reason = "ranks that share its weights out call it once, and states take two calls"
     if reason is None:
         try:
-            return shared_hidden(*inputs, checkpointing=checkpointing)
+            return shared(*inputs)
         except NotShareableError as error:
             reason = _REFUSED[body] = str(error)
     _warn_once(body.config.model_type, reason)

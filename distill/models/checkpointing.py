@@ -1,18 +1,27 @@
-"""Activation checkpointing for the length of a call: each decoder layer keeps only its input, and is computed again."""
+"""Activation checkpointing for the length of a call: each decoder layer keeps only its input, and is computed again.
+
+A layer that fills a cache keeps what the cache held before, too, and fills a copy of that when it is computed again.
+"""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from distill.models.states import snapshot
 
 MISSING = object()
 
 
 @contextlib.contextmanager
-def checkpointed(body: nn.Module, recomputing: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+def checkpointed(
+    body: nn.Module, recomputing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+) -> Iterator[None]:
     """Has each layer keep only its input meanwhile; `recomputing` surrounds its second forward, in the backward."""
     layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -21,8 +30,9 @@ def checkpointed(body: nn.Module, recomputing: Callable[[], contextlib.AbstractC
     ours = {
         "gradient_checkpointing": True,
         "training": True,
+        "_can_checkpoint_with_cache": True,  # else it would be given none
         "_gradient_checkpointing_func": functools.partial(
-            checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recomputing())
+            _checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recomputing())
         ),
     }
     before = [{name: vars(layer).get(name, MISSING) for name in ours} for layer in layers]
@@ -37,3 +47,26 @@ def checkpointed(body: nn.Module, recomputing: Callable[[], contextlib.AbstractC
                     del vars(layer)[name]
                 else:
                     vars(layer)[name] = value
+
+
+def _checkpoint(function: functools.partial, *inputs: Any, **options: Any) -> Any:
+    """`checkpoint` of a layer's forward with its arguments, a cache perhaps among them."""
+    caches = [given for given in (*inputs, *function.keywords.values()) if isinstance(given, Cache)]
+    if not caches:
+        return checkpoint(function, *inputs, **options)
+    before, first = snapshot(caches[0].layers), True
+
+    def run(*given: Any) -> Any:
+        nonlocal first
+        if first:
+            first = False
+            return function(*given)
+        other = Cache(layers=snapshot(before))
+
+        def swapped(value: Any) -> Any:
+            return other if isinstance(value, Cache) else value
+
+        named = {name: swapped(value) for name, value in function.keywords.items()}
+        return function.func(*function.args, *map(swapped, given), **named)
+
+    return checkpoint(run, *inputs, **options)

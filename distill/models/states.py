@@ -123,6 +123,14 @@ def take_keys(layers: list, nothing: Tensor) -> tuple[list[Tensor], list[Tensor]
     return *([nothing if each is None else each for each in pieces] for pieces in (keys, values)), states
 
 
+def snapshot(layers: list) -> list:
+    """Cache layers that hold the same tensors, and go on holding them when the given ones are filled further."""
+    copies = [copy.copy(layer) for layer in layers]
+    for layer in copies:
+        vars(layer).update({name: dict(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+    return copies
+
+
 def of_rows(layers: list, index: Tensor) -> list:
     """Cache layers for other rows: row r gets a copy of what row `index[r]` has; the given layers stay as they are."""
 
