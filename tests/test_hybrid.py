@@ -312,6 +312,17 @@ def test_checkpointing_changes_nothing_but_memory(name: str) -> None:
     assert_like_plain(model, rows, 3e-4 if name == "qwen3_next" else 1e-4, checkpointing=True)
 
 
+@pytest.mark.parametrize("name", ["zamba", "zamba2"])
+def test_checkpointed_layers_within_others_have_the_same_gradients(name: str) -> None:
+    model, rows = tiny_hybrid(name), hybrid_rows()
+    found, expected = (
+        gradients(model, our_logprobs(model, rows, way="padded", checkpointing=checkpointing))
+        for checkpointing in (True, False)
+    )
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
 def test_the_probe_leaves_a_model_as_it_was_and_runs_once() -> None:
     model = tiny_hybrid("qwen3_5_text").train()
     model.model.layers[1].eval()

@@ -24,6 +24,9 @@ def checkpointed(
 ) -> Iterator[None]:
     """Has each layer keep only its input meanwhile; `recomputing` surrounds its second forward, in the backward."""
     layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # One within another would be a checkpoint in the first forward and none in the second, where it is no longer asked.
+    within = {id(module) for layer in layers for module in layer.modules() if module is not layer}
+    layers = [layer for layer in layers if id(layer) not in within]
     if not layers:
         raise ValueError(f"model type {body.config.model_type!r} has no layers that support checkpointing")
     # The layer itself asks for training mode; its submodules, where dropout lives, keep theirs.
