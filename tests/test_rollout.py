@@ -328,7 +328,6 @@ def test_wrong_input_is_refused() -> None:
 
 REFUSED = {
     "t5": (AutoModelForSeq2SeqLM, {"d_model": 16, "num_layers": 1, "d_ff": 16, "d_kv": 8, "num_heads": 2}),
-    "mamba": (AutoModelForCausalLM, {"hidden_size": 16, "num_hidden_layers": 1}),
     "gemma2": (AutoModelForCausalLM, {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
                                       "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 16}),
     "gpt_oss": (AutoModelForCausalLM, {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
