@@ -328,7 +328,6 @@ def test_wrong_input_is_refused() -> None:
 
 REFUSED = {
     "t5": (AutoModelForSeq2SeqLM, {"d_model": 16, "num_layers": 1, "d_ff": 16, "d_kv": 8, "num_heads": 2}),
-    "mamba": (AutoModelForCausalLM, {"hidden_size": 16, "num_hidden_layers": 1}),
     "bloom": (AutoModelForCausalLM, {"hidden_size": 16, "n_layer": 1, "n_head": 2}),
 }
 

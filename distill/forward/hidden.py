@@ -2,9 +2,10 @@
 
 A prompt is computed once, however many completions it has, and no token of padding is computed: prompts and
 completions are packed into one row, and an attention function of our own (`distill_kernels.prefix_attention`) keeps
-them apart. Models it cannot stand in for get plain rows, a prompt each. Rows are described by lengths that the host
-knows, so that nothing here waits for an accelerator, and no mask is compared with `pad_token_id`. Left out on purpose:
-logits and losses, which live behind the head, and any change to the model that outlasts a call.
+them apart. Where layers keep a state instead, completions go on from that of their prompt (continued.py). Other models
+get plain rows, a prompt each. Rows are described by lengths that the host knows, so that nothing here waits for an
+accelerator, and no mask is compared with `pad_token_id`. Left out on purpose: logits and losses, which live behind the
+head, and any change to the model that outlasts a call.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from distill.forward.continued import continued_hidden
 from distill.forward.cpu_linear import OneDnnLinears
 from distill.forward.packing import MAX_PADDING, Rows, host_rows, length_buckets, pack, pad
-from distill.models import attention_as, checkpointed, sharing_refusal, unpacked_rows, windowed_layers
+from distill.models import (
+    attention_as,
+    checkpointed,
+    gradients_differ,
+    keeps_states,
+    sharing_refusal,
+    unpacked_rows,
+    windowed_layers,
+)
 from distill.runtime import to_device
 from distill_kernels import PrefixLayout, prefix_attention
 
@@ -87,10 +97,18 @@ def _hidden(
     plainly = functools.partial(padded_hidden, *inputs, checkpointing=checkpointing, buckets=buckets)
     if sum(len(bucket) * rows.length(bucket[0]) for bucket in buckets) <= WORTH_SHARING * rows.packed_tokens():
         return plainly()
+    stateful = keeps_states(body.config)
+    shared = functools.partial(continued_hidden if stateful else shared_hidden, checkpointing=checkpointing)
+    if stateful and body not in _REFUSED and not one_call:
+        _REFUSED[body] = gradients_differ(
+            body, *(functools.partial(_of_one_prompt, way) for way in (padded_hidden, shared))
+        )
     reason = _REFUSED.get(body) or sharing_refusal(body, rows.longest())
+    if stateful and one_call and reason is None:
+        reason = "ranks that share its weights out call it once, and states take two calls"
     if reason is None:
         try:
-            return shared_hidden(*inputs, checkpointing=checkpointing)
+            return shared(*inputs)
         except NotShareableError as error:
             reason = _REFUSED[body] = str(error)
     _warn_once(body.config.model_type, reason)
@@ -151,6 +169,12 @@ def padded_hidden(
     return torch.cat(found)[to_device(order, prompt_ids.device)]
 
 
+def _of_one_prompt(hidden_of: Callable[..., Tensor], body: nn.Module, prompt_ids: Tensor, said: Tensor) -> Tensor:
+    """Hidden states of a prompt's completions [R, T], all of it tokens, by `padded_hidden` or the like."""
+    R, T = said.shape
+    return hidden_of(body, prompt_ids, said, Rows([prompt_ids.shape[1]], [T] * R, [0] * R))
+
+
 def refuse_like(body: nn.Module, other: nn.Module) -> None:
     """Has `other`, which computes what `body` does, share no prompts where `body` was found unable to."""
     if body in _REFUSED:
@@ -202,7 +226,7 @@ def _shared_prefix_attention(
 
 AttentionInterface.register(ATTENTION, _shared_prefix_attention)
 
-_REFUSED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_REFUSED: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 _nothing = contextlib.nullcontext
 
 

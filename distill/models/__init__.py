@@ -9,11 +9,13 @@ from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
 from distill.models.compiling import compile_layers
 from distill.models.composite import auto_class, other_parameters, save_model
+from distill.models.gradient_probe import gradients_differ
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
 from distill.models.norms import fuse_norms
 from distill.models.siblings import join_siblings
 from distill.models.sources import ModelError
+from distill.models.states import cache_argument, empty_cache, joined, keeps_states, of_rows, take_keys, tensors_of
 from distill.models.structure import Head, alias, body_of, layer_stack, split_head, text_model, whole, without_layers
 
 __all__ = [
@@ -24,15 +26,20 @@ __all__ = [
     "attention_as",
     "auto_class",
     "body_of",
+    "cache_argument",
     "check_pair",
     "checkpointed",
     "compile_layers",
     "describe",
+    "empty_cache",
     "eos_ids",
     "fits_static",
     "fuse_norms",
+    "gradients_differ",
     "is_adapted",
     "join_siblings",
+    "joined",
+    "keeps_states",
     "layer_stack",
     "linear_layers",
     "load_model",
@@ -41,11 +48,14 @@ __all__ = [
     "merged_weight",
     "native_refusal",
     "other_parameters",
+    "of_rows",
     "save_adapter",
     "save_model",
     "sharing_refusal",
     "split_head",
     "text_model",
+    "take_keys",
+    "tensors_of",
     "unpacked_rows",
     "whole",
     "windowed_layers",

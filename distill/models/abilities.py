@@ -9,20 +9,24 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from distill.models.states import STATE_LAYERS, keeps_states
+
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+BESIDE_STATES = STATE_LAYERS | {"moe", "mlp"}  # what a model with states may have too; the latter two keep nothing
 
 
 def native_refusal(model: PreTrainedModel) -> str | None:
     """Why the native engine cannot decode this model, or None."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    stateful = keeps_states(config)
+    kinds = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS - (BESIDE_STATES if stateful else set())
     if config.is_encoder_decoder:
         return "an encoder-decoder has no prompt cache of the causal kind"
     if kinds:
         return f"layers of the kinds {sorted(kinds)} keep no keys and values of every position"
     if getattr(config, "num_kv_shared_layers", 0):
         return "layers share one another's keys and values"
-    if not model._supports_attention_backend:
+    if not (model._supports_attention_backend or stateful):  # hybrid families leave it unsaid: the first call tells
         return f"{type(model).__name__} computes attention itself and takes no other function for it"
     return None
 
@@ -30,6 +34,8 @@ def native_refusal(model: PreTrainedModel) -> str | None:
 def sharing_refusal(body: nn.Module, longest_row: int) -> str | None:
     """Why a prompt cannot be computed once for all of its rows, of at most `longest_row` tokens, or None."""
     config = body.config.get_text_config()
+    if keeps_states(config):  # nothing here is replaced; whether gradients enter a prompt's state is tried out
+        return None
     if not getattr(body, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -66,4 +72,5 @@ def fits_static(config: Any) -> bool:
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     rope = getattr(config, "rope_parameters", None) or {}
     plain_rope = rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-    return not sliding and not capped and not experts and plain_rope
+    # No step of a model with states has been captured on a GPU yet.
+    return not sliding and not capped and not experts and plain_rope and not keeps_states(config)

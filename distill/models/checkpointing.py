@@ -1,28 +1,41 @@
-"""Activation checkpointing for the length of a call: each decoder layer keeps only its input, and is computed again."""
+"""Activation checkpointing for the length of a call: each decoder layer keeps only its input, and is computed again.
+
+A layer that fills a cache keeps what the cache held before, too, and fills a copy of that when it is computed again.
+"""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from distill.models.states import snapshot
 
 MISSING = object()
 
 
 @contextlib.contextmanager
-def checkpointed(body: nn.Module, recomputing: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+def checkpointed(
+    body: nn.Module, recomputing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+) -> Iterator[None]:
     """Has each layer keep only its input meanwhile; `recomputing` surrounds its second forward, in the backward."""
     layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # One within another would be a checkpoint in the first forward and none in the second, where it is no longer asked.
+    within = {id(module) for layer in layers for module in layer.modules() if module is not layer}
+    layers = [layer for layer in layers if id(layer) not in within]
     if not layers:
         raise ValueError(f"model type {body.config.model_type!r} has no layers that support checkpointing")
     # The layer itself asks for training mode; its submodules, where dropout lives, keep theirs.
     ours = {
         "gradient_checkpointing": True,
         "training": True,
+        "_can_checkpoint_with_cache": True,  # else it would be given none
         "_gradient_checkpointing_func": functools.partial(
-            checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recomputing())
+            _checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recomputing())
         ),
     }
     before = [{name: vars(layer).get(name, MISSING) for name in ours} for layer in layers]
@@ -37,3 +50,26 @@ def checkpointed(body: nn.Module, recomputing: Callable[[], contextlib.AbstractC
                     del vars(layer)[name]
                 else:
                     vars(layer)[name] = value
+
+
+def _checkpoint(function: functools.partial, *inputs: Any, **options: Any) -> Any:
+    """`checkpoint` of a layer's forward with its arguments, a cache perhaps among them."""
+    caches = [given for given in (*inputs, *function.keywords.values()) if isinstance(given, Cache)]
+    if not caches:
+        return checkpoint(function, *inputs, **options)
+    before, first = snapshot(caches[0].layers), True
+
+    def run(*given: Any) -> Any:
+        nonlocal first
+        if first:
+            first = False
+            return function(*given)
+        other = Cache(layers=snapshot(before))
+
+        def swapped(value: Any) -> Any:
+            return other if isinstance(value, Cache) else value
+
+        named = {name: swapped(value) for name, value in function.keywords.items()}
+        return function.func(*function.args, *map(swapped, given), **named)
+
+    return checkpoint(run, *inputs, **options)

@@ -17,6 +17,7 @@ from distill.models.composite import auto_class, set_other_parts_aside
 from distill.models.norms import fuse_norms
 from distill.models.quantised import load_quantised, stored_format
 from distill.models.sources import ModelError, Source, cache_dir, resolve, sha256_of
+from distill.models.states import warn_of_absent_kernels
 from distill.models.structure import remove_layers
 
 # For a repository without safetensors, transformers would otherwise ask a service of the hub to convert it.
@@ -91,6 +92,7 @@ def load_model(
         prefer_flash(model, device)
     if device.type == "cuda":
         fuse_norms(model)
+        warn_of_absent_kernels(model.config)
     find_split(model)
     return model
 

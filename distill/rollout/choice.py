@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.models import attention_as, compile_layers, linear_layers, native_refusal, windowed_layers
+from distill.models import attention_as, compile_layers, keeps_states, linear_layers, native_refusal, windowed_layers
 from distill.rollout.decode import decode_step, prefill
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.generation_copy import PackedLinear
@@ -67,19 +67,23 @@ def _native(model: PreTrainedModel, compiled: bool, **options: Any) -> NativeEng
 
 @torch.no_grad()
 def check_decode_step(body: nn.Module, dtype: torch.dtype) -> None:
-    """Compares a decode step with the body's own forward. Raises `NotImplementedError` when they disagree."""
-    token_ids = torch.arange(4, device=body.device)[None]
-    everything = torch.ones_like(token_ids, dtype=torch.bool)
-    _, expected = prefill(body, token_ids, everything)
-    prompt, _ = prefill(body, token_ids[:, :-1], everything[:, :-1])
-    cache = DecodeCache(prompt, token_ids.new_zeros(2), 2)
+    """Compares decode steps with the body's own forward, several where it keeps states, which only they carry on.
+
+    Raises `NotImplementedError` when they disagree.
+    """
+    P, steps = 3, 3 if keeps_states(body.config) else 1
+    token_ids = torch.arange(P + 2 * steps, device=body.device)
+    rows = torch.cat([token_ids[:P].expand(2, P), token_ids[P:].view(2, steps)], 1)
+    expected = body(input_ids=rows, use_cache=False).last_hidden_state[:, P:]
+    prompt, _ = prefill(body, rows[:1, :P], torch.ones_like(rows[:1, :P], dtype=torch.bool))
+    cache = DecodeCache(prompt, rows.new_zeros(2), steps + 1)
     with attention_as(body, ATTENTION_NAME):
-        hidden = decode_step(body, cache, token_ids[0, -1:].expand(2), token_ids.new_full((2,), 3))
+        found = [decode_step(body, cache, rows[:, at], rows.new_full((2,), at)) for at in range(P, P + steps)]
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
-    error = float((hidden - expected).abs().max() / expected.abs().max())
+    error = float((torch.stack(found, 1) - expected).abs().max() / expected.abs().max())
     if not error < tolerance:
         raise NotImplementedError(
-            f"a decode step is off by {error:.1e} from the model's own forward, so its attention is of another kind"
+            f"a decode step is off by {error:.1e} from the model's own forward, so its layers are of another kind"
         )
     # Too short a step to fall out of a window: the layers have to tell of it.
     if windowed_layers(body.config.get_text_config()) - cache.windows:

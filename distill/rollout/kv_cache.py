@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
+from distill.models import of_rows
 from distill_kernels import decode_attention
 from distill_kernels.decode_attention import LARGEST_HEAD
 
@@ -28,23 +29,28 @@ FUSED_ATTENTION = True
 
 
 class PromptCache(NamedTuple):
-    """What a prefill leaves: per layer [B, kv heads, P, D], and [B, P] bool, true where there is a token."""
+    """What a prefill leaves: per layer [B, kv heads, P, D], and [B, P] bool, true where there is a token.
+
+    `states` has a cache layer of transformers for each layer of a model in which some keep a state; those without
+    attention have no heads in `keys`.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
+    states: list[Any] = []  # noqa: RUF012 # never changed
     latent: bool = False  # whether the model caches latents, of which these are made (latents.py)
 
     def select(self, prompts: Tensor) -> "PromptCache":
         keys, values = [k[prompts] for k in self.keys], [v[prompts] for v in self.values]
-        return PromptCache(keys, values, self.mask[prompts], self.latent)
+        return PromptCache(keys, values, self.mask[prompts], of_rows(self.states, prompts), self.latent)
 
 
 class DecodeCache(Cache):
     """Cache of R rows that continue prompts; `prompt_index` [R] is sorted, row r continues that prompt."""
 
     def __init__(self, prompt: PromptCache, prompt_index: Tensor, max_new_tokens: int) -> None:
-        super().__init__(layers=[])
+        super().__init__(layers=of_rows(prompt.states, prompt_index))
         rows, prompts = prompt_index.numel(), prompt.mask.shape[0]
         self.shared = rows > prompts
         self.prompt_length = prompt.mask.shape[1]
@@ -74,6 +80,7 @@ class DecodeCache(Cache):
 
         Latents go back as they are: `attend` writes what the model makes of them.
         """
+        self.layer = layer_idx  # some layers share one attention module, which knows no number of its own
         return (key_states, value_states) if self._prompt.latent else self._write(key_states, value_states, layer_idx)
 
     def _write(self, key_states: Tensor, value_states: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +99,7 @@ class DecodeCache(Cache):
         end = self._offset + self.length
         for buffer in (*self._keys, *self._values):
             buffer[: rows.numel(), :, :end] = buffer[rows, :, :end]
-        self._rows = rows.numel()
+        self._rows, self.layers = rows.numel(), of_rows(self.layers, rows)
         prompts, self._prompt_index = self._prompt_index[rows].unique_consecutive(return_inverse=True)
         if prompts.numel() < self._prompt.mask.shape[0]:
             self._prompt = self._prompt.select(prompts)
@@ -315,7 +322,7 @@ def shared_prefix_attention(
         raise NotImplementedError(f"{found} is beyond it")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = {"window": sliding_window or None, "softcap": softcap, "sinks": s_aux}
-    output = decode_cache.attend(query.to(key.dtype), key, value, module.layer_idx, scale, **options)
+    output = decode_cache.attend(query.to(key.dtype), key, value, decode_cache.layer, scale, **options)
     return output.to(query.dtype).unsqueeze(1), None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distill.models import attention_as, fits_static, split_head
+from distill.models import attention_as, fits_static, split_head, tensors_of
 from distill.rollout.decode import Completions, Wave, decode, decode_static, prefill
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.kv_cache import ATTENTION_NAME
@@ -19,7 +19,7 @@ from distill.runtime import free_bytes
 
 
 class NativeEngine(RolloutEngine):
-    """For models whose attention keeps the keys and values of every position; choice.py tells which do."""
+    """For models whose layers keep the keys and values of every position or a state; choice.py tells which do."""
 
     engine = "native"
 
@@ -34,6 +34,7 @@ class NativeEngine(RolloutEngine):
         with torch.no_grad():
             prompt, _ = prefill(self.body, one, torch.ones_like(one, dtype=torch.bool))
         self._token_bytes = sum(piece.nbytes for piece in (*prompt.keys, *prompt.values))
+        self._state_bytes = sum(state.nbytes for state in tensors_of(prompt.states))
 
     def _run(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
         def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -75,6 +76,7 @@ class NativeEngine(RolloutEngine):
             self._model.config.get_text_config(),
             self._copy.dtype.itemsize,
             self._token_bytes,
+            state_bytes=self._state_bytes,
             prompt_length=prompt_length,
             num_rollouts=num_rollouts,
             max_new_tokens=self.sampling.max_new_tokens,

@@ -5,16 +5,24 @@ from typing import Any
 
 
 def wave_bytes(
-    config: Any, itemsize: int, token_bytes: int, *, prompt_length: int, num_rollouts: int, max_new_tokens: int
+    config: Any,
+    itemsize: int,
+    token_bytes: int,
+    *,
+    state_bytes: int = 0,
+    prompt_length: int,
+    num_rollouts: int,
+    max_new_tokens: int,
 ) -> tuple[int, int]:
     """Bytes that sampling takes beside the weights, for each prompt and for each of its rows.
 
-    `config` is the text model's; `token_bytes` are those of one token's keys and values, `itemsize` of a weight.
+    `config` is the text model's; `token_bytes` are those of one token's keys and values, `itemsize` of a weight,
+    `state_bytes` what layers keep of a row whatever its length.
     """
     width = 8 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    a_prompt = prompt_length * (token_bytes + width * itemsize + 4 * prompt_length)
+    a_prompt = state_bytes + prompt_length * (token_bytes + width * itemsize + 4 * prompt_length)
     # Three float32 of logits: the head's, the sampler's and the next step's.
-    a_row = max_new_tokens * token_bytes + 12 * config.vocab_size + width * itemsize
+    a_row = state_bytes + max_new_tokens * token_bytes + 12 * config.vocab_size + width * itemsize
     if num_rollouts == 1:  # the prompt's keys are copied into the row's buffer
         a_row += prompt_length * token_bytes
     return a_prompt, a_row
