@@ -95,7 +95,7 @@ def check_saved(final, source) -> None:
     changed = {
         name for name in set(expected) - others if not torch.equal(found[name].to(expected[name].dtype), expected[name])
     }
-    assert any("mlp" in name for name in changed)
+    assert len(changed) > 5
     assert not ours.get_output_embeddings().weight.dtype.itemsize < 4, (
         "trained weights would be rounded as they are loaded"
     )

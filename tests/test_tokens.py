@@ -13,6 +13,7 @@ from rich.console import Console
 
 from distill.prompts import PromptError, load_prompts, tokenise
 from distill.prompts import prompt_set as prompt_sets
+from distill.prompts.tokens import ControlTokens
 from distill.run import display
 
 DATA = Path(__file__).parent.parent / "data"
@@ -31,6 +32,7 @@ def many_tokens():
 
 
 MANY, FEW = many_tokens(), tiny_tokenizer()
+CONTROL = ControlTokens([token.content for token in MANY.added_tokens_decoder.values() if token.special])
 
 
 def one_at_a_time(messages, tokenizer, templated):
@@ -79,6 +81,15 @@ def test_the_ids_are_those_of_one_search_and_one_call_at_a_time(texts):
     for tokenizer in (MANY, FEW):
         assert tokenise(messages, tokenizer, True) == one_at_a_time(messages, tokenizer, True)
         assert tokenise(messages[:1], tokenizer, False) == one_at_a_time(messages[:1], tokenizer, False)
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+@settings(max_examples=60, deadline=None)
+def test_the_earliest_and_of_those_the_longest_token_is_hidden_first(text):
+    """The byte-level tokenizer gives the same ids wherever a text is cut; others do not."""
+    ours, theirs = [], []
+    assert CONTROL.hide(text, ours) == _hide(text, MANY, theirs)
+    assert ours == theirs
 
 
 def test_the_ids_of_all_shipped_prompts_are_the_same(tmp_path):
