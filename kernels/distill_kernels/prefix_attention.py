@@ -237,7 +237,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: _Scores) -> tuple
         # Its heads are of one size: zeros add nothing, and are faster than products of whole scores.
         q, k, v = _padded(query, key, value)
         out, lse = flash(q, k, v, 0.0, scores.causal, attn_mask=_bias(q, scores), scale=scores.scale)
-        return out[..., : value.shape[-1]], lse
+        return _cut(out, value), lse
     capped, _ = _scored(query, key, scores)
     lse = capped.logsumexp(-1)
     return (capped - lse[..., None]).exp().to(value.dtype) @ value, lse
@@ -252,7 +252,7 @@ def _attend_backward(
         tensors = _padded(grad_out, query, key, value, out)
         bias = _bias(query, scores)
         grads = flash(*tensors, lse, 0.0, scores.causal, attn_mask=bias, scale=scores.scale)
-        return tuple(g[..., : like.shape[-1]] for g, like in zip(grads, (query, key, value), strict=True))
+        return tuple(_cut(grad, like) for grad, like in zip(grads, (query, key, value), strict=True))
     capped, slope = _scored(query, key, scores)
     weight = (capped - lse[..., None]).exp()
     offset = (grad_out * out).sum(-1, keepdim=True, dtype=weight.dtype)
@@ -262,6 +262,11 @@ def _attend_backward(
 
 def _has_cpu_flash(query: Tensor, scores: _Scores) -> bool:
     return query.device.type == "cpu" and scores.softcap is None
+
+
+def _cut(padded: Tensor, like: Tensor) -> Tensor:
+    """Without `_padded`'s zeros."""
+    return padded if padded.shape[-1] == like.shape[-1] else padded[..., : like.shape[-1]]
 
 
 def _padded(*tensors: Tensor) -> tuple[Tensor, ...]:
