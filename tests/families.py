@@ -359,7 +359,7 @@ def main(families: list[str]) -> int:
     """Examines some families, or all and writes the page; 1 where one ends in a traceback or is not exact."""
     known = set(re.findall(r"`([^`]+)`", PAGE.read_text())) if PAGE.exists() else set()
     if new := [family for family in mapping() if family not in known]:
-        print(f"{PAGE.name} does not have: {', '.join(new)}")
+        print(f"{PAGE.name} does not have {len(new)} of transformers' families: {', '.join(new)}")
     outcomes, unmade, wrong = {}, {}, []
     for family in families or mapping():
         try:

@@ -163,7 +163,7 @@ def test_a_wave_counts_the_states() -> None:
 
 @pytest.mark.parametrize("name", OWN_STATES)
 def test_what_keeps_states_elsewhere_is_refused_in_words(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=r"rollout.engine native: .*; set rollout.engine: transformers"):
+    with pytest.raises(NotImplementedError, match=r"rollout.engine native: .*; set rollout.engine: auto"):
         make_engine(tiny_hybrid(name))
 
 

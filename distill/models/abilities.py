@@ -42,8 +42,7 @@ def sharing_refusal(body: nn.Module, longest_row: int) -> str | None:
     if kinds - KNOWN_LAYERS or getattr(config, "attention_chunk_size", None):
         return f"its layers are {', '.join(sorted(kinds)) or 'chunked'}"
     # On CUDA the dense way would stand in for flash kernels: no card has yet measured whether that pays.
-    on_cuda = next(body.parameters()).device.type == "cuda"
-    if on_cuda and windowed_layers(config) and config.sliding_window < longest_row:
+    if body.device.type == "cuda" and windowed_layers(config) and config.sliding_window < longest_row:
         return f"its attention window of {config.sliding_window} tokens is shorter than a row"
     return None
 

@@ -51,6 +51,10 @@ class _Called(nn.Module):
         self.model, self.config = model, model.config
         self._supports_attention_backend = getattr(body_of(model), "_supports_attention_backend", False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     def forward(self, **inputs: Any) -> Any:
         return body_of(self.model)(**inputs)
 
