@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -55,6 +54,12 @@ def _warn_once(model_type: str, absent: str) -> None:
         f"operations: the same result, much slower; pip install 'distill-on-policy[hybrid]'",
         stacklevel=3,
     )
+
+
+class Stateless:
+    """Stands for a layer that keeps no state, so that each has its number."""
+
+    keys = values = None
 
 
 class GraphState(LinearAttentionLayer):
@@ -117,7 +122,7 @@ def _cache_name(kind: type[nn.Module]) -> str:
 def take_keys(layers: list, nothing: Tensor) -> tuple[list[Tensor], list[Tensor], list]:
     """Keys and values out of filled cache layers, `nothing` for a layer without; what remains are the states."""
     keys, values = ([getattr(layer, name, None) for layer in layers] for name in ("keys", "values"))
-    states = [layer if isinstance(layer, LinearAttentionCacheLayerMixin) else DummyLayer() for layer in layers]
+    states = [layer if isinstance(layer, LinearAttentionCacheLayerMixin) else Stateless() for layer in layers]
     for layer in states:
         layer.keys = layer.values = None
     return *([nothing if each is None else each for each in pieces] for pieces in (keys, values)), states
