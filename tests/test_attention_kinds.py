@@ -153,7 +153,7 @@ def test_a_window_in_the_mask_alone_is_noticed(family, options):
         torch.testing.assert_close(found, ways.padded_hidden(model.base_model, rows[0], rows[2], host_rows(*rows)))
     kept = {"sampling": SamplingOptions(4), "eos_token_ids": [2], "pad_token_id": 0, "seed": 1}
     with pytest.raises(NotImplementedError, match=r"windows in their mask alone; set rollout\.engine: auto"):
-        local_engine(model, precision="float32", **kept)
+        local_engine(model, engine="native", precision="float32", **kept)
 
 
 def test_within_a_window_nothing_is_special_and_a_key_that_no_layer_reads_is_none():
