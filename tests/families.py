@@ -70,8 +70,11 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": MAMBA | {"attn_layer_indices": (1, 3)},
     "beam": {"n_group": 2, "topk_group": 1},
     "codegen": {"rotary_dim": 4},
-    "cohere_compass_text": {"layer_types": ("full_attention",) * 4},
-    "dbrx.attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+    "cohere_compass_text": {
+        "layer_types": ("full_attention",) * 4,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "dbrx.attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
     "dbrx.ffn_config": {"moe_num_experts": 4, "moe_top_k": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -102,7 +105,16 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_text": DELTA,
     "qwen3_next": DELTA | {"layer_types": STATES},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attention_head_size": 8},
-    "qwen4_exp_text": DELTA | {"layer_types": ("linear_attention",) * 4, "ple_layer_ids": ()},
+    "qwen4_exp_text": DELTA
+    | {
+        "layer_types": ("linear_attention", "indexed_attention") * 2,
+        "ple_layer_ids": (),
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32, "is_decoder": True},
     **{name: {"is_decoder": True} for name in ("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie")},
     **{name: {"is_decoder": True} for name in ("megatron-bert", "roberta", "roberta-prelayernorm", "roc_bert")},
@@ -116,7 +128,10 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 # Smaller where rounding grows through such layers, in the model's own forward as well.
-INITIALIZER_RANGE = dict.fromkeys(("ctrl", "gemma4_text", "hy_v4", "nemotron_h", "qwen3_5_moe_text", "qwen3_next"), 0.1)
+INITIALIZER_RANGE = {
+    **dict.fromkeys(("ctrl", "gemma4_text", "nemotron_h", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), 0.1),
+    **dict.fromkeys(("hy_v4", "zamba2"), 0.05),
+}
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
@@ -232,7 +247,7 @@ def _trained(model: nn.Module, vocab_size: int) -> Outcome:
 
 def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple[str, float, float]:
     """Why prompts are not shared, and the errors of log-probabilities and gradients against the model row by row."""
-    from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score
+    from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, check_sharing, score
     from distill.models import split_head
 
     parts = ModelParts(*split_head(model, vocab_size), torch.float32)
@@ -241,6 +256,7 @@ def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple
     trained = [p for p in model.parameters() if p.requires_grad]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        check_sharing(parts)
         hidden = [each * 0.5 for each in score([parts], group, everything)]  # of a teacher that differs
         accumulate_gradients(parts, [parts], hidden, group, everything, options, vocab_size=vocab_size)
     ours = [p.grad for p in trained]
@@ -291,9 +307,39 @@ class Way(NamedTuple):
     """Part of what is said where one of the two is not so."""
 
 
-OURS = Way("native", True)
+OURS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "olmo2", "gpt2", "gpt_neox", "opt", "glm4", "granite")
+OURS += ("smollm3", "starcoder2", "ernie4_5", "hunyuan_v1_dense", "seed_oss")
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "minimax_m2", "dbrx", "gpt_oss")
+WINDOWED = ("gemma2", "gemma3_text", "gemma4_text", "cohere2", "exaone4", "olmo3", "ministral")
+OF_LATENTS = ("deepseek_v2", "deepseek_v3")
+HYBRID = (
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "olmo_hybrid",
+    "granitemoehybrid",
+    "falcon_h1",
+    "nemotron_h",
+)
+HYBRID += ("lfm2", "bamba", "zaya")
+MORE_AT_ITS_HEAD = ("modernbert-decoder", "bert")
+
+# The families that are examined in every run of the tests, at most sixty.
 EXPECTED: dict[str, Way] = {
-    **dict.fromkeys(("llama", "qwen3"), OURS),
+    **dict.fromkeys(
+        (*OURS, *EXPERTS, *WINDOWED, *OF_LATENTS, *HYBRID, *MORE_AT_ITS_HEAD),
+        Way("native", True),
+    ),
+    **dict.fromkeys(("jamba", "mamba"), Way("native", False, "the gradient through a prompt's states is")),
+    "doge": Way("native", False, "a mask of its own"),
+    **dict.fromkeys(
+        ("bloom", "codegen", "gptj", "mpt", "falcon", "stablelm"),
+        Way("transformers", False, "computes attention itself"),
+    ),
+    "nemotron": Way("transformers", False, "passes no arguments on to attention"),
+    "gemma3n_text": Way("transformers", True, "layers share one another's keys and values"),
+    "llama4_text": Way("transformers", False, "['chunked_attention'] keep no keys and values of every position"),
+    "minimax": Way("transformers", False, "uses cache of its own"),
 }
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"

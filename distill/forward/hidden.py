@@ -175,6 +175,11 @@ def _of_one_prompt(hidden_of: Callable[..., Tensor], body: nn.Module, prompt_ids
     return hidden_of(body, prompt_ids, said, Rows([prompt_ids.shape[1]], [T] * R, [0] * R))
 
 
+def refuse(body: nn.Module, reason: str) -> None:
+    """Has a body share no prompts from now on."""
+    _REFUSED[body] = reason
+
+
 def refuse_like(body: nn.Module, other: nn.Module) -> None:
     """Has `other`, which computes what `body` does, share no prompts where `body` was found unable to."""
     if body in _REFUSED:

@@ -9,6 +9,7 @@ from distill.loss.head_pair import AGREEMENT_TOKENS, HeadPair
 from distill.loss.model_parts import ModelParts
 from distill.loss.options import LossOptions
 from distill.loss.rollouts import Rollouts
+from distill.loss.sharing import check_sharing
 from distill.loss.token_statistics import statistics
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Rollouts",
     "TeacherView",
     "accumulate_gradients",
+    "check_sharing",
     "score",
     "statistics",
 ]

@@ -34,14 +34,19 @@ def choose_attention(requested: str, device: torch.device) -> str | None:
     return requested
 
 
-def prefer_flash(model: PreTrainedModel, device: torch.device) -> None:
-    """Gives a loaded model the newest FlashAttention that is installed, if the GPU and the class support it."""
+def prefer(model: PreTrainedModel, device: torch.device) -> None:
+    """Has a loaded model computed as `auto` means: by the newest FlashAttention that GPU and class support.
+
+    Elsewhere a model with a soft cap goes by eager: sdpa leaves it out, and some versions of transformers take sdpa.
+    """
     # FlashAttention 4 is still a beta: it is used when named, not by itself.
     for name in ("flash_attention_3", "flash_attention_2"):
         _, needed, is_available = ATTENTION_PACKAGES[name]
         if model._supports_flash_attn and _capability(device) >= needed and is_available():
             model.set_attn_implementation(name)
             return
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
 
 
 def _capability(device: torch.device) -> int:

@@ -25,6 +25,16 @@ class HeadInputs(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, embedding: nn.Module) -> None:
+        self.model.set_input_embeddings(embedding)
+
     def forward(self, **inputs: Any) -> BaseModelOutput:
         output, given = self.model.get_output_embeddings(), []
 

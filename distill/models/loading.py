@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.models.agreement import find_split
-from distill.models.attention import choose_attention, prefer_flash
+from distill.models.attention import choose_attention, prefer
 from distill.models.composite import auto_class, set_other_parts_aside
 from distill.models.norms import fuse_norms
 from distill.models.quantised import load_quantised, stored_format
@@ -89,7 +89,7 @@ def load_model(
     remove_layers(model, drop_layers)
     model = model.to(device).eval()
     if attention == "auto":
-        prefer_flash(model, device)
+        prefer(model, device)
     if device.type == "cuda":
         fuse_norms(model)
         warn_of_absent_kernels(model.config)

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from distill.config import Config
-from distill.loss import LossOptions, ModelParts
+from distill.loss import LossOptions, ModelParts, check_sharing
 from distill.models import compile_layers, describe, split_head
 from distill.prompts import epoch_batches, epoch_order, left_pad
 from distill.rollout import choose_dtype as choose_rollout_dtype
@@ -43,7 +43,9 @@ class RunParts:
         self.layer_choice: dict[str, Any] | None = None
         self.dropped_layers = self._choose_layers(pair, start)
         self.student = make_student(pair.student, config, self.dropped_layers)
-        self.student_parts = ranks.shard(self.student, ModelParts(*split_head(self.student), self.dtype))
+        whole = ModelParts(*split_head(self.student), self.dtype)
+        check_sharing(whole)
+        self.student_parts = ranks.shard(self.student, whole)
         self.teachers = [ranks.shard(teacher.model, teacher.parts) for teacher in pair.teachers]
         if config.student.lora:
             self.tell(describe(self.student))
