@@ -247,6 +247,7 @@ def _trained(model: nn.Module, vocab_size: int) -> Outcome:
 
 def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple[str, float, float]:
     """Why prompts are not shared, and the errors of log-probabilities and gradients against the model row by row."""
+    import distill.forward.hidden as hidden_states
     from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, check_sharing, score
     from distill.models import split_head
 
@@ -254,6 +255,7 @@ def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple
     group, options = Group.of(rollouts), LossOptions(objective="sampled_reverse_kl", importance_clip=None)
     everything = [torch.arange(len(group.completion_lengths))]
     trained = [p for p in model.parameters() if p.requires_grad]
+    hidden_states._warn_once.cache_clear()  # it says each line once
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check_sharing(parts)
