@@ -1,4 +1,4 @@
-# make venv | train | test | test-vllm | bench | bench-check | recipes | docs | lint. The first of them on a fresh machine builds the environment in .venv.
+# make venv | train | test | test-vllm | bench | bench-check | recipes | docs | models | lint. The first of them on a fresh machine builds the environment in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CONFIG ?= configs/default.yaml
 ARGS ?=
 
-.PHONY: venv train test test-vllm bench bench-check recipes docs lint clean
+.PHONY: venv train test test-vllm bench bench-check recipes docs models lint clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.complete
@@ -43,6 +43,10 @@ recipes: venv
 
 docs: venv
 	PYTHONPATH=.:kernels $(BIN)/python docs/configuration.py
+
+# Examines every family of models that transformers knows and writes docs/models.md; ARGS="llama qwen3" only tells.
+models: venv
+	$(BIN)/python tests/families.py $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
