@@ -4,12 +4,14 @@
 """
 
 import json
+import re
 import warnings
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_tokenizer
-from families import EXPECTED, examine, mapping, tiny_config
+from families import EXPECTED, PAGE, examine, mapping, tiny_config
 from transformers import AttentionInterface, BloomForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -43,6 +45,17 @@ def test_a_family_goes_its_way_and_is_exact(family):
 def test_the_table_names_families_that_there_are():
     assert set(EXPECTED) <= set(mapping()), "transformers has renamed a family"
     assert len(EXPECTED) <= 60
+
+
+def test_the_page_has_every_family_and_agrees_with_the_table():
+    text = PAGE.read_text()
+    if f"transformers {transformers.__version__} knows" not in text:
+        pytest.skip("the page is of another version of transformers: `make models` writes it")
+    chapters = {chapter.split("\n")[0]: set(re.findall(r"`([^` ]+)`", chapter)) for chapter in text.split("\n## ")[1:]}
+    assert set(mapping()) <= set().union(*chapters.values())
+    ours = chapters["Both by our own way"]
+    assert {family for family, way in EXPECTED.items() if (way.engine, way.shared) == ("native", True)} <= ours
+    assert not ours & {family for family, way in EXPECTED.items() if way.why}
 
 
 def test_auto_falls_back_with_the_reason_and_native_does_not():
