@@ -15,6 +15,7 @@ from distill.forward import completion_hidden
 from distill.forward import hidden as ways
 from distill.forward.packing import host_rows
 from distill.models import fits_static, sharing_refusal, split_head
+from distill.models.attention import prefer
 from distill.rollout import SamplingOptions, local_engine
 
 WINDOW, V = 5, 101
@@ -73,6 +74,7 @@ def model_of(family, options, std=0.3):
     config = AutoConfig.for_model(family, **(SIZES | options))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
+    prefer(model, model.device)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
