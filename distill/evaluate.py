@@ -78,6 +78,8 @@ def _evaluate_models(options: argparse.Namespace, console: Console) -> dict[str,
     sampler = pair.student if options.sample_from == "student" else pair.teachers[0].model
     precision = str(pair.student_parts.dtype).removeprefix("torch.")
     engine = make_engine(sampler, config, pair.tokenizer, pair.vocab_size, precision, limits)
+    if engine.fallback:
+        console.print(f"completions come from transformers' own loop, as {engine.fallback}", markup=False)
     ids, mask = (tensor.to(device) for tensor in left_pad(prompts.token_ids, pair.tokenizer.pad_token_id))
     with console.status(f"{len(prompts)} prompts, {options.num_rollouts} completions of each"):
         rollouts = engine.generate(ids, mask, num_rollouts=options.num_rollouts, prompt_keys=torch.arange(len(prompts)))

@@ -228,7 +228,8 @@ class TrainingConfig(Section):
     rank_timeout_s: Number = Field(1800.0, gt=0)
     """Seconds within which the other ranks stop when one dies or hangs; one may keep them waiting for a third of it."""
     attention: str = Field("auto", pattern=r"^[a-z0-9_]+$")
-    """Attention implementation: `auto` (the best FlashAttention installed, else sdpa), or a name transformers knows."""
+    """Attention implementation: `auto` (the best that is installed and that the model's class supports: FlashAttention,
+    sdpa, eager), or a name transformers knows."""
     seed: Integer = Field(0, ge=0, lt=2**31)
     """Seed of the prompt order and of the sampling."""
     output_dir: FilePath = Path("outputs/run")

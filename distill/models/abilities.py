@@ -71,5 +71,6 @@ def fits_static(config: Any) -> bool:
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     rope = getattr(config, "rope_parameters", None) or {}
     plain_rope = rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-    # No step of a model with states has been captured on a GPU yet.
-    return not sliding and not capped and not experts and plain_rope and not keeps_states(config)
+    # No step of a model with states or latents has been captured on a GPU yet.
+    unknown = keeps_states(config) or getattr(config, "kv_lora_rank", None)
+    return not (sliding or capped or experts or unknown) and plain_rope
