@@ -92,6 +92,7 @@ def test_prompts_of_one_length_go_together_where_padding_is_not_seen(monkeypatch
     monkeypatch.setattr(BloomForCausalLM, "forward", lambda self, attention_mask=None, **given: forward(self, **given))
     engine = local_engine(model, **OPTIONS)
     assert engine.one_length, "it takes padding for tokens"
+    assert local_engine(model, **(OPTIONS | {"precision": "bfloat16"})).one_length, "found in float32"
     ids, mask = torch.arange(3, 15).view(3, 4), torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]).bool()
     keys = torch.arange(3)
     together = engine.generate(ids, mask, num_rollouts=2, prompt_keys=keys)

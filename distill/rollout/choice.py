@@ -49,7 +49,9 @@ def local_engine(
             if engine == "native":
                 raise NotImplementedError(f"rollout.engine native: {fallback}; set rollout.engine: auto") from error
     made = StockEngine(model, dtype=dtype, **options)
-    made.find_out_padding()
+    # Half precision would hide in its rounding what padding changes; in the weights' own dtype nothing is copied.
+    exact = dtype if "flash" in model.config._attn_implementation else model.get_output_embeddings().weight.dtype
+    made.one_length = (made if exact == dtype else StockEngine(model, dtype=exact, **options)).sees_padding()
     made.fallback = fallback
     return made
 

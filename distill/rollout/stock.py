@@ -4,6 +4,7 @@ For models that the native loop refuses, and for comparison. A model may take no
 the attention mask at all: a probe finds out, and then only prompts of one length are sampled together.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator
 
@@ -19,7 +20,7 @@ from distill.runtime import is_out_of_memory
 from distill_kernels import sample
 
 # What the log-probabilities of a sampled token may differ by, in nats: sampled in steps, and scored in one forward.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.5  # of float32, and of what has fewer digits
 PROBE_LENGTHS, PROBE_ROLLOUTS, PROBE_STEPS = (7, 4), 2, 4
 
 
@@ -30,26 +31,29 @@ class StockEngine(RolloutEngine):
     one_length = False
     """Whether only prompts of one length are sampled together."""
 
-    def find_out_padding(self) -> None:
-        """Sets `one_length` by a probe. Raises `ModelError` for a model whose `generate` fails, or samples from
-        something else than its forward.
+    def sees_padding(self) -> bool:
+        """Whether a row says something else for the padding on its left. Raises `ModelError` for a model whose
+        `generate` fails, or samples from something else than its forward.
         """
+        tried = copy.copy(self)
+        allowed = TOLERANCE if self._copy.dtype == torch.float32 else ROUNDED_TOLERANCE
         try:
-            error = self._probe()
-            if not error < TOLERANCE[self._copy.dtype]:
-                self.one_length = True
-                error = self._probe()
+            error = tried._probe()
+            if not error < allowed:
+                tried.one_length = True
+                error = tried._probe()
         # What a model that is no decoder makes of prompts is open-ended.
         except Exception as failure:
             if is_out_of_memory(failure):
                 raise
             reason = " ".join(f"{type(failure).__name__}: {failure}".split())
             raise ModelError(f"{self._named()} cannot be sampled from: {reason:.300}") from failure
-        if not error < TOLERANCE[self._copy.dtype]:
+        if not error < allowed:
             raise ModelError(
                 f"{self._named()} cannot be sampled from: the log-probabilities of what `generate` samples are off by "
                 f"{error:.1e} nats from those of the model's own forward"
             )
+        return tried.one_length
 
     def _named(self) -> str:
         return f"model type {self._model.config.model_type!r}"
