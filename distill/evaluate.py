@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.config import Config, ConfigError
-from distill.loss import Group, HeadPair
+from distill.loss import Group, HeadPair, check_sharing
 from distill.models import ModelError
 from distill.prompts import PromptError, left_pad
 from distill.run import choose_device, choose_dtype, load_pair, load_prompt_sets, make_engine
@@ -74,6 +74,8 @@ def _evaluate_models(options: argparse.Namespace, console: Console) -> dict[str,
     device = choose_device(config.training.device)
     pair = load_pair(config, device, choose_dtype(config.training.precision, device))
     prompts = load_prompt_sets(config, pair, console)[0].student
+    for model in (pair.student_parts, pair.teachers[0].parts):
+        check_sharing(model)
     limits = MemoryLimits(config.training.tokens_per_micro_batch)
     sampler = pair.student if options.sample_from == "student" else pair.teachers[0].model
     precision = str(pair.student_parts.dtype).removeprefix("torch.")

@@ -7,7 +7,6 @@ import re
 import sys
 import tempfile
 import traceback
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,7 +246,6 @@ def _trained(model: nn.Module, vocab_size: int) -> Outcome:
 
 def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple[str, float, float]:
     """Why prompts are not shared, and the errors of log-probabilities and gradients against the model row by row."""
-    import distill.forward.hidden as hidden_states
     from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, check_sharing, score
     from distill.models import split_head
 
@@ -255,14 +253,10 @@ def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple
     group, options = Group.of(rollouts), LossOptions(objective="sampled_reverse_kl", importance_clip=None)
     everything = [torch.arange(len(group.completion_lengths))]
     trained = [p for p in model.parameters() if p.requires_grad]
-    hidden_states._warn_once.cache_clear()  # it says each line once
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        check_sharing(parts)
-        hidden = [each * 0.5 for each in score([parts], group, everything)]  # of a teacher that differs
-        accumulate_gradients(parts, [parts], hidden, group, everything, options, vocab_size=vocab_size)
+    plain_rows = check_sharing(parts) or ""
+    hidden = [each * 0.5 for each in score([parts], group, everything)]  # of a teacher that differs
+    accumulate_gradients(parts, [parts], hidden, group, everything, options, vocab_size=vocab_size)
     ours = [p.grad for p in trained]
-    said = [str(each.message) for each in caught if "once per row" in str(each.message)]
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # a loop over experts, in plain operations
     logprob_error, loss = 0.0, 0.0
@@ -275,7 +269,7 @@ def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple
         reward = _picked(parts.head.logits(hidden[row]), tokens) - logprob
         loss = loss - (reward.detach() * logprob).mean() / len(group.completion_lengths)
     plain = torch.autograd.grad(loss, trained, allow_unused=True)
-    return (said[0] if said else ""), logprob_error, _relative(ours, plain)
+    return plain_rows, logprob_error, _relative(ours, plain)
 
 
 def _picked(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -395,8 +389,7 @@ def page(outcomes: dict[str, Outcome], unmade: dict[str, str]) -> str:
 
 
 def _reason(found: Outcome) -> str:
-    rows = found.plain_rows.partition(" once per row, as ")[2].removesuffix(": slower, with the same result")
-    return _cell("; ".join(dict.fromkeys(filter(None, (found.fallback, rows)))))
+    return _cell("; ".join(dict.fromkeys(filter(None, (found.fallback, found.plain_rows)))))
 
 
 def _cell(text: str) -> str:

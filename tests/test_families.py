@@ -15,6 +15,7 @@ from families import EXPECTED, PAGE, examine, mapping, tiny_config
 from transformers import AttentionInterface, BloomForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import distill.forward.hidden as hidden_states
 import distill.rollout.native
 from distill.loss import ModelParts, check_sharing
 from distill.models import ModelError, check_pair, load_model, split_head, without_layers
@@ -133,9 +134,11 @@ def test_a_run_says_which_way_it_went(write_config, tmp_path):
     made("bloom").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     run = execute(write_config({"student.model": str(folder), "training.max_steps": 1}))
-    (event,) = [json.loads(line) for line in (run.output.path / "events.jsonl").read_text().splitlines()]
-    assert event["event"] == "engine"
-    assert "transformers' own loop, as BloomForCausalLM" in event["message"]
+    events = [json.loads(line) for line in (run.output.path / "events.jsonl").read_text().splitlines()]
+    said = {event["event"]: event["message"] for event in events}
+    assert list(said) == ["sharing", "engine"]
+    assert said["sharing"].startswith("the student computes a prompt once for each of its rows, as its attention")
+    assert "transformers' own loop, as BloomForCausalLM" in said["engine"]
 
 
 THREE = {"dense": "llama", "experts": "mixtral", "states": "qwen3_5_text"}
@@ -190,11 +193,14 @@ def test_a_model_that_means_more_than_it_tells_is_computed_row_by_row():
 
     AttentionInterface.register("doubles_keys", capped)
     model.set_attn_implementation("doubles_keys")
-    check_sharing(parts_of(model))
+    assert "off where a prompt is computed once" in check_sharing(parts_of(model))
     assert attention["told"] > 0
     prompt, said = torch.arange(20)[None], torch.arange(30).view(3, 10)
-    with pytest.warns(UserWarning, match=r"as its hidden states are .* off where a prompt is computed once"):
-        parts_of(model).hidden(prompt, prompt >= 0, said, [10] * 3, [0] * 3)
+    mine = hidden_states.shared_hidden(model.base_model, prompt, said, hidden_states.Rows([20], [10] * 3, [0] * 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = parts_of(model).hidden(prompt, prompt >= 0, said, [10] * 3, [0] * 3)
+    assert (rows - mine).abs().max() > 0.01, "it is computed row by row from then on"
 
 
 def parts_of(model) -> ModelParts:

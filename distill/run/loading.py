@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import Config, ConfigError
-from distill.loss import ModelParts, check_sharing
+from distill.loss import ModelParts
 from distill.models import add_adapters, check_pair, load_model, load_tokenizer, split_head, without_layers
 from distill.teachers import Teacher, context_of, load_teachers
 from distill.training import Ranks
@@ -39,13 +39,10 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     for teacher in teachers:
         with teacher.parts.present():
             vocab_sizes.append(check_pair(base, teacher.model, tokenizer, teacher.tokenizer))
-            check_sharing(teacher.parts)
     contexts = [context_of(base), *(teacher.context for teacher in teachers)]
-    student_parts = ModelParts(*split_head(base), dtype)
-    check_sharing(student_parts)
     return Pair(
         base,
-        student_parts,
+        ModelParts(*split_head(base), dtype),
         teachers,
         tokenizer,
         min(vocab_sizes),

@@ -44,7 +44,11 @@ class RunParts:
         self.dropped_layers = self._choose_layers(pair, start)
         self.student = make_student(pair.student, config, self.dropped_layers)
         whole = ModelParts(*split_head(self.student), self.dtype)
-        check_sharing(whole)
+        self.notices: list[tuple[str, str]] = []
+        """Events of the loading, with what is said of each."""
+        for who, model in (("student", whole), *(("teacher", model) for model in teachers)):
+            if reason := check_sharing(model):
+                self.notices.append(("sharing", f"the {who} computes a prompt once for each of its rows, as {reason}"))
         self.student_parts = ranks.shard(self.student, whole)
         self.teachers = [ranks.shard(teacher.model, teacher.parts) for teacher in pair.teachers]
         if config.student.lora:
@@ -55,8 +59,6 @@ class RunParts:
         self.engine = make_engine(
             self.student, config, self.tokenizer, self.vocab_size, self._precision(start), self.limits, ranks
         )
-        self.notices: list[tuple[str, str]] = []
-        """Events of the loading, with what is said of each."""
         if config.rollout.engine == "auto" and (reason := self.engine.fallback):
             self.notices.append(("engine", f"rollouts come from transformers' own loop, as {reason}"))
         if config.training.compile:
