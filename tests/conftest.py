@@ -20,6 +20,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.name not in LONGEST)
 
 
+# Of a tiny model, whatever its family; how many layers and which vocabulary a test says.
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+TINY_SIZES = SIZES | GROUPED
 TINY_FAMILIES = ("llama", "qwen3", "gemma3", "gpt_neox")
 
 
@@ -29,23 +41,15 @@ def tiny_model(
     """A random causal LM of `family` with 3 layers and hidden size 32, in eval mode, on the CPU."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    common = {
+    common = SIZES | {
         "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 64,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
         "tie_word_embeddings": family != "gpt_neox",
     }
-    grouped = {"num_key_value_heads": 2, "head_dim": 8}
     own = {
-        "llama": grouped,
-        "qwen3": grouped,
-        "gemma3_text": grouped | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "llama": GROUPED,
+        "qwen3": GROUPED,
+        "gemma3_text": GROUPED | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
         "gpt_neox": {},
     }
     model_type = "gemma3_text" if family == "gemma3" else family

@@ -343,12 +343,12 @@ HEAD = """# Models
 
 <!-- Written by `python tests/families.py`; changes made by hand are lost. -->
 
-Whatever `AutoModelForCausalLM` loads is trained with the default configuration; a line at the start of a run says so
-where it goes another way than the fastest. Each of the {count} families that transformers {version} knows was made as
-a tiny random model, loaded, sampled from and trained on for a step. The log-probabilities that were recorded while
-sampling are those of the model's own forward, row by row, within {logprob:.0e} nats (float32), the tokens are those
-that transformers' own loop samples, and the gradients are those of plain autograd within {gradient:.0e} of their
-largest entry.
+What `AutoModelForCausalLM` loads is trained with the default configuration, or refused in a message before the first
+step; a line at the start of a run says so where it goes another way than the fastest. Of the {count} families that
+transformers {version} knows, {made} could be made as a tiny random model, which was loaded, sampled from and trained
+on for a step. The log-probabilities that were recorded while sampling are those of the model's own forward, row by
+row, within {logprob:.0e} nats (float32), the tokens are those that transformers' own loop samples, and the gradients
+are those of plain autograd within {gradient:.0e} of their largest entry.
 
 - **Rollouts** come from our own decode loop, which computes a prompt once for all its rollouts, or from the loop of
   transformers (`rollout.engine: auto`).
@@ -363,6 +363,7 @@ def page(outcomes: dict[str, Outcome], unmade: dict[str, str]) -> str:
     trained = {family: found for family, found in outcomes.items() if not found.refused}
     text = HEAD.format(
         count=len(outcomes) + len(unmade),
+        made=len(outcomes),
         version=transformers.__version__,
         logprob=max(found.logprob_error for found in trained.values()),
         gradient=max(found.gradient_error for found in trained.values()),

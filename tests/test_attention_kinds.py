@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY_SIZES
 from test_forward import gradients, padded_logprobs, random_rows, valid_tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,19 +20,7 @@ from distill.models.attention import prefer
 from distill.rollout import SamplingOptions, local_engine
 
 WINDOW, V = 5, 101
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = TINY_SIZES | {"vocab_size": V, "num_hidden_layers": 2}
 EVERYWHERE = {"sliding_window": WINDOW}
 BY_TURNS = EVERYWHERE | {"layer_types": ["sliding_attention", "full_attention"]}
 SWITCHED_ON = BY_TURNS | {"use_sliding_window": True}

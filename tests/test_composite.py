@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import TINY_SIZES, tiny_tokenizer
 from safetensors.torch import load_file
 from test_train import execute, metrics_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
@@ -17,19 +17,7 @@ from distill.runtime import read_json_lines
 
 VOCAB_SIZE = 264
 IDS = torch.arange(3, 13)[None]
-TEXT = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TEXT = TINY_SIZES | {"vocab_size": VOCAB_SIZE, "num_hidden_layers": 2}
 # As many layers as the language model has, where a family allows it: the two stacks must not be taken for one another.
 LAYERS = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 LAYERS |= {"image_size": 28, "patch_size": 14}

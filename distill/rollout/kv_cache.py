@@ -17,6 +17,7 @@ from transformers import AttentionInterface, Cache
 from distill.models import of_rows
 from distill_kernels import decode_attention
 from distill_kernels.decode_attention import LARGEST_HEAD
+from distill_kernels.prefix_attention import with_sinks
 
 # Not a name with "flash" in it: transformers would take it for FlashAttention.
 ATTENTION_NAME = "distill_shared_prefix"
@@ -157,7 +158,7 @@ class DecodeCache(Cache):
         bias = self._own_bias(own, keys.shape[2])
         output, lse = attention_with_lse(query, keys[:, :, own:], values[:, :, own:], bias, scale, softcap)
         if sinks is not None:
-            output, lse = with_sinks(output, lse, sinks)
+            output, lse = with_sinks(output, lse, sinks.view(lse.shape[1:]))
         if self.shared and first < self.prompt_length:
             output = merge_pieces(output, lse, *self._attend_prompt(query, layer, scale, softcap, first))
         return output.flatten(1, 2)
@@ -261,12 +262,6 @@ def merge_pieces(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) 
     """Attention over two sets of keys from that over each, in float32 or better: weighted by their log-sum-exps."""
     dtype = torch.promote_types(output.dtype, torch.float32)
     return torch.lerp(other.to(dtype), output.to(dtype), torch.sigmoid(lse - other_lse).unsqueeze(-1).to(dtype))
-
-
-def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds a key of logit `sinks` [kv heads * group] and of value 0 to attention [b, kv heads, group, D]."""
-    sinks = sinks.view(1, *lse.shape[1:]).to(lse.dtype)
-    return output * torch.sigmoid(lse - sinks).unsqueeze(-1).to(output.dtype), torch.logaddexp(lse, sinks)
 
 
 def attention_with_lse(

@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 def share_out(model: "PreTrainedModel", parts: ModelParts, mesh: DeviceMesh) -> ModelParts:
     """Shares the weights of `model` out over the ranks; returns what takes the place of its `parts`.
 
-    Raises `ModelError`.
+    Whether it can share prompts `check_sharing` has tried before, when other ranks need not do the same. Raises
+    `ModelError`.
     """
     called = _Called(alias(model))
-    # Whether it can share prompts is tried where the others need not do the same.
-    prompt = torch.ones(1, 8, dtype=torch.int64, device=parts.head.weight.device)
-    with torch.no_grad():
-        parts.hidden(prompt, prompt.cpu() > 0, prompt[:, :2].expand(4, 2), [2] * 4, [0] * 4)
     refuse_like(parts.body, called)
     # Inputs stay the very objects that they are: our attention counts its calls in one of them.
     policy = MixedPrecisionPolicy(parts.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
