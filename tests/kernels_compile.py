@@ -172,9 +172,9 @@ def check_specialisations() -> None:
 
 
 def attention_type_of(name: str, floats: str) -> str:
-    types = {"pieces": FLOATS, "piece_lse": FLOATS, "ended": "*i1", "scale_log2": "fp32"}
+    types = {"pieces": FLOATS, "piece_lse": FLOATS, "ended": "*i1", "scale_log2": "fp32", "cap_log2": "fp32"}
     types |= dict.fromkeys(("position", "row_start", "left_padding"), "*i64")
-    tensors = ("query", "keys", "values", "prompt_keys", "prompt_values", "out")
+    tensors = ("query", "keys", "values", "prompt_keys", "prompt_values", "out", "sinks")
     return types.get(name, floats if name in tensors else "i32")
 
 
@@ -216,26 +216,34 @@ def compile_attention(kernel, floats: str, most_registers: int, warps: int = 4, 
 
 
 def attention() -> None:
-    for dtype, D, most_registers in (
-        (torch.bfloat16, 64, 128),
-        (torch.bfloat16, 80, 168),
-        (torch.bfloat16, 128, 168),
-        (torch.bfloat16, 256, 128),
-        (torch.float32, 64, 168),
-        (torch.float32, 128, 168),
+    plain = {"WINDOW": False, "CAP": False}
+    for dtype, D, DV, most_registers, extras in (
+        (torch.bfloat16, 64, 64, 128, plain),
+        (torch.bfloat16, 64, 64, 128, {"WINDOW": True, "CAP": False}),
+        (torch.bfloat16, 64, 64, 128, {"WINDOW": True, "CAP": True}),
+        (torch.bfloat16, 80, 80, 168, plain),
+        (torch.bfloat16, 128, 128, 168, plain),
+        (torch.bfloat16, 128, 128, 168, {"WINDOW": True, "CAP": True}),
+        (torch.bfloat16, 192, 128, 168, plain),
+        (torch.bfloat16, 256, 256, 128, plain),
+        (torch.bfloat16, 256, 256, 128, {"WINDOW": True, "CAP": True}),
+        (torch.float32, 64, 64, 168, plain),
+        (torch.float32, 128, 128, 168, plain),
     ):
         floats = "*bf16" if dtype == torch.bfloat16 else FLOATS
-        block_d = triton.next_power_of_2(D)
+        blocks = {"BLOCK_D": triton.next_power_of_2(D), "BLOCK_DV": triton.next_power_of_2(DV)}
         for prompts in (4, 0):
             plan = triton_decode_attention.plan(64, 16, 8, D, 512, dtype.itemsize, B=prompts, P=256, rows=16)
             compile_attention(
                 triton_decode_attention._pieces_kernel, floats, most_registers, plan.warps, plan.stages,
-                HQ=16, HKV=8, D=D, BLOCK_D=block_d, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, OWN_M=16,
-                PROMPT=prompts > 0, PADDED=True, ENDED=True, ONLY=False, PRECISION="ieee",
+                HQ=16, HKV=8, D=D, DV=DV, **blocks, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, OWN_M=16,
+                PROMPT=prompts > 0, PADDED=True, ENDED=True, ONLY=False, **extras, PRECISION="ieee",
             )  # fmt: skip
-    compile_attention(
-        triton_decode_attention._merge_kernel, "*bf16", 64, HQ=16, D=128, BLOCK_D=128, HEADS=8, PIECES=5, ENDED=True
-    )
+    for sinks in (False, True):
+        compile_attention(
+            triton_decode_attention._merge_kernel, "*bf16", 64,
+            HQ=16, D=128, BLOCK_D=128, HEADS=8, PIECES=5, ENDED=True, SINKS=sinks,
+        )  # fmt: skip
 
 
 def main() -> None:

@@ -9,10 +9,17 @@ from distill_kernels import decode_attention, reference
 NAN = float("nan")
 
 
-def arguments(counts, P, T, position, *, Hkv=2, G=2, D=16, dtype=torch.float32, padded=True, ended=()):
-    """Random tensors; NaN wherever nothing may be read. `counts` are the rows of each prompt, None for no prompts."""
+def arguments(
+    counts, P, T, position, *, Hkv=2, G=2, D=16, DV=None, dtype=torch.float32, padded=True, ended=(), spare=0,
+    window=None, softcap=None, sinks=False, filler=NAN,
+):  # fmt: skip
+    """Random tensors; `filler` wherever nothing may be read. `counts` are each prompt's rows, None for no prompts.
+
+    `spare` rows beyond those have ended, as have the rows `ended`.
+    """
     generator = torch.Generator().manual_seed(P * 1000 + T)
-    R = 3 if counts is None else sum(counts)
+    R = (3 if counts is None else sum(counts)) + spare
+    DV = D if DV is None else DV
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
@@ -20,37 +27,52 @@ def arguments(counts, P, T, position, *, Hkv=2, G=2, D=16, dtype=torch.float32, 
     made = {
         "query": normal(R, Hkv * G, D) * 2,
         "keys": normal(R, Hkv, T, D),
-        "values": normal(R, Hkv, T, D),
+        "values": normal(R, Hkv, T, DV),
         "position": torch.tensor([position]),
         "scale": D**-0.5,
     }
-    padded_kind, holders, slots = "", R, position + 1
+    of_holders, holders, slots, newest = "", R, position + 1, position
     if counts is not None:
-        padded_kind, holders, slots = "prompt_", len(counts), P
-        made |= {"prompt_keys": normal(len(counts), Hkv, P, D), "prompt_values": normal(len(counts), Hkv, P, D)}
+        of_holders, holders, slots, newest = "prompt_", len(counts), P, P + position
+        made |= {"prompt_keys": normal(len(counts), Hkv, P, D), "prompt_values": normal(len(counts), Hkv, P, DV)}
         made |= {"row_start": torch.tensor([0, *counts]).cumsum(0), "rows_a_prompt": max(counts)}
+    made |= {"window": window, "softcap": softcap, "sinks": normal(Hkv * G) if sinks else None}
+    first = 0 if window is None else max(0, newest + 1 - window)
     padding = torch.randint(slots, (holders,), generator=generator) if padded else torch.zeros(holders, dtype=int)
     padding[-1] = 0
     if padded:
         made["left_padding"] = padding
     for name in ("keys", "values"):
-        made[name][:, :, position + 1 :] = NAN
-        for holder, first in enumerate(padding.tolist()):
-            made[padded_kind + name][holder, :, :first] = NAN
+        made[name][:, :, position + 1 :] = filler
+        made[of_holders + name][:, :, :first] = filler
+        for holder, missing in enumerate(padding.tolist()):
+            made[of_holders + name][holder, :, :missing] = filler
+        if counts is not None:
+            made[name][:, :, : max(0, first - P)] = filler
+            made[of_holders + name][[n == 0 for n in counts]] = filler
+    ended = [*ended, *range(R - spare, R)]
     if ended:
         made["ended"] = torch.zeros(R, dtype=torch.bool)
-        made["ended"][list(ended)] = True
-        made["keys"][list(ended)] = made["values"][list(ended)] = NAN
+        made["ended"][ended] = True
+        made["query"][ended] = made["keys"][ended] = made["values"][ended] = filler
     return made
+
+
+def on(device, made):
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in made.items()}
+
+
+def widened(made):
+    """In float64."""
+    return {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in made.items()}
 
 
 def check(made, implementation, constant=2e-6):
     with running(implementation) as device:
-        ours = decode_attention(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in made.items()})
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in made.items()}
+        ours = decode_attention(**on(device, made))
     assert ours.dtype == made["query"].dtype
     assert ours.isfinite().all()
-    truth = reference.decode_attention(**wide)
+    truth = reference.decode_attention(**widened(made))
     assert_as_good_as_pytorch(ours, reference.decode_attention(**made), truth, "attention", constant)
 
 
@@ -77,12 +99,11 @@ def test_ended_rows_are_zero_and_unread(implementation, ended):
     if len(ended) == 3:
         made["prompt_keys"][0] = NAN  # none of its rows is left
     with running(implementation) as device:
-        made = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in made.items()}
-        out = decode_attention(**made)
+        out = decode_attention(**on(device, made))
         assert out.isfinite().all()
         assert not out[list(ended)].any()
         without = arguments(None, 20, 40, 21, ended=tuple(row for row in ended if row < 3))
-        out = decode_attention(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in without.items()})
+        out = decode_attention(**on(device, without))
         assert not out[without["ended"].to(device)].any()
 
 
@@ -99,14 +120,93 @@ def test_strides_and_no_padding(implementation, counts):
     check(made, implementation)
 
 
+OPTIONS = {
+    "short": {"window": 9},  # than the own keys
+    "token": {"window": 1},
+    "prompt": {"window": 40},  # reaches into the prompt
+    "long": {"window": 1000},
+    "cap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "narrow": {"DV": 8},
+    "wide": {"DV": 40},
+    "all": {"window": 40, "softcap": 3.0, "sinks": True, "DV": 24},
+}
+over_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@over_implementations
+@over_options
+@pytest.mark.parametrize("counts", [(3, 3), (3, 0, 2), None], ids=str)
+def test_options(implementation, counts, options):
+    """Windows, caps, sinks and values of another size; with padding, ended rows, and buffers larger than the batch."""
+    check(arguments(counts, 30, 33, 25, **options), implementation)
+    check(arguments(counts, 30, 33, 25, ended=(1,), spare=2, padded=False, **options), implementation)
+
+
+@over_implementations
+@pytest.mark.parametrize(("Hkv", "G", "D", "DV"), [(1, 8, 64, 64), (2, 3, 24, 64), (3, 1, 80, 56), (1, 2, 192, 128)])
+def test_heads_with_options(implementation, Hkv, G, D, DV):
+    heads = {"Hkv": Hkv, "G": G, "D": D, "DV": DV}
+    check(arguments((2, 4), 70, 90, 66, window=100, softcap=2.0, sinks=True, **heads), implementation)
+
+
+@over_implementations
+def test_windows_that_cut_pieces(implementation):
+    """Long enough for several pieces of each kind; a window may leave nothing of some, or of the whole prompt."""
+    for window in (70, 131, 205, 400):
+        check(arguments((2, 1), 200, 300, 130, window=window), implementation)
+        check(arguments(None, 0, 300, 250, window=window), implementation)
+
+
+@over_implementations
+@pytest.mark.parametrize("counts", [(0, 2, 0, 3, 0), (0, 0, 4), (2, 2, 0), (0, 0)], ids=str)
+def test_buffers_larger_than_the_batch(implementation, counts):
+    """Prompts without rows, and rows without a prompt, between and behind those in use."""
+    for filler in (NAN, 7.0):
+        check(arguments(counts, 20, 40, 21, spare=3, filler=filler), implementation)
+        check(
+            arguments(counts, 20, 40, 21, spare=1, padded=False, ended=range(sum(counts)), filler=filler),
+            implementation,
+        )
+
+
+@over_implementations
+@pytest.mark.parametrize("counts", [(3, 3, 3), (1, 4, 2), None], ids=str)
+def test_padding_may_hold_anything(implementation, counts):
+    """A model leaves finite numbers there; here also prompts of padding alone, or of more than a block of it."""
+    P = 600 if implementation == "twin" else 70
+    for filler in (7.0, 3e38, float("inf")):
+        made = arguments(counts, P, 40, 21, filler=filler)
+        if counts is not None:
+            made["left_padding"][:2] = torch.tensor([P - 30, P] if filler == 7 else [P - 40, P - 30])
+        for options in ({}, {"softcap": 2.0}):
+            check(made | options, implementation)
+
+
+@over_options
+@pytest.mark.parametrize("filler", [NAN, 7.0])
+@pytest.mark.parametrize("counts", [(3, 3), (3, 0, 2), None], ids=str)
+def test_float64(counts, filler, options):
+    made = widened(arguments(counts, 30, 33, 25, ended=(1,), spare=1, filler=filler, **options))
+    ours, truth = decode_attention(**made), reference.decode_attention(**made)
+    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
+
+
+@over_implementations
+def test_a_cap_is_accurate_near_zero(implementation):
+    """Small scores under a large cap are all but unchanged: a tanh rounded at 1 would lose their digits."""
+    check(arguments((2, 3), 60, 40, 21, softcap=1000.0), implementation)
+
+
 @over_implementations
 def test_half_precision(implementation):
     """The scores stay float32: no further from float64 than rounding the weights and the output."""
     dtypes = [torch.float16] if implementation == "interpreted" else [torch.float16, torch.bfloat16]
     for dtype in dtypes:
-        made = arguments((3, 2), 40, 60, 41, D=64, dtype=dtype)
-        made["query"] *= 4
-        check(made, implementation, constant=torch.finfo(dtype).eps)
+        for options in ({}, {"window": 70, "softcap": 5.0, "sinks": True, "DV": 32}):
+            made = arguments((3, 2), 40, 60, 41, D=64, dtype=dtype, **options)
+            made["query"] *= 4
+            check(made, implementation, constant=torch.finfo(dtype).eps)
 
 
 @pytest.mark.cuda
@@ -115,14 +215,15 @@ def test_half_precision(implementation):
     ("dtype", "D"), [*((torch.bfloat16, D) for D in (64, 80, 128, 256)), (torch.float16, 128), (torch.float32, 64)]
 )
 @pytest.mark.parametrize("counts", [(16,) * 4, (16, 3, 9, 16), None], ids=str)
-def test_a_captured_graph_follows_the_position_and_the_ends(dtype, counts, D):
-    made = arguments(counts, 256, 512, 0, Hkv=8, G=2, D=D, dtype=dtype)
-    for name in ("keys", "values"):
+@pytest.mark.parametrize("options", [{}, {"window": 128}, {"window": 400, "softcap": 20.0, "sinks": True}], ids=str)
+def test_a_captured_graph_follows_the_position_and_the_ends(dtype, counts, D, options):
+    made = arguments(counts, 256, 512, 0, Hkv=8, G=2, D=D, dtype=dtype, **options)
+    for name in FLOATS[1 : 3 if counts is None else 5]:
         made[name] = torch.randn(made[name].shape).to(dtype)
     made["ended"] = torch.zeros(len(made["query"]), dtype=torch.bool)
     if counts is None:
         made["left_padding"] = torch.tensor([0, 3, 5])
-    on_gpu = {name: v.cuda() if isinstance(v, torch.Tensor) else v for name, v in made.items()}
+    on_gpu = on("cuda", made)
     on_gpu["position"] += 10
     decode_attention(**on_gpu)
     graph = torch.cuda.CUDAGraph()
@@ -133,7 +234,7 @@ def test_a_captured_graph_follows_the_position_and_the_ends(dtype, counts, D):
         on_gpu["position"].fill_(position)
         on_gpu["ended"][ended] = True
         graph.replay()
-        truth = reference.decode_attention(**{n: v.double() if n in FLOATS else v for n, v in on_gpu.items()})
+        truth = reference.decode_attention(**widened(on_gpu))
         assert_as_good_as_pytorch(out, reference.decode_attention(**on_gpu), truth, f"at {position}", constant)
 
 
@@ -157,6 +258,12 @@ FLOATS = ("query", "keys", "values", "prompt_keys", "prompt_values")
         ({"position": torch.tensor([1.0])}, ["position", "int64"]),
         ({"left_padding": torch.zeros(6, dtype=torch.int64)}, ["left_padding", "[3]", "[6]"]),
         ({"ended": torch.zeros(6)}, ["ended", "bool", "float32"]),
+        ({"values": torch.randn(6, 2, 8, 257)}, ["values", "256", "257"]),
+        ({"values": torch.randn(6, 2, 8, 8)}, ["prompt_values", "8]", "16]"]),
+        ({"window": 0}, ["window", "1", "0"]),
+        ({"softcap": 0.0}, ["softcap", "positive", "0.0"]),
+        ({"sinks": torch.zeros(3)}, ["sinks", "[4]", "[3]"]),
+        ({"sinks": torch.zeros(4, dtype=torch.int64)}, ["sinks", "int64"]),
     ],
 )
 def test_errors(change, words):
@@ -184,6 +291,7 @@ def test_registration(implementation):
     made = arguments((3, 1), 7, 8, 4)
     names = ("query", "keys", "values", "position", "prompt_keys", "prompt_values", "row_start", "rows_a_prompt")
     with running(implementation) as device:
-        made = {name: v.to(device).nan_to_num() if isinstance(v, torch.Tensor) else v for name, v in made.items()}
+        made = {n: v.nan_to_num() if isinstance(v, torch.Tensor) else v for n, v in on(device, made).items()}
         values = (*(made[name] for name in names), made["left_padding"], None, 0.25)
-        torch.library.opcheck(torch.ops.distill_kernels.decode_attention.default, values)
+        for options in ((), (5, 2.0, torch.zeros(4, device=device))):
+            torch.library.opcheck(torch.ops.distill_kernels.decode_attention.default, (*values, *options))

@@ -5,10 +5,11 @@ For row r of prompt b, with softmax and sums in float32 and scores that are neve
     out[r, h] = softmax(scale * query[r, h] K^T) V,   K = prompt_keys[b, h / g] after its padding,
                                                       then keys[r, h / g] up to `position`
 
-On CUDA nothing is read back and every shape is fixed, so that a captured graph follows `position` and `ended`.
+through a window, with capped scores and with a sink in the softmax where a model has them. On CUDA nothing is read back
+and every shape is fixed, so that a captured graph follows `position`, `row_start` and `ended`.
 
-Bytes: 2 Hkv D w for each prompt's P keys (times the pieces a prompt's rows are cut into, which the L2 cache holds)
-and for each living row's position + 1 keys. Left out on purpose: sliding windows, gradients.
+Bytes: Hkv (D + Dv) w for each prompt's P keys (times the pieces a prompt's rows are cut into, which the L2 cache holds)
+and for each living row's position + 1 keys, or as many as are in the window. Left out on purpose: gradients.
 """
 
 import torch
@@ -32,8 +33,11 @@ def _decode_attention(
     left_padding: Tensor | None,
     ended: Tensor | None,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    out = query.new_empty(query.shape)
+    out = query.new_empty(*query.shape[:2], values.shape[3])
     backend.implementation("decode_attention", query.device).attend(
         query,
         keys,
@@ -47,13 +51,16 @@ def _decode_attention(
         left_padding=left_padding,
         ended=ended,
         scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
     )
     return out
 
 
 @_decode_attention.register_fake
-def _(query, *_) -> Tensor:
-    return query.new_empty(query.shape)
+def _(query, keys, values, *_, **__) -> Tensor:
+    return query.new_empty(*query.shape[:2], values.shape[3])
 
 
 def decode_attention(
@@ -69,19 +76,34 @@ def decode_attention(
     rows_a_prompt: int | None = None,
     left_padding: Tensor | None = None,
     ended: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of query [R, Hq, D] on keys and values [R, Hkv, T, D], of which 0 to `position` ([1] int64) count.
+    """Attention of query [R, Hq, D] on keys [R, Hkv, T, D] and values [R, Hkv, T, Dv], to [R, Hq, Dv].
 
-    With `prompt_keys` and `prompt_values` [B, Hkv, P, D], the rows `row_start[b]` to `row_start[b + 1]` ([B + 1]
-    int64, from 0 to R) also see those of prompt b. `rows_a_prompt` says how many rows a prompt has at most (R if
-    absent; with fewer than there are, the output is wrong). `left_padding` (int64; [B], or [R] without prompts) counts
-    the first keys that are none; no row may be padding alone. Rows that have `ended` ([R] bool) give 0, unread.
+    Of a row's T slots, 0 to `position` ([1] int64) count. With `prompt_keys` [B, Hkv, P, D] and `prompt_values`
+    [B, Hkv, P, Dv], the rows `row_start[b]` to `row_start[b + 1]` ([B + 1] int64, from 0 on, in order) also see those
+    of prompt b. `rows_a_prompt` says how many rows a prompt has at most (R if absent; with fewer than there are, the
+    output is wrong). `left_padding` (int64; [B], or [R] without prompts) counts the first keys that are none; no row
+    may be padding alone.
 
-    All dtypes are one; D is at most LARGEST_HEAD; the last stride must be 1, the others are free. No gradients.
+    Rows that have `ended` ([R] bool) give 0. Buffers may be larger than a batch: prompts without rows cost nothing, and
+    rows from `row_start[B]` on belong to no prompt and must be marked in `ended`. Whatever is said not to count,
+    slots past `position` and rows that have ended included, may hold anything, NaN too. On CUDA their keys are not
+    read; on a CPU those of prompts without a living row and of ended rows before the first and after the last living
+    one are not.
 
-    Raises ValueError for a wrong shape, dtype, stride or device.
+    A token sees itself and the `window` - 1 tokens before it; row r's stands at slot P + `position`, prompts first.
+    `softcap` bounds the scaled scores: softcap * tanh(score / softcap). `sinks` [Hq] are logits that take part in the
+    softmax, and nothing of the output.
+
+    All dtypes but the sinks' are one; D and Dv are at most LARGEST_HEAD; the last stride must be 1, the others are
+    free. No gradients.
+
+    Raises ValueError for a wrong shape, dtype, stride, device or number.
     """
-    _check(query, keys, values, prompt_keys, prompt_values)
+    _check(query, keys, values, prompt_keys, prompt_values, sinks)
     R = query.shape[0]
     for name, vector, length in (("position", position, 1), ("row_start", row_start, _prompts(prompt_keys) + 1)):
         _check_integers(name, vector, length, query.device)
@@ -90,15 +112,25 @@ def decode_attention(
     _check_integers("left_padding", left_padding, R if prompt_keys is None else _prompts(prompt_keys), query.device)
     if ended is not None and (ended.dtype != torch.bool or ended.shape != (R,) or ended.device != query.device):
         raise ValueError(f"ended must be [{R}] bool on {query.device}; found {_found(ended)} on {ended.device}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, the token itself; found {window}")
+    checks.check_positive("softcap", softcap)
+    checks.check_vector("sinks", sinks, query.shape[1], f"query {list(query.shape)}")
     rows_a_prompt = R if rows_a_prompt is None else rows_a_prompt
     optional = (prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended)
-    return _decode_attention(query, keys, values, position, *optional, scale)
+    return _decode_attention(query, keys, values, position, *optional, scale, window, softcap, sinks)
 
 
 def _check(
-    query: Tensor, keys: Tensor, values: Tensor, prompt_keys: Tensor | None, prompt_values: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prompt_keys: Tensor | None,
+    prompt_values: Tensor | None,
+    sinks: Tensor | None,
 ) -> None:
-    checks.check_floats(query=query, keys=keys, values=values, prompt_keys=prompt_keys, prompt_values=prompt_values)
+    pairs = {"keys": keys, "values": values, "prompt_keys": prompt_keys, "prompt_values": prompt_values}
+    checks.check_floats(query=query, **pairs, sinks=sinks)
     if query.dim() != 3 or keys.dim() != 4:
         raise ValueError(f"query must be [R, Hq, D] and keys [R, Hkv, T, D]; found {_found(query)} and {_found(keys)}")
     (R, Hq, D), Hkv = query.shape, keys.shape[1]
@@ -107,17 +139,19 @@ def _check(
             f"query [R, Hq, D] and keys [R, Hkv, T, D] must agree in R and D, Hq be a multiple of Hkv and D at most "
             f"{LARGEST_HEAD}; found {_found(query)} and {_found(keys)}"
         )
+    if values.dim() != 4 or not 0 < values.shape[3] <= LARGEST_HEAD:
+        raise ValueError(f"values must be [R, Hkv, T, Dv], Dv at most {LARGEST_HEAD}; found {_found(values)}")
     if (prompt_keys is None) != (prompt_values is None):
         raise ValueError("prompt_keys and prompt_values come together; found one without the other")
-    pairs = {"keys": keys, "values": values, "prompt_keys": prompt_keys, "prompt_values": prompt_values}
     for name, tensor in pairs.items():
         if tensor is None:
             continue
-        like = keys.shape if name == "values" else prompt_keys.shape if name == "prompt_values" else tensor.shape
-        if tensor.shape != like or tensor.dim() != 4 or tensor.shape[1::2] != (Hkv, D) or tensor.dtype != query.dtype:
+        of_keys, width = (prompt_keys if "prompt" in name else keys), (D if "keys" in name else values.shape[3])
+        expected = (*of_keys.shape[:1], Hkv, *of_keys.shape[2:3], width)
+        if tensor.shape != expected or tensor.dtype != query.dtype:
             raise ValueError(
-                f"{name} must be {query.dtype} [{'B' if 'prompt' in name else R}, {Hkv}, slots, {D}], keys and values "
-                f"alike; found {_found(tensor)}"
+                f"{name} must be {query.dtype} [{'B' if 'prompt' in name else R}, {Hkv}, slots, {width}], keys and "
+                f"values alike; found {_found(tensor)}"
             )
     for name, tensor in {"query": query, **pairs}.items():
         if tensor is not None and tensor.stride(-1) != 1:

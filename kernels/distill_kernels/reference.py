@@ -154,22 +154,35 @@ def decode_attention(
     rows_a_prompt: int | None = None,
     left_padding: Tensor | None = None,
     ended: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of [R, Hq, D] on every row's whole keys: those of its prompt, repeated, then its own."""
-    R, T = keys.shape[0], keys.shape[2]
+    """Attention of [R, Hq, D] on every row's whole keys: those of its prompt, repeated, then its own; and on a sink."""
+    (R, Hq, _), T, newest = query.shape, keys.shape[2], position
     real = (torch.arange(T, device=keys.device) <= position).expand(R, T)
     if prompt_keys is not None:
-        index = torch.arange(len(prompt_keys), device=keys.device).repeat_interleave(row_start.diff())
-        keys = torch.cat([prompt_keys[index], keys], 2)
-        values = torch.cat([prompt_values[index], values], 2)
+        rows = torch.arange(R, device=keys.device)
+        # Rows of no prompt have ended: the last prompt will do.
+        index = torch.searchsorted(row_start, rows, right=True).clamp(max=len(prompt_keys)) - 1
+        keys, values = torch.cat([prompt_keys[index], keys], 2), torch.cat([prompt_values[index], values], 2)
         real = torch.cat([real.new_ones(R, prompt_keys.shape[2]), real], 1)
         left_padding = None if left_padding is None else left_padding[index]
+        newest = position + prompt_keys.shape[2]
+    slot = torch.arange(real.shape[1], device=keys.device)
     if left_padding is not None:
-        real = real & (torch.arange(real.shape[1], device=keys.device) >= left_padding[:, None])
+        real = real & (slot >= left_padding[:, None])
+    if window is not None:
+        real = real & (slot > newest - window)
     values = values.masked_fill(~real[:, None, :, None], 0)
-    group = query.shape[1] // keys.shape[1]
+    group = Hq // keys.shape[1]
     scores = torch.einsum("rhd,rhnd->rhn", query, keys.repeat_interleave(group, 1)) * scale
-    weights = scores.masked_fill(~real[:, None], -math.inf).softmax(-1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~real[:, None], -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None].expand(R, Hq, 1)], -1)
+    weights = scores.softmax(-1)[..., : real.shape[1]]
     out = torch.einsum("rhn,rhnd->rhd", weights, values.repeat_interleave(group, 1))
     return out if ended is None else out.masked_fill(ended[:, None, None], 0)
 

@@ -4,7 +4,8 @@ A piece is a range of keys: the first pieces cut up the prompt, the others the r
 Programs of the first kind take a prompt's rows times the grouped heads as the rows of their products, so that the
 prompt's keys are read once for all of them; programs of the second take one row. Each keeps a float32 output and a
 base-2 log-sum-exp. The prompt's programs come first: they are the longest. How much one program does depends on
-shapes alone, so that a captured graph serves every position.
+shapes alone, so that a captured graph serves every position: a piece is a part of what is seen, which padding, the
+position and a window bound on the device. A sink is known to the merge only.
 """
 
 import math
@@ -19,6 +20,7 @@ from distill_kernels.triton_math import FUSION, given_or, offset_of
 
 PROGRAMS = 256  # about two for every multiprocessor of a large card: fewer are cut into more pieces
 PIECES = 16  # the most that a prompt, or a row's own keys, are cut into
+LOG2_E = math.log2(math.e)
 MERGED = 1024  # elements of the output that a program of the merge holds
 
 
@@ -38,7 +40,8 @@ class Plan(NamedTuple):
 
 
 def plan(R: int, Hq: int, Hkv: int, D: int, T: int, itemsize: int, *, B: int = 0, P: int = 0, rows: int = 0) -> Plan:
-    """For R rows with buffers of T keys and, where B > 0, prompts of P keys with at most `rows` rows each."""
+    """For R rows that see at most T own keys and, where B > 0, P of a prompt with at most `rows` rows; D is the larger
+    head size."""
     group = Hq // Hkv
     # Larger blocks take registers from the programs of the rows, which are the most, or spill.
     half, narrow = itemsize <= 2, D <= 128 if itemsize <= 2 else D <= 64
@@ -65,28 +68,42 @@ def _load_rows(base, rows, row_stride, there, D: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
+def _tanh(x):
+    """Accurate to a rounding or two near 0 too, where 1 - 2 / (e^2x + 1) is only to a rounding of 1."""
+    far = 1 - 2 / (tl.exp2(x * 2.8853900817779268) + 1)  # 2 log2 e; exact at both ends, at 0 and infinity
+    s = x * x
+    # The series up to x^11, of which less than 1e-8 is left at 1/4.
+    near = s * (-0.3333333333333333 + s * (0.13333333333333333 + s * (-0.05396825396825397 + s * (
+        0.021869488536155203 + s * -0.008863235529902197))))  # fmt: skip
+    return tl.where(s < 0.0625, x + x * near, far)
+
+
+@triton.jit
 def _piece(
-    query, keys, values, key_stride, value_stride, first, end, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    query, keys, values, key_stride, value_stride, first, end, scale_log2, cap_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of query [BLOCK_M, BLOCK_D] over the keys first..end of one head, and its base-2 log-sum-exp.
 
-    Without keys 0 and -inf.
+    Without keys 0 and -inf. With CAP, scale_log2 is what is multiplied with before the tanh, cap_log2 after it.
     """
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for start in range(first, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = n < end
         k = _load_rows(keys, n, key_stride, inside, D, BLOCK_D)
         scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if CAP:
+            scores = _tanh(scores) * cap_log2
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - new[:, None])
         move = tl.exp2(peak - new)
         total = total * move + tl.sum(weights, 1)
-        v = _load_rows(values, n, value_stride, inside, D, BLOCK_D)
+        v = _load_rows(values, n, value_stride, inside, DV, BLOCK_DV)
         out = out * move[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         peak = new
     seen = total > 0
@@ -107,16 +124,17 @@ def _store_piece(out, lse, pieces, piece_lse, at, there, D: tl.constexpr, BLOCK_
 
 
 @triton.jit(
-    do_not_specialize=["R", "P", "T", "prompt_programs", "prompt_pieces", "blocks", "own_pieces"]
+    do_not_specialize=["R", "P", "T", "prompt_programs", "prompt_pieces", "blocks", "own_pieces", "window"]
 )  # of no use to the compiler, and a compilation each time rows are dropped
 def _pieces_kernel(
     query, keys, values, prompt_keys, prompt_values, pieces, piece_lse, position, row_start, left_padding, ended,
     query_row, query_head, key_row, key_head, key_slot, value_row, value_head, value_slot,
     prompt_key_row, prompt_key_head, prompt_key_slot, prompt_value_row, prompt_value_head, prompt_value_slot,
-    R, P, T, prompt_programs, prompt_pieces, blocks, own_pieces, scale_log2,
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, OWN_M: tl.constexpr, PROMPT: tl.constexpr, PADDED: tl.constexpr, ENDED: tl.constexpr,
-    ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    R, P, T, prompt_programs, prompt_pieces, blocks, own_pieces, scale_log2, cap_log2, window,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN_M: tl.constexpr, PROMPT: tl.constexpr,
+    PADDED: tl.constexpr, ENDED: tl.constexpr, ONLY: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     pid = tl.program_id(0)
@@ -135,6 +153,8 @@ def _pieces_kernel(
             first = 0
             if PADDED:
                 first = tl.load(left_padding + prompt).to(tl.int32)
+            if WINDOW:  # its last slot is P + position
+                first = tl.minimum(tl.maximum(first, P + tl.load(position).to(tl.int32) + 1 - window), P)
             width = tl.cdiv(tl.cdiv(P - first, prompt_pieces), BLOCK_N) * BLOCK_N
             first += piece * width
             end = tl.minimum(first + width, P)
@@ -147,10 +167,11 @@ def _pieces_kernel(
                 q,
                 prompt_keys + offset_of(prompt, prompt_key_row) + offset_of(head, prompt_key_head),
                 prompt_values + offset_of(prompt, prompt_value_row) + offset_of(head, prompt_value_head),
-                prompt_key_slot, prompt_value_slot, first, end, scale_log2, D, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+                prompt_key_slot, prompt_value_slot, first, end, scale_log2, cap_log2,
+                D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, BLOCK_N, CAP, PRECISION,
             )  # fmt: skip
             at = offset_of(piece * R + row, HQ) + column
-            _store_piece(out, lse, pieces, piece_lse, at, there, D, BLOCK_D, ONLY)
+            _store_piece(out, lse, pieces, piece_lse, at, there, DV, BLOCK_DV, ONLY)
     else:
         own = pid - prompt_programs
         own_piece = own % own_pieces
@@ -162,6 +183,8 @@ def _pieces_kernel(
         if PADDED and not PROMPT:
             own_first = tl.load(left_padding + own_row).to(tl.int32)
         seen = tl.minimum(tl.load(position).to(tl.int32) + 1, T)
+        if WINDOW:
+            own_first = tl.maximum(own_first, tl.load(position).to(tl.int32) + 1 - window)
         if ENDED:
             seen = tl.where(tl.load(ended + own_row) == 0, seen, 0)
         own_width = tl.cdiv(tl.cdiv(seen - own_first, own_pieces), BLOCK_N) * BLOCK_N
@@ -172,17 +195,18 @@ def _pieces_kernel(
             _load_rows(own_query, g, query_head, in_group, D, BLOCK_D),
             keys + offset_of(own_row, key_row) + offset_of(own_head, key_head),
             values + offset_of(own_row, value_row) + offset_of(own_head, value_head),
-            key_slot, value_slot, own_first, own_end, scale_log2, D, BLOCK_D, OWN_M, BLOCK_N, PRECISION,
+            key_slot, value_slot, own_first, own_end, scale_log2, cap_log2,
+            D, BLOCK_D, DV, BLOCK_DV, OWN_M, BLOCK_N, CAP, PRECISION,
         )  # fmt: skip
         own_at = offset_of((prompt_pieces + own_piece) * R + own_row, HQ) + own_head * G + g
-        _store_piece(own_out, own_lse, pieces, piece_lse, own_at, in_group, D, BLOCK_D, ONLY)
+        _store_piece(own_out, own_lse, pieces, piece_lse, own_at, in_group, DV, BLOCK_DV, ONLY)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _merge_kernel(
-    pieces, piece_lse, out, ended, R,
+    pieces, piece_lse, out, ended, sinks, R,
     HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, PIECES: tl.constexpr,
-    ENDED: tl.constexpr,
+    ENDED: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -193,8 +217,13 @@ def _merge_kernel(
     for piece in tl.static_range(PIECES):
         at = offset_of(piece * R + row, HQ) + head
         peak = tl.maximum(peak, tl.load(piece_lse + at, mask=there, other=float("-inf")))
+    if SINKS:
+        sink = tl.load(sinks + head, mask=there, other=float("-inf")).to(tl.float32) * 1.4426950408889634  # log2 e
+        peak = tl.maximum(peak, sink)
     peak = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has ended may see nothing
     total = tl.zeros([HEADS], tl.float32)
+    if SINKS:
+        total += tl.exp2(sink - peak)
     merged = tl.zeros([HEADS, BLOCK_D], tl.float32)
     for piece in tl.static_range(PIECES):
         at = offset_of(piece * R + row, HQ) + head
@@ -222,21 +251,29 @@ def attend(
     left_padding: Tensor | None,
     ended: Tensor | None,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
-    """Writes the contiguous out [R, Hq, D]; see `decode_attention`."""
-    (R, Hq, D), (_, Hkv, T, _) = query.shape, keys.shape
+    """Writes the contiguous out [R, Hq, Dv]; see `decode_attention`."""
+    (R, Hq, D), (_, Hkv, T, DV) = query.shape, values.shape
     if R == 0:
         return
     B, P = (0, 0) if prompt_keys is None else (prompt_keys.shape[0], prompt_keys.shape[2])
-    chosen = plan(R, Hq, Hkv, D, T, query.dtype.itemsize, B=B, P=P, rows=rows_a_prompt)
+    window = P + T if window is None or window >= P + T else window
+    seen = {"B": B, "P": min(P, window), "rows": rows_a_prompt}
+    chosen = plan(R, Hq, Hkv, max(D, DV), min(T, window), query.dtype.itemsize, **seen)
     number = chosen.prompt_pieces + chosen.own_pieces
-    pieces = out if number == 1 else torch.empty(number, R, Hq, D, dtype=torch.float32, device=out.device)
+    alone = number == 1 and sinks is None
+    pieces = out if alone else torch.empty(number, R, Hq, DV, dtype=torch.float32, device=out.device)
     piece_lse = torch.empty(number, R, Hq, dtype=torch.float32, device=out.device)
-    group, block_d = Hq // Hkv, max(16, triton.next_power_of_2(D))
+    group, block_d, block_dv = Hq // Hkv, _block(D), _block(DV)
     blocks = triton.cdiv(rows_a_prompt * group, chosen.block_m)
     prompt_programs = B * Hkv * blocks * chosen.prompt_pieces
     stored = (given_or(prompt_keys, keys), given_or(prompt_values, values))
     strides = [stride for tensor in (keys, values, *stored) for stride in tensor.stride()[:3]]
+    # Nats before a cap, bits where there is none: exponentials are of base 2.
+    factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
     _pieces_kernel[(prompt_programs + R * Hkv * chosen.own_pieces,)](
         query,
         keys,
@@ -258,37 +295,49 @@ def attend(
         chosen.prompt_pieces,
         blocks,
         chosen.own_pieces,
-        scale * math.log2(math.e),
+        *factors,
+        window,
         HQ=Hq,
         HKV=Hkv,
         D=D,
         BLOCK_D=block_d,
+        DV=DV,
+        BLOCK_DV=block_dv,
         BLOCK_M=chosen.block_m,
         BLOCK_N=chosen.block_n,
         OWN_M=max(16, triton.next_power_of_2(group)),
         PROMPT=prompt_keys is not None,
         PADDED=left_padding is not None,
         ENDED=ended is not None,
-        ONLY=number == 1,
+        ONLY=alone,
+        WINDOW=window < P + T,
+        CAP=softcap is not None,
         PRECISION="ieee",
         num_warps=chosen.warps,
         num_stages=chosen.stages,
         maxnreg=chosen.registers,
         **FUSION,
     )
-    if number > 1:
-        heads = min(max(1, MERGED // block_d), triton.next_power_of_2(Hq))
+    if not alone:
+        heads = min(max(1, MERGED // block_dv), triton.next_power_of_2(Hq))
         _merge_kernel[(R, triton.cdiv(Hq, heads))](
             pieces,
             piece_lse,
             out,
             given_or(ended, position),
+            given_or(sinks, position),
             R,
             HQ=Hq,
-            D=D,
-            BLOCK_D=block_d,
+            D=DV,
+            BLOCK_D=block_dv,
             HEADS=heads,
             PIECES=number,
             ENDED=ended is not None,
+            SINKS=sinks is not None,
             **FUSION,
         )
+
+
+def _block(width: int) -> int:
+    """A head's columns in a program; products need 16."""
+    return max(16, triton.next_power_of_2(width))
