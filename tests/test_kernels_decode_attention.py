@@ -273,6 +273,17 @@ def test_errors(change, words):
     assert all(word in str(raised.value) for word in words), raised.value
 
 
+def test_slots_too_far_apart_for_the_offsets_in_a_head():
+    """Offsets of rows, heads and pieces have 64 bits, those of a head's slots 32."""
+    from distill_kernels import triton_decode_attention
+
+    made = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in arguments((3, 1), 7, 8, 4).items()}
+    made["values"] = torch.empty_strided((4, 2, 8, 16), (32, 16, 2**28, 1), device="meta")
+    made |= {"out": torch.empty_like(made["query"]), "ended": None}
+    with pytest.raises(ValueError, match="2147483648"):
+        triton_decode_attention.attend(**made)
+
+
 def test_heads_that_are_too_large():
     with pytest.raises(ValueError, match="256"):
         decode_attention(**arguments(None, 3, 4, 1, D=257))

@@ -89,10 +89,10 @@ def decode_attention(
     may be padding alone.
 
     Rows that have `ended` ([R] bool) give 0. Buffers may be larger than a batch: prompts without rows cost nothing, and
-    rows from `row_start[B]` on belong to no prompt and must be marked in `ended`. Whatever is said not to count,
-    slots past `position` and rows that have ended included, may hold anything, NaN too. On CUDA their keys are not
-    read; on a CPU those of prompts without a living row and of ended rows before the first and after the last living
-    one are not.
+    rows from `row_start[B]` on belong to no prompt and must be marked in `ended`. What does not count (padding, slots
+    past `position`, rows that have ended, prompts of which all have) may hold anything, NaN too. On CUDA it is not
+    read; on a CPU prompts without a living row are not, nor their rows, nor rows before the first or after the last
+    living one where there are no prompts.
 
     A token sees itself and the `window` - 1 tokens before it; row r's stands at slot P + `position`, prompts first.
     `softcap` bounds the scaled scores: softcap * tanh(score / softcap). `sinks` [Hq] are logits that take part in the
@@ -103,18 +103,13 @@ def decode_attention(
 
     Raises ValueError for a wrong shape, dtype, stride, device or number.
     """
-    _check(query, keys, values, prompt_keys, prompt_values, sinks)
     R = query.shape[0]
-    for name, vector, length in (("position", position, 1), ("row_start", row_start, _prompts(prompt_keys) + 1)):
-        _check_integers(name, vector, length, query.device)
-    if (row_start is None) != (prompt_keys is None):
-        raise ValueError("row_start comes with prompt_keys and prompt_values; found one without the other")
-    _check_integers("left_padding", left_padding, R if prompt_keys is None else _prompts(prompt_keys), query.device)
-    if ended is not None and (ended.dtype != torch.bool or ended.shape != (R,) or ended.device != query.device):
-        raise ValueError(f"ended must be [{R}] bool on {query.device}; found {_found(ended)} on {ended.device}")
+    _check(query, keys, values, prompt_keys, prompt_values)
+    _check_vectors(query, _prompts(prompt_keys), position, row_start, left_padding, ended)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, the token itself; found {window}")
     checks.check_positive("softcap", softcap)
+    checks.check_floats(query=query, sinks=sinks)
     checks.check_vector("sinks", sinks, query.shape[1], f"query {list(query.shape)}")
     rows_a_prompt = R if rows_a_prompt is None else rows_a_prompt
     optional = (prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended)
@@ -122,15 +117,10 @@ def decode_attention(
 
 
 def _check(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    prompt_keys: Tensor | None,
-    prompt_values: Tensor | None,
-    sinks: Tensor | None,
+    query: Tensor, keys: Tensor, values: Tensor, prompt_keys: Tensor | None, prompt_values: Tensor | None
 ) -> None:
     pairs = {"keys": keys, "values": values, "prompt_keys": prompt_keys, "prompt_values": prompt_values}
-    checks.check_floats(query=query, **pairs, sinks=sinks)
+    checks.check_floats(query=query, **pairs)
     if query.dim() != 3 or keys.dim() != 4:
         raise ValueError(f"query must be [R, Hq, D] and keys [R, Hkv, T, D]; found {_found(query)} and {_found(keys)}")
     (R, Hq, D), Hkv = query.shape, keys.shape[1]
@@ -158,14 +148,33 @@ def _check(
             raise ValueError(f"{name}'s last stride must be 1; found strides {list(tensor.stride())}")
 
 
+def _check_vectors(
+    query: Tensor,
+    prompts: int | None,
+    position: Tensor,
+    row_start: Tensor | None,
+    left_padding: Tensor | None,
+    ended: Tensor | None,
+) -> None:
+    R, device = query.shape[0], query.device
+    if (row_start is None) != (prompts is None):
+        raise ValueError("row_start comes with prompt_keys and prompt_values; found one without the other")
+    _check_integers("position", position, 1, device)
+    if prompts is not None:
+        _check_integers("row_start", row_start, prompts + 1, device)
+    _check_integers("left_padding", left_padding, R if prompts is None else prompts, device)
+    if ended is not None and (ended.dtype != torch.bool or ended.shape != (R,) or ended.device != device):
+        raise ValueError(f"ended must be [{R}] bool on {device}; found {_found(ended)} on {ended.device}")
+
+
 def _check_integers(name: str, vector: Tensor | None, length: int, device: torch.device) -> None:
     if vector is not None:
         checks.check_vector(name, vector, length, "the other tensors")
         checks.check_integers(name, vector, device)
 
 
-def _prompts(prompt_keys: Tensor | None) -> int:
-    return 0 if prompt_keys is None else prompt_keys.shape[0]
+def _prompts(prompt_keys: Tensor | None) -> int | None:
+    return None if prompt_keys is None else prompt_keys.shape[0]
 
 
 def _found(tensor: Tensor) -> str:

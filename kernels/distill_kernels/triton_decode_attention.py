@@ -271,6 +271,12 @@ def attend(
     blocks = triton.cdiv(rows_a_prompt * group, chosen.block_m)
     prompt_programs = B * Hkv * blocks * chosen.prompt_pieces
     stored = (given_or(prompt_keys, keys), given_or(prompt_values, values))
+    farthest = max(query.stride(0) * R, *(each.shape[2] * each.stride(2) for each in (keys, values, *stored)))
+    if farthest >= 2**31:
+        raise ValueError(
+            f"the rows of the query, and the slots of one head of keys and values, must lie within 2**31 elements; "
+            f"found {farthest}: make slots the last dimension but one in memory too"
+        )
     strides = [stride for tensor in (keys, values, *stored) for stride in tensor.stride()[:3]]
     # Nats before a cap, bits where there is none: exponentials are of base 2.
     factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)

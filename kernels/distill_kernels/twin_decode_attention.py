@@ -62,26 +62,17 @@ def attend(
     sinks: Tensor | None = None,
 ) -> None:
     """Writes the contiguous out [R, Hq, Dv]; see `decode_attention`. The query and `out` may be of any dtype."""
-    end = int(position) + 1
+    end, dtype = int(position) + 1, torch.promote_types(keys.dtype, torch.float32)
     first = 0
     if window is not None:
         first = max(0, end - window + (0 if prompt_keys is None else prompt_keys.shape[2]))
-    call = Call(
-        query.to(torch.promote_types(keys.dtype, torch.float32)) * scale,
-        keys,
-        values,
-        out,
-        prompt_keys,
-        prompt_values,
-        None if left_padding is None else left_padding.tolist(),
-        first,
-        min(end, keys.shape[2]),
-        softcap,
-        sinks,
-    )
+    query = (query if query.dtype == dtype else query.to(dtype)) * scale
+    padding = None if left_padding is None else left_padding.tolist()
+    end = min(end, keys.shape[2])
+    call = Call(query, keys, values, out, prompt_keys, prompt_values, padding, first, end, softcap, sinks)
     bounds = None if row_start is None else tuple(row_start.tolist())
     flags = None if ended is None else tuple(ended.tolist())
-    for run in _runs(len(query), bounds, flags):
+    for run in _runs(query.shape[0], bounds, flags):
         if _attend(call, run):
             continue
         # What must not count was not finite: each prompt, or row, by itself, whose padding is cut off.
@@ -93,78 +84,85 @@ def attend(
 
 def _attend(call: Call, run: Run) -> bool:
     """Writes a run's rows; false where padding that is masked, and not cut off, may have spoilt them."""
-    query, keys, values, out = (_cut(each, run.rows) for each in (call.query, call.keys, call.values, call.out))
-    R, Hkv, Dv = len(query), keys.shape[1], values.shape[3]
-    query = query.view(R, Hkv, -1, query.shape[2])  # [R, Hkv, g, D]
-    first, bias, prompt = call.first, None, None
-    if call.padding is not None:
-        padding = call.padding[run.rows if run.prompts is None else run.prompts]
-        slots = (keys if run.prompts is None else call.prompt_keys).shape[2]
-        first = max(first, min(padding))
-        if max(padding) == slots > first:
-            return False  # a softmax of nothing
-        if max(padding) > first:
-            bias = _bias(tuple(padding), slots, query.dtype)[..., first:]
+    query, keys, values, out, prompt_keys, _, padding, first, end, softcap, sinks = call
+    if run.rows.stop - run.rows.start < query.shape[0]:
+        query, keys, values, out = query[run.rows], keys[run.rows], values[run.rows], out[run.rows]
+    (R, Hq, D), Hkv, Dv, P = query.shape, keys.shape[1], values.shape[3], 0
+    bias = prompt = None
     if run.prompts is not None:
-        P = call.prompt_keys.shape[2]
-        if first < P:
-            held = (_cut(each, run.prompts)[:, :, first:] for each in (call.prompt_keys, call.prompt_values))
-            prompt = _attend_prompts(query, *held, bias, run, call.softcap)
-        first = max(0, first - P)
-    keys, values = (each.narrow(2, first, call.end - first).to(query.dtype).flatten(0, 1) for each in (keys, values))
-    scores = _capped(torch.bmm(query.flatten(0, 1), keys.mT), call.softcap).view(R, Hkv, -1, call.end - first)
-    if bias is not None and run.prompts is None:
-        scores += bias[..., : call.end - first]
-    extra = [] if prompt is None else [prompt[1].unsqueeze(-1)]
-    if call.sinks is not None:
-        extra.append(call.sinks.to(scores.dtype).view(1, Hkv, -1, 1).expand(R, -1, -1, -1))
-    weights = (torch.cat([scores, *extra], -1) if extra else scores).softmax(-1)
-    of_own = weights.flatten(0, 1)[..., : scores.shape[-1]]
-    result = torch.bmm(of_own, values).view(R, Hkv, -1, Dv)
-    written = out.view(result.shape)
+        P = prompt_keys.shape[2]
+    if padding is not None:
+        padding, slots = padding[run.prompts or run.rows], P or keys.shape[2]
+        longest, first = max(padding), max(first, min(padding))
+        if longest == slots > first:
+            return False  # a softmax of nothing
+        if longest > first:
+            bias = _bias(tuple(padding), slots, query.dtype)[..., first:]
+    if first < P:
+        prompt = _attend_prompts(call, run, query, first, bias)
+    own = max(0, first - P)
+    shape = R * Hkv, Hq // Hkv, -1
+    scores = torch.bmm(query.view(R * Hkv, Hq // Hkv, D), _heads(keys, own, end, query.dtype).mT)
+    scores = _capped(scores, softcap).view(R, Hkv, Hq // Hkv, end - own)
+    if bias is not None and not P:
+        scores += bias[..., : end - own]
+    extra = () if prompt is None else prompt[1:]
+    if sinks is not None:
+        extra = *extra, sinks.to(scores.dtype).view(1, Hkv, -1, 1).expand(R, -1, -1, -1)
+    weights = (torch.cat((scores, *extra), -1) if extra else scores).softmax(-1)
+    of_own = weights.view(shape)
+    if extra:
+        of_own = of_own.narrow(-1, 0, end - own)
+    result = torch.bmm(of_own, _heads(values, own, end, query.dtype)).view(R, Hkv, Hq // Hkv, Dv)
+    written = out.view(R, Hkv, Hq // Hkv, Dv)
     if prompt is None:
         written.copy_(result)
     elif out.dtype == result.dtype:
-        torch.addcmul(result, weights.narrow(-1, scores.shape[-1], 1), prompt[0], out=written)
+        torch.addcmul(result, weights.narrow(-1, end - own, 1), prompt[0], out=written)
     else:
-        written.copy_(result.addcmul_(weights.narrow(-1, scores.shape[-1], 1), prompt[0]))
+        written.copy_(result.addcmul_(weights.narrow(-1, end - own, 1), prompt[0]))
     return bias is None or math.isfinite(out.sum(dtype=result.dtype))
 
 
-def _attend_prompts(
-    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, run: Run, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """A run's rows [R, Hkv, g, D] on their prompts' keys: [R, Hkv, g, Dv] and log-sum-exps [R, Hkv, g]."""
-    B, (_, Hkv, g, D) = len(keys), query.shape
+def _heads(tensor: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+    """The slots `begin` to `end` of [R, Hkv, T, ..], as [R * Hkv, slots, ..]."""
+    tensor = tensor.narrow(2, begin, end - begin).flatten(0, 1)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _attend_prompts(call: Call, run: Run, query: Tensor, first: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A run's rows [R, Hq, D] on their prompts' keys: [R, Hkv, g, Dv] and log-sum-exps [R, Hkv, g, 1]."""
+    keys, values, softcap = call.prompt_keys, call.prompt_values, call.softcap
+    if run.prompts.stop - run.prompts.start < keys.shape[0]:
+        keys, values = keys[run.prompts], values[run.prompts]
+    if first:
+        keys, values = keys[:, :, first:], values[:, :, first:]
+    if keys.dtype != query.dtype:
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
     if run.row_of_slot is not None:
         query = query.index_select(0, run.row_of_slot)
+    (slots, Hq, D), (B, Hkv, _, Dv) = query.shape, values.shape
+    g = Hq // Hkv
     query = query.view(B, -1, Hkv, g, D).transpose(1, 2).reshape(B, Hkv, -1, D)
-    keys, values = keys.to(query.dtype), values.to(query.dtype)
-    if softcap is None and values.shape[3] == D:
+    if softcap is None and Dv == D:
         mask = None if bias is None else bias.expand(B, Hkv, query.shape[2], -1)
         flash = torch._scaled_dot_product_flash_attention_for_cpu
-        found = flash(query, keys, values, 0.0, False, attn_mask=mask, scale=1.0)
+        out, lse = flash(query, keys, values, 0.0, False, attn_mask=mask, scale=1.0)
     else:
         scores = _capped(query @ keys.mT, softcap)
         if bias is not None:
             scores += bias
         lse = scores.logsumexp(-1, keepdim=True)
-        found = scores.sub_(lse).exp_() @ values, lse.squeeze(-1)
-    return tuple(_rows_of(each, g, run.slot_of_row) for each in found)
-
-
-def _rows_of(of_slots: Tensor, g: int, slot_of_row: Tensor | None) -> Tensor:
-    """[B, Hkv, rows a prompt * g, ..] to [R, Hkv, g, ..]."""
-    of_slots = of_slots.transpose(1, 2).unflatten(1, (-1, g)).flatten(0, 1)
-    return (of_slots if slot_of_row is None else of_slots.index_select(0, slot_of_row)).transpose(1, 2)
+        out = scores.sub_(lse).exp_() @ values
+    # From [B, Hkv, rows a prompt * g, ..].
+    out, lse = out.transpose(1, 2).reshape(slots, g, Hkv, Dv), lse.transpose(1, 2).reshape(slots, g, Hkv, 1)
+    if run.slot_of_row is not None:
+        out, lse = out.index_select(0, run.slot_of_row), lse.index_select(0, run.slot_of_row)
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
-
-
-def _cut(tensor: Tensor, part: slice) -> Tensor:
-    return tensor if part.stop - part.start == len(tensor) else tensor[part]
 
 
 @functools.lru_cache(maxsize=8)
