@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernels_common import assert_as_good_as_pytorch, over_implementations, running
 
-from distill_kernels import decode_attention, reference
+from distill_kernels import decode_attention, reference, twin_decode_attention
 
 NAN = float("nan")
 
@@ -115,9 +115,10 @@ def test_strides_and_no_padding(implementation, counts):
     for name, tensor in list(made.items()):
         if isinstance(tensor, torch.Tensor) and tensor.dim() == 4:
             made[name] = tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    made["query"] = made["query"][:, None].transpose(1, 2).contiguous().squeeze(2)
     made["keys"], made["values"] = made["keys"][:, :, :17], made["values"][:, :, :17]
-    check(made, implementation)
+    projected = torch.randn(3, 100)
+    for query in (projected[:, :64].view(3, 4, 16), torch.randn(4, 3, 16).transpose(0, 1)):
+        check(made | {"query": query}, implementation)
 
 
 OPTIONS = {
@@ -207,6 +208,17 @@ def test_half_precision(implementation):
             made = arguments((3, 2), 40, 60, 41, D=64, dtype=dtype, **options)
             made["query"] *= 4
             check(made, implementation, constant=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("counts", [(3, 2), None], ids=str)
+def test_the_twin_takes_queries_narrower_than_its_keys(counts):
+    """A model may compute in bfloat16 where float32 keys are faster: only the output is rounded."""
+    made = arguments(counts, 40, 60, 41)
+    query = made.pop("query").bfloat16()
+    truth = reference.decode_attention(query.float(), **made)
+    made = dict.fromkeys(("prompt_keys", "prompt_values", "row_start", "rows_a_prompt", "ended")) | made
+    twin_decode_attention.attend(query, **made, out=(out := torch.empty_like(query)))
+    torch.testing.assert_close(out.float(), truth, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
 
 
 @pytest.mark.cuda

@@ -102,7 +102,7 @@ def _attend(call: Call, run: Run) -> bool:
         prompt = _attend_prompts(call, run, query, first, bias)
     own = max(0, first - P)
     shape = R * Hkv, Hq // Hkv, -1
-    scores = torch.bmm(query.view(R * Hkv, Hq // Hkv, D), _heads(keys, own, end, query.dtype).mT)
+    scores = torch.bmm(query.reshape(R * Hkv, Hq // Hkv, D), _heads(keys, own, end, query.dtype).mT)
     scores = _capped(scores, softcap).view(R, Hkv, Hq // Hkv, end - own)
     if bias is not None and not P:
         scores += bias[..., : end - own]
