@@ -82,11 +82,11 @@ def decode_attention(
 ) -> Tensor:
     """Attention of query [R, Hq, D] on keys [R, Hkv, T, D] and values [R, Hkv, T, Dv], to [R, Hq, Dv].
 
-    Of a row's T slots, 0 to `position` ([1] int64) count. With `prompt_keys` [B, Hkv, P, D] and `prompt_values`
-    [B, Hkv, P, Dv], the rows `row_start[b]` to `row_start[b + 1]` ([B + 1] int64, from 0 on, in order) also see those
-    of prompt b. `rows_a_prompt` says how many rows a prompt has at most (R if absent; with fewer than there are, the
-    output is wrong). `left_padding` (int64; [B], or [R] without prompts) counts the first keys that are none; no row
-    may be padding alone.
+    Of a row's T slots, 0 to `position` ([1] int64, below T) count. With `prompt_keys` [B, Hkv, P, D] and
+    `prompt_values` [B, Hkv, P, Dv], the rows `row_start[b]` to `row_start[b + 1]` ([B + 1] int64, from 0 on, in order)
+    also see those of prompt b. `rows_a_prompt` says how many rows a prompt has at most (R if absent; with fewer than
+    there are, the output is wrong). `left_padding` (int64; [B], or [R] without prompts) counts the first keys that are
+    none; no row may be padding alone.
 
     Rows that have `ended` ([R] bool) give 0. Buffers may be larger than a batch: prompts without rows cost nothing, and
     rows from `row_start[B]` on belong to no prompt and must be marked in `ended`. What does not count (padding, slots

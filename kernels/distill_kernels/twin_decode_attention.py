@@ -76,7 +76,7 @@ def attend(
         if _attend(call, run):
             continue
         # What must not count was not finite: each prompt, or row, by itself, whose padding is cut off.
-        for single in _singles(run, bounds):
+        for single in _singles(run, bounds, flags):
             _attend(call, single)
     if flags is not None and True in flags:
         out.masked_fill_(ended[:, None, None], 0)
@@ -202,7 +202,8 @@ def _run_of(bounds: tuple[int, ...], begin: int, end: int) -> Run:
     return Run(rows, prompts, row_of_slot, slot_of_row)
 
 
-def _singles(run: Run, bounds: tuple[int, ...] | None) -> list[Run]:
+def _singles(run: Run, bounds: tuple[int, ...] | None, ended: tuple[bool, ...] | None) -> list[Run]:
     if run.prompts is None:
-        return [Run(slice(row, row + 1), None) for row in range(run.rows.start, run.rows.stop)]
+        rows = range(run.rows.start, run.rows.stop)
+        return [Run(slice(row, row + 1), None) for row in rows if ended is None or not ended[row]]
     return [_run_of(bounds, prompt, prompt + 1) for prompt in range(run.prompts.start, run.prompts.stop)]
