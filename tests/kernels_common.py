@@ -51,7 +51,8 @@ def _set_blocks(patch: pytest.MonkeyPatch, block: int) -> None:
     from distill_kernels import triton_math, triton_sample, triton_student_product
 
     patch.setattr(triton_math, "BLOCK", block)
-    patch.setattr(triton_sample, "BLOCK", block)
+    for name in ("BLOCK", "RACE_BLOCK"):
+        patch.setattr(triton_sample, name, block)
     columns = min(max(block // 4, 32), 1024)
     patch.setattr(triton_student_product, "TILE", triton_student_product.Tile(16, columns, 16, 1, 1))
 

@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ POINTERS = {
     "step_ptr": "*i64", "logprobs": FLOATS,
     "hidden": "*bf16", "weight": "*bf16", "teacher": FLOATS, "e_ptr": "*bf16",
     "per_row": FLOATS, "part": FLOATS, "shifts": FLOATS,
+    "seed_ptr": "*i64", "peaks": FLOATS, "thresholds": FLOATS, "pieces": FLOATS, "winners": "*i32",
 }  # fmt: skip
 INTEGERS = {"V", "R", "top_k", "tiles"}
 SHARED_MEMORY = 227 * 1024  # bytes, of a block on compute capability 9.0
@@ -48,8 +50,6 @@ MOST_STACK = 32  # bytes: no spill of a loop
 def type_of(name: str) -> str:
     if name in POINTERS:
         return POINTERS[name]
-    if name == "seed":
-        return "i64"
     return "i32" if name in INTEGERS or name.endswith(("stride", "step")) else "fp32"
 
 
@@ -152,7 +152,8 @@ def check_specialisations() -> None:
     backend._interpreting = True  # the launchers of CUDA, for tensors on a CPU
     target, seen = make_backend(GPUTarget("cuda", 90, 32)), defaultdict(set)
     kernels = (
-        triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._sample_kernel,
+        triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._threshold_kernel,
+        triton_sample._race_kernel, triton_sample._merge_kernel,
         triton_student_product._references_kernel, triton_student_product._product_kernel,
         triton_product_rows._finish_kernel, triton_product_rows._target_kernel,
     )  # fmt: skip
@@ -261,11 +262,17 @@ def main() -> None:
     compile_product()
     compile_product_rows()
     compile_kernel(triton_reverse_kl._backward_kernel, warps, BLOCK=block)
-    for top_k, top_p, min_p in ((False, False, False), (True, True, True), (False, True, False)):
+    for top_k, top_p, min_p in ((True, True, True), (False, True, False)):
         compile_kernel(
-            triton_sample._sample_kernel, triton_sample.WARPS, BLOCK=triton_sample.BLOCK,
+            triton_sample._threshold_kernel, triton_sample.WARPS, BLOCK=triton_sample.BLOCK,
             TOP_K=top_k, TOP_P=top_p, MIN_P=min_p,
         )  # fmt: skip
+    for filtered, tempered in product((False, True), repeat=2):
+        compile_kernel(
+            triton_sample._race_kernel, triton_sample.RACE_WARPS, BLOCK=triton_sample.RACE_BLOCK,
+            FILTERED=filtered, TEMPERED=tempered,
+        )  # fmt: skip
+    compile_kernel(triton_sample._merge_kernel, triton_sample.MERGE_WARPS, TILES=64)
 
 
 if __name__ == "__main__":

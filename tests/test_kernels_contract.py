@@ -114,7 +114,19 @@ def test_errors_of_options(options, words):
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}, {"seed": -1}, {"step": torch.arange(2)}],
+    [
+        {"temperature": 0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": torch.arange(2)},
+        {"seed": torch.tensor(1.0)},
+        {"step": torch.arange(2)},
+        {"step": torch.tensor(1, device="meta")},
+    ],
+    ids=str,
 )
 def test_errors_of_sample(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -167,15 +179,15 @@ def test_compile_whole_graphs(implementation):
             ):
                 torch.testing.assert_close(ours, truth)
 
-        def draw(logits, step):
-            drawn = sample(logits * 2, top_p=0.9, seed=1, step=step)
+        def draw(logits, seed, step):
+            drawn = sample(logits * 2, top_p=0.9, seed=seed, step=step)
             return drawn.token_ids, drawn.logprob + drawn.sampling_logprob
 
         step = torch.tensor(3, device=device)
-        for ours, truth in zip(
-            torch.compile(draw, fullgraph=True)(logits.detach(), step), draw(logits.detach(), step), strict=True
-        ):
-            torch.testing.assert_close(ours, truth)
+        for seed in (1, step):
+            given = logits.detach(), seed, step
+            for ours, truth in zip(torch.compile(draw, fullgraph=True)(*given), draw(*given), strict=True):
+                torch.testing.assert_close(ours, truth)
 
 
 @over_implementations
@@ -194,8 +206,8 @@ def test_registration(implementation):
         )
         scoring = (*linear_arguments(device=device)[:5], None, None, None, None, 1.0, 1.0, 1.0, 9, None, False)
         torch.library.opcheck(ops.linear_reverse_kl.default, scoring)
-        step = torch.tensor(0, device=device)
-        torch.library.opcheck(ops.sample.default, (teacher, ids, step, 7, 1.0, 3, 0.9, 0.0))
+        step, seed = torch.tensor([0, 7], device=device)
+        torch.library.opcheck(ops.sample.default, (teacher, ids, step, seed, 1.0, 3, 0.9, 0.0))
 
 
 def test_autocast_leaves_the_ops_alone():

@@ -1,6 +1,6 @@
 """The decode loop behind `generate`: prefill, draw, write, stop, drop finished rows.
 
-Every token is drawn by `distill_kernels.sample` with a random number that depends on (seed, row id, token position)
+Every token is drawn by `distill_kernels.sample` with random numbers that depend on (seed, row id, token position)
 alone, so neither the wave a row ran in nor the rows beside it change what it says.
 Left out on purpose: penalties, beams, constraints. They would make the sampler differ from the scored policy.
 """

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from distill_kernels.counter import uniform
+from distill_kernels.counter import column_words, exponential, row_keys
 from distill_kernels.prefix_layout import PrefixLayout
 from distill_kernels.types import OBJECTIVES, Sample, TokenStats
 
@@ -104,17 +104,16 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    seed: int,
+    seed: int | Tensor,
     step: int | Tensor,
     row_ids: Tensor | None = None,
 ) -> Sample:
-    """Draws one token a row by sorting: temperature, then top-k, top-p and min-p, each on what the last one left."""
+    """Draws one token a row: the filters by sorting, each on what the last one left, then the largest p / E."""
     R, V = logits.shape
     sampled_from = sampling_logprobs(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     row_ids = torch.arange(R, device=logits.device) if row_ids is None else row_ids
-    cumulative = sampled_from.double().exp().cumsum(-1)
-    target = uniform(seed, step, row_ids).double()[:, None] * cumulative[:, -1:]
-    token_ids = (cumulative <= target).sum(-1).clamp(max=V - 1)[:, None]
+    words = column_words(row_keys(seed, step, row_ids), torch.arange(V, dtype=torch.int32, device=logits.device))
+    token_ids = (sampled_from.exp() / exponential(words, sampled_from.dtype)).argmax(-1, keepdim=True)
     logprob = logits.to(sampled_from.dtype).log_softmax(-1).gather(1, token_ids)[:, 0]
     return Sample(token_ids[:, 0], logprob, sampled_from.gather(1, token_ids)[:, 0])
 

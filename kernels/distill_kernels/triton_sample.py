@@ -1,18 +1,32 @@
-"""Drawing tokens in Triton: what `twin_sample` does for a CPU. One program a row, which it reads some times over.
+"""Drawing tokens in Triton: what `twin_sample` does for a CPU.
+
+A race is split over programs of `RACE_BLOCK` columns, so that a few rows use the whole GPU, and each row's programs
+are merged by one. How it is split depends on V alone: a row draws the same token in any batch. The search for a
+filter's threshold is one program a row, which reads its row some times over.
 
 With z = (logit - largest logit) / temperature, so that the largest is 0 and e^z its mass.
 """
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill_kernels import counter
 from distill_kernels.triton_math import FUSION, offset_of
 
-BLOCK = 4096  # columns that a program holds at once; tests make it smaller
+BLOCK = 4096  # columns that the search for a threshold holds at once; tests make both smaller
 WARPS = 16
+RACE_BLOCK = 4096  # columns of one program of the race
+RACE_WARPS = 8
+MERGE_WARPS = 1
+
+_SPREAD = tl.constexpr(counter.SPREAD)
+_MIX = tl.constexpr(counter.MIX)
+_WORD = tl.constexpr(counter.WORD)
+_LARGEST = tl.constexpr(counter.LARGEST)
 
 
 @triton.jit
@@ -22,22 +36,20 @@ def _load(row, column_step, cols, V):
 
 
 @triton.jit
-def _row_sums(row, column_step, V, inverse_temperature, BLOCK: tl.constexpr):
-    """One read: the largest logit m, the smallest that is not -inf, sum e^(x - m), sum e^((x - m) / temperature)."""
+def _row_range(row, column_step, V, inverse_temperature, BLOCK: tl.constexpr):
+    """One read: the largest logit m, the smallest that is not -inf, and sum e^((x - m) / temperature)."""
     peak = float("-inf")
     lowest = tl.full([BLOCK], float("inf"), tl.float32)
-    plain = tl.zeros([BLOCK], tl.float32)
     tempered = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         x = _load(row, column_step, start + tl.arange(0, BLOCK), V)
         new = tl.maximum(peak, tl.max(x, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
         move = tl.where(peak == float("-inf"), 0.0, safe - peak)
-        plain = plain * tl.exp(-move) + tl.exp(x - safe)
         tempered = tempered * tl.exp(-move * inverse_temperature) + tl.exp((x - safe) * inverse_temperature)
         lowest = tl.minimum(lowest, tl.where(x == float("-inf"), float("inf"), x))
         peak = new
-    return peak, tl.min(lowest, 0), tl.sum(plain, 0), tl.sum(tempered, 0)
+    return peak, tl.min(lowest, 0), tl.sum(tempered, 0)
 
 
 @triton.jit
@@ -82,39 +94,15 @@ def _kept_mass(row, column_step, V, peak, inverse_temperature, threshold, BLOCK:
     return tl.sum(total, 0)
 
 
-@triton.jit
-def _draw(row, column_step, V, peak, inverse_temperature, threshold, target, BLOCK: tl.constexpr):
-    """The first column at which the cumulative mass of those with z >= threshold passes `target` (float64)."""
-    before = tl.cast(0.0, tl.float64)
-    found = -1
-    last = -1
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        z = (_load(row, column_step, cols, V) - peak) * inverse_temperature
-        mass = tl.where(z >= threshold, tl.exp(z), 0.0)
-        after = before + tl.sum(mass, 0).to(tl.float64)
-        # Rounding may leave the target at or past the last mass: then the last column with mass is drawn.
-        last = tl.maximum(last, tl.max(tl.where(mass > 0, cols, -1), 0))
-        if (found < 0) & (after > target):
-            passed = (tl.cumsum(mass, 0) > (target - before).to(tl.float32)) & (mass > 0)
-            first = tl.min(tl.where(passed, cols, V), 0)
-            found = tl.where(first < V, first, last)
-        before = after
-    return tl.where(found < 0, last, found)
-
-
-@triton.jit(
-    do_not_specialize=["logprobs_stride", "seed", "top_k"],
-    do_not_specialize_on_alignment=["row_ids", "step_ptr", "token_ids", "logprobs"],
-)
-def _sample_kernel(
-    logits, row_ids, step_ptr, token_ids, logprobs, row_stride, column_step, logprobs_stride, V,
-    seed, inverse_temperature, top_k, top_p, log_min_p,
+@triton.jit(do_not_specialize=["top_k"], do_not_specialize_on_alignment=["thresholds"])
+def _threshold_kernel(
+    logits, peaks, thresholds, row_stride, column_step, V, inverse_temperature, top_k, top_p, log_min_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Largest logit of a row, and the smallest z that every filter keeps."""
     index = tl.program_id(0)
     row = logits + offset_of(index, row_stride)
-    peak, lowest, plain, mass = _row_sums(row, column_step, V, inverse_temperature, BLOCK)
+    peak, lowest, mass = _row_range(row, column_step, V, inverse_temperature, BLOCK)
     threshold = float("-inf")
     if TOP_K:
         low = (lowest - peak) * inverse_temperature - 1
@@ -132,37 +120,97 @@ def _sample_kernel(
         threshold = tl.maximum(threshold, nucleus)
     if MIN_P:
         threshold = tl.maximum(threshold, log_min_p)
-    if TOP_K or TOP_P or MIN_P:
-        mass = _kept_mass(row, column_step, V, peak, inverse_temperature, threshold, BLOCK)
+    tl.store(peaks + index, peak)
+    tl.store(thresholds + index, threshold)
 
-    step = tl.load(step_ptr)
-    row_id = tl.load(row_ids + index)
+
+@triton.jit
+def _words(cols, seed, step, row_id):
+    """`counter.column_words` of int32 columns. The products wrap, also where triton would look for overflows."""
     mask = 0xFFFFFFFF
-    bits, _, _, _ = tl.philox(
+    key, multiplier, _, _ = tl.philox(
         seed,
         (step & mask).to(tl.uint32),
         ((step >> 32) & mask).to(tl.uint32),
         (row_id & mask).to(tl.uint32),
         ((row_id >> 32) & mask).to(tl.uint32),
     )
-    uniform = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2^-32
-    token_id = _draw(
-        row, column_step, V, peak, inverse_temperature, threshold, uniform * mass.to(tl.float64), BLOCK
-    )  # fmt: skip
-    shifted = tl.load(row + offset_of(token_id, column_step)).to(tl.float32) - peak
+    words = tl.mul(cols, _SPREAD, sanitize_overflow=False) ^ key.to(tl.int32, bitcast=True)
+    words = tl.mul(words, multiplier.to(tl.int32, bitcast=True) | 1, sanitize_overflow=False)
+    words = tl.mul(words ^ (words >> 16), _MIX, sanitize_overflow=False)
+    return words ^ (words >> 15)
+
+
+@triton.jit
+def _exponential(words):
+    """`counter.exponential`: -log(1 - u), corrected for what 1 - u rounds away (Goldberg 1991, theorem 4)."""
+    u = tl.minimum((words.to(tl.float32) + 0.5) * _WORD, _LARGEST)
+    w = 1 - u
+    none = w == 1
+    return tl.where(none, u, -tl.log(w) * (u / tl.where(none, 1.0, 1 - w)))
+
+
+@triton.jit(do_not_specialize_on_alignment=["row_ids", "step_ptr", "seed_ptr", "thresholds"])
+def _race_kernel(
+    logits, row_ids, step_ptr, seed_ptr, peaks, thresholds, pieces, winners, row_stride, column_step, V,
+    inverse_temperature,
+    FILTERED: tl.constexpr, TEMPERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one tile of a row: the logit that masses are relative to, both sums, the best score and its column."""
+    index, tile, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    cols = tile * BLOCK + tl.arange(0, BLOCK)
+    x = _load(logits + offset_of(index, row_stride), column_step, cols, V)
+    peak = tl.load(peaks + index) if FILTERED else tl.max(x, 0)
+    x -= tl.where(peak == float("-inf"), 0.0, peak)
+    z = x * inverse_temperature if TEMPERED else x
+    mass = tl.exp(z)
+    plain = tl.exp(x) if TEMPERED else mass
+    if FILTERED:
+        mass = tl.where(z >= tl.load(thresholds + index), mass, 0.0)
+    words = _words(cols, tl.load(seed_ptr), tl.load(step_ptr), tl.load(row_ids + index))
+    score, winner = tl.max(mass / _exponential(words), 0, return_indices=True)
+    piece = pieces + offset_of(index, 4 * tiles) + tile
+    tl.store(piece, peak)
+    tl.store(piece + tiles, tl.sum(plain, 0))
+    tl.store(piece + 2 * tiles, tl.sum(mass, 0))
+    tl.store(piece + 3 * tiles, score)
+    tl.store(winners + offset_of(index, tiles) + tile, tl.minimum(tile * BLOCK + winner, V - 1))
+
+
+@triton.jit(do_not_specialize=["logprobs_stride", "tiles"], do_not_specialize_on_alignment=["token_ids", "logprobs"])
+def _merge_kernel(
+    logits, pieces, winners, token_ids, logprobs, row_stride, column_step, logprobs_stride, inverse_temperature,
+    tiles, TILES: tl.constexpr,
+):  # fmt: skip
+    """A row's token and log-probabilities from its tiles, at most TILES of them."""
+    index = tl.program_id(0)
+    tile = tl.arange(0, TILES)
+    inside = tile < tiles
+    piece = pieces + offset_of(index, 4 * tiles) + tile
+    tile_peak = tl.load(piece, mask=inside, other=float("-inf"))
+    plain = tl.load(piece + tiles, mask=inside, other=0.0)
+    mass = tl.load(piece + 2 * tiles, mask=inside, other=0.0)
+    score = tl.load(piece + 3 * tiles, mask=inside, other=0.0)
+    peak = tl.max(tile_peak, 0)
+    below = tile_peak - tl.where(peak == float("-inf"), 0.0, peak)
+    tempered = tl.exp(below * inverse_temperature)
+    winner = tl.minimum(tl.argmax(score * tempered, 0), tiles - 1)  # of a row of NaN too
+    token_id = tl.load(winners + offset_of(index, tiles) + winner)
+    shifted = tl.load(logits + offset_of(index, row_stride) + offset_of(token_id, column_step)).to(tl.float32) - peak
     tl.store(token_ids + index, token_id)
-    tl.store(logprobs + index, shifted - tl.log(plain))
-    tl.store(logprobs + logprobs_stride + index, shifted * inverse_temperature - tl.log(mass))
+    tl.store(logprobs + index, shifted - tl.log(tl.sum(plain * tl.exp(below), 0)))
+    log_mass = tl.log(tl.sum(mass * tempered, 0))
+    tl.store(logprobs + logprobs_stride + index, shifted * inverse_temperature - log_mass)
 
 
 def sample_rows(
     logits: Tensor,
     row_ids: Tensor,
     step: Tensor,
+    seed: Tensor,
     token_ids: Tensor,
     logprobs: Tensor,
     *,
-    seed: int,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -172,25 +220,26 @@ def sample_rows(
     R, V = logits.shape
     if R == 0:
         return
-    _sample_kernel[(R,)](
-        logits,
-        row_ids.contiguous(),
-        step,
-        token_ids,
-        logprobs,
-        logits.stride(0),
-        logits.stride(1),
-        logprobs.stride(0),
-        V,
-        seed,
-        1 / temperature,
-        top_k,
-        top_p,
-        math.log(min_p) if min_p > 0 else 0.0,
-        TOP_K=0 < top_k < V,
-        TOP_P=top_p < 1,
-        MIN_P=min_p > 0,
-        BLOCK=min(BLOCK, triton.next_power_of_2(V)),
-        num_warps=WARPS,
-        **FUSION,
-    )
+    strides, inverse_temperature, device = logits.stride(), 1 / temperature, logits.device
+    filters = {"TOP_K": 0 < top_k < V, "TOP_P": top_p < 1, "MIN_P": min_p > 0}
+    filtered = any(filters.values())
+    peaks = thresholds = logprobs  # some pointer, which no kernel follows
+    if filtered:
+        peaks, thresholds = torch.empty(2, R, dtype=torch.float32, device=device)
+        _threshold_kernel[(R,)](
+            logits, peaks, thresholds, *strides, V, inverse_temperature, top_k, top_p,
+            math.log(min_p) if min_p > 0 else 0.0,
+            **filters, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS, **FUSION,
+        )  # fmt: skip
+    block = min(RACE_BLOCK, triton.next_power_of_2(V))
+    tiles = triton.cdiv(V, block)
+    pieces = torch.empty(R, 4, tiles, dtype=torch.float32, device=device)
+    winners = torch.empty(R, tiles, dtype=torch.int32, device=device)
+    _race_kernel[(R, tiles)](
+        logits, row_ids.contiguous(), step, seed, peaks, thresholds, pieces, winners, *strides, V, inverse_temperature,
+        FILTERED=filtered, TEMPERED=temperature != 1, BLOCK=block, num_warps=RACE_WARPS, **FUSION,
+    )  # fmt: skip
+    _merge_kernel[(R,)](
+        logits, pieces, winners, token_ids, logprobs, *strides, logprobs.stride(0), inverse_temperature, tiles,
+        TILES=triton.next_power_of_2(tiles), num_warps=MERGE_WARPS, **FUSION,
+    )  # fmt: skip
