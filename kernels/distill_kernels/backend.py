@@ -6,7 +6,7 @@ imported at first use, because Triton decides between compiler and interpreter w
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -14,6 +14,12 @@ from types import ModuleType
 import torch
 
 _interpreting = False
+
+WRITES_INTO: dict[str, Callable[..., None]] = {}
+"""By the name of an op: a function that takes the results to write, and then the op's arguments.
+
+For whoever repeats a call at fixed addresses many thousand times; without the checks and wrappers of an op.
+"""
 
 
 def implementation(of: str, device: torch.device) -> ModuleType:

@@ -38,12 +38,21 @@ def _decode_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     out = query.new_empty(*query.shape[:2], values.shape[3])
+    optional = (prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended)
+    _attend_into([out], query, keys, values, position, *optional, scale, window, softcap, sinks)
+    return out
+
+
+def _attend_into(
+    outputs, query, keys, values, position, prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended,
+    scale, window=None, softcap=None, sinks=None,
+) -> None:  # fmt: skip
     backend.implementation("decode_attention", query.device).attend(
         query,
         keys,
         values,
         position,
-        out,
+        *outputs,
         prompt_keys=prompt_keys,
         prompt_values=prompt_values,
         row_start=row_start,
@@ -55,7 +64,9 @@ def _decode_attention(
         softcap=softcap,
         sinks=sinks,
     )
-    return out
+
+
+backend.WRITES_INTO["distill_kernels::decode_attention"] = _attend_into
 
 
 @_decode_attention.register_fake

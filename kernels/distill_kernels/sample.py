@@ -43,21 +43,18 @@ def _sample(
     min_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Token ids [R] int64 and log-probabilities [2, R] float32."""
-    token_ids = torch.empty_like(row_ids)
-    logprobs = torch.empty(2, logits.shape[0], dtype=torch.float32, device=logits.device)
-    backend.implementation("sample", logits.device).sample_rows(
-        logits,
-        row_ids,
-        step,
-        seed,
-        token_ids,
-        logprobs,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-    )
-    return token_ids, logprobs
+    outputs = torch.empty_like(row_ids), logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
+    _sample_into(outputs, logits, row_ids, step, seed, temperature, top_k, top_p, min_p)
+    return outputs
+
+
+def _sample_into(outputs, logits, row_ids, step, seed, temperature, top_k, top_p, min_p) -> None:
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    implementation = backend.implementation("sample", logits.device)
+    implementation.sample_rows(logits, row_ids, step, seed, *outputs, **options)
+
+
+backend.WRITES_INTO["distill_kernels::sample"] = _sample_into
 
 
 @_sample.register_fake
