@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.forward import completion_hidden
 from distill.forward import hidden as ways
 from distill.forward.packing import host_rows
-from distill.models import fits_static, sharing_refusal, split_head
+from distill.models import sharing_refusal, split_head
 from distill.models.attention import prefer
 from distill.rollout import SamplingOptions, local_engine
 
@@ -168,11 +168,3 @@ def test_on_a_gpu_rows_stay_plain_where_nothing_was_measured():
             sharing = ways.Sharing(layout=None, longest_row=WINDOW + 1)
             with pytest.raises(ways.NotShareableError, match="its attention takes"):
                 ways._shared_prefix_attention(SimpleNamespace(), *states, None, shared_prefix=sharing, **option)
-
-
-def test_steps_of_fixed_shape_are_for_plain_attention():
-    plain = {name: value for name, value in FAMILIES["gemma2"].items() if name != "attn_logit_softcapping"}
-    full = {"layer_types": ["full_attention"] * 2, "sliding_window": None}
-    assert fits_static(AutoConfig.for_model("gemma2", **(SIZES | plain | full), attn_logit_softcapping=None))
-    assert not fits_static(AutoConfig.for_model("gemma2", **(SIZES | FAMILIES["gemma2"] | full)))
-    assert not fits_static(AutoConfig.for_model("gpt_oss", **(SIZES | FAMILIES["gpt_oss"])))

@@ -9,16 +9,10 @@ from conftest import tiny_model
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from distill.rollout import SamplingOptions, kv_cache, local_engine
-from distill.rollout.decode import Completions, Wave, decode, prefill
-from distill.rollout.kv_cache import (
-    DecodeCache,
-    PromptCache,
-    StaticDecodeCache,
-    attention_with_lse,
-    composed_attention,
-    merge_pieces,
-)
+from distill.rollout import SamplingOptions, local_engine
+from distill.rollout.decode import Completions, Decoder
+from distill.rollout.kv_cache import DecodeCache, PromptCache, Room
+from distill.rollout.prefill import prefill
 from distill_kernels import Sample
 
 KV_HEADS, GROUP, WIDTH = 2, 3, 8
@@ -49,6 +43,12 @@ def exact_attention(
     return (weights @ values.double()).flatten(1, 2)
 
 
+def goes_on(cache: DecodeCache) -> None:
+    """What a step of a decode does once every layer has written."""
+    cache.position.add_(1)
+    cache.length += 1
+
+
 @pytest.mark.parametrize("counts", [(1, 1, 1), (4, 4, 4), (3, 1, 2), (5, 1, 1)])
 @pytest.mark.parametrize(
     ("window", "softcap", "sink", "value_width"),
@@ -61,17 +61,21 @@ def exact_attention(
         (4, 0.7, 1.0, 5),
     ],
 )
-def test_two_piece_attention_is_attention_on_the_whole_row(
+def test_attention_in_pieces_is_attention_on_the_whole_row(
     counts: tuple[int, ...], window: int | None, softcap: float | None, sink: float | None, value_width: int
 ) -> None:
-    """Ragged prompts, ragged numbers of rows, rows dropped on the way, and sliding windows that cut either piece."""
+    """Ragged prompts, ragged numbers of rows, rows dropped on the way, windows that cut either piece; room to spare."""
     generator = torch.Generator().manual_seed(1)
     prompts, length, steps, widths = len(counts), 7, 6, (WIDTH, value_width)
     mask = torch.arange(length) >= torch.tensor([0, 6, 3])[:, None]
     made = [torch.randn(prompts, KV_HEADS, length, width, generator=generator) for width in widths]
     sinks = None if sink is None else sink * torch.randn(KV_HEADS * GROUP, generator=generator)
     index = torch.repeat_interleave(torch.arange(prompts), torch.tensor(counts))
-    cache = DecodeCache(PromptCache([made[0]], [made[1]], mask), index, steps + 1)
+    prompt = PromptCache([made[0]], [made[1]], mask)
+    cache = DecodeCache(prompt, Room(prompts + 1, length + 2, len(index) + 3, steps + 1))
+    for buffer in (*cache._keys, *cache._values, *cache._prompt_keys, *cache._prompt_values):
+        buffer.fill_(math.nan)  # of an earlier batch, or of none
+    cache.load(prompt, index)
     keys, values, seen = made[0][index], made[1][index], mask[index]
     for step in range(steps):
         if step == 3:
@@ -88,20 +92,19 @@ def test_two_piece_attention_is_attention_on_the_whole_row(
         options = {"window": window, "softcap": softcap, "sinks": sinks}
         output = cache.attend(query, *cache.update(*new, 0), 0, WIDTH**-0.5, **options)
         torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-5)
-        cache.advance()
+        goes_on(cache)
+    assert cache.windows == (set() if window is None else {0})
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 1)])
-@pytest.mark.parametrize("made", [DecodeCache, StaticDecodeCache])
-def test_of_latents_attention_writes_what_the_model_made_of_them(made: type[DecodeCache], counts: tuple) -> None:
+def test_of_latents_attention_writes_what_the_model_made_of_them(counts: tuple) -> None:
     """`update` hands the new token's latent back alone."""
     generator = torch.Generator().manual_seed(4)
     pieces = [torch.randn(2, KV_HEADS, 4, width, generator=generator) for width in (WIDTH, 5)]
     index = torch.repeat_interleave(torch.arange(2), torch.tensor(counts))
     prompt = PromptCache([pieces[0]], [pieces[1]], torch.ones(2, 4, dtype=torch.bool), latent=True)
-    cache, keys, values = made(prompt, index, 4), pieces[0][index], pieces[1][index]
-    if made is StaticDecodeCache:
-        cache.show(3)
+    cache, keys, values = DecodeCache(prompt, Room(2, 4, len(index), 4)), pieces[0][index], pieces[1][index]
+    cache.load(prompt, index)
     for _ in range(3):
         latents = [torch.randn(len(index), 1, 1, 3, generator=generator) for _ in range(2)]
         assert all(back is latent for back, latent in zip(cache.update(*latents, 0), latents, strict=True))
@@ -111,86 +114,7 @@ def test_of_latents_attention_writes_what_the_model_made_of_them(made: type[Deco
         expected = exact_attention(query, keys, values, torch.ones(len(index), keys.shape[2]).bool(), None, None)
         output = cache.attend(query, *new, 0, WIDTH**-0.5)
         torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-5)
-        cache.advance()
-
-
-@pytest.mark.parametrize("option", [{"window": 4}, {"softcap": 1.0}, {"sinks": torch.zeros(KV_HEADS * GROUP)}])
-def test_a_static_cache_refuses_what_it_cannot_do(option: dict) -> None:
-    prompt = PromptCache(*([torch.zeros(1, KV_HEADS, 2, WIDTH)] for _ in range(2)), torch.ones(1, 2).bool())
-    cache, new = StaticDecodeCache(prompt, torch.zeros(2, dtype=torch.long), 3), torch.zeros(2, KV_HEADS, 1, WIDTH)
-    query = torch.zeros(2, KV_HEADS * GROUP, 1, WIDTH)
-    with pytest.raises(NotImplementedError, match=f"{next(iter(option))} in steps of fixed shape"):
-        cache.attend(query, *cache.update(new, new, 0), 0, 1.0, **option)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("counts", [(1, 1, 1), (4, 4, 4), (3, 1, 2)])
-def test_a_static_cache_attends_as_the_other_does(
-    counts: tuple[int, ...], fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a number that says where it is, fused (in PyTorch here) or not; rows end, and some are dropped."""
-    monkeypatch.setattr(StaticDecodeCache, "fused", fused)
-    generator = torch.Generator().manual_seed(2)
-    mask = torch.arange(7) >= torch.tensor([0, 6, 3])[:, None]
-    prompt = PromptCache(*([torch.randn(3, KV_HEADS, 7, WIDTH, generator=generator)] for _ in range(2)), mask)
-    index = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
-    caches = [made(prompt, index, 7) for made in (DecodeCache, StaticDecodeCache)]
-    caches[1].ended = torch.zeros(len(index), dtype=torch.bool)
-    for step in range(6):
-        if step == 3:
-            kept = torch.tensor([0, len(index) - 1])
-            caches[1].length = step
-            for cache in caches:
-                cache.keep(kept)
-            index, caches[1].ended = index[kept], caches[1].ended[kept]
-        caches[1].ended[1] = step == 5
-        query = torch.randn(len(index), KV_HEADS * GROUP, 1, WIDTH, generator=generator)
-        new = [torch.randn(len(index), KV_HEADS, 1, WIDTH, generator=generator) for _ in range(2)]
-        expected, output = (cache.attend(query, *cache.update(*new, 0), 0, 0.3) for cache in caches)
-        alive = ~caches[1].ended if fused else slice(None)
-        torch.testing.assert_close(output[alive], expected[alive], rtol=1e-5, atol=1e-5)
-        for cache in caches:
-            cache.advance()
-
-
-NEEDS_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-def test_log_sum_exp_of_attention(device: str) -> None:
-    query, keys, values = (torch.randn(2, 3, n, 8, device=device) for n in (4, 5, 5))
-    output, lse = attention_with_lse(query, keys, values, None, 0.5)
-    scores = query.double() @ keys.double().transpose(-1, -2) * 0.5
-    torch.testing.assert_close(lse, scores.logsumexp(-1).float())
-    torch.testing.assert_close(output, (scores.softmax(-1) @ values.double()).float())
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-@pytest.mark.parametrize("spread", [1, 2, 4])
-def test_of_attention_in_bfloat16_only_weights_and_result_are_rounded(
-    device: str, spread: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The GPU's way, in two pieces: at most the error of one softmax of float32 scores. `spread` is theirs."""
-    if device == "cpu":  # which has no such product
-        monkeypatch.setattr(kv_cache, "_float32_product", lambda a, b: a.float() @ b.float())
-    generator = torch.Generator().manual_seed(3)
-    shapes = (16, 64), (256, 64), (256, 64), (96, 64), (96, 64)
-    made = (
-        torch.randn(4, 2, *shape, generator=generator) * factor
-        for shape, factor in zip(shapes, (spread, 1, 1, 1, 1), strict=True)
-    )
-    query, *pieces = (tensor.to(device, torch.bfloat16) for tensor in made)
-    (output, lse), (own, own_lse) = (
-        composed_attention(query, keys, values, None, 0.125) for keys, values in (pieces[:2], pieces[2:])
-    )
-    assert output.dtype == lse.dtype == torch.float32
-    found = merge_pieces(own, own_lse, output, lse).to(query.dtype)
-    keys, values = torch.cat(pieces[::2], 2), torch.cat(pieces[1::2], 2)
-    exact = (query.double() @ keys.double().mT * 0.125).softmax(-1) @ values.double()
-    weights = (query.float() @ keys.float().mT * 0.125).softmax(-1).to(query.dtype)
-    reference = (weights.float() @ values.float()).to(query.dtype)
-    error, reference_error = ((result.double() - exact).square().mean().sqrt() for result in (found, reference))
-    assert error <= 1.05 * reference_error
+        goes_on(cache)
 
 
 def test_a_row_is_written_up_to_its_end_and_no_further() -> None:
@@ -242,29 +166,26 @@ def test_draws_follow_the_warped_distribution() -> None:
     assert chi_square < limit, f"{chi_square:.1f} on {degrees} degrees of freedom"
 
 
-def test_decode_equals_the_forward_of_the_whole_row() -> None:
-    """The log-probabilities of a forced greedy path through `prefill` and `decode` alone, without an engine."""
+@pytest.mark.parametrize("repeat", [False, True])
+def test_decode_equals_the_forward_of_the_whole_row(repeat: bool) -> None:
+    """The log-probabilities of a forced greedy path through `prefill` and a `Decoder` alone, without an engine."""
     model = tiny_model("gpt_neox")
     prompt = torch.tensor([[0, 0, 5, 9], [4, 8, 15, 16]])
     mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
     with torch.no_grad():
         cache, hidden = prefill(model.base_model, prompt, mask)
-        out = Completions.empty(6, 5, 0, torch.device("cpu"))
-        model.set_attn_implementation("distill_shared_prefix")
-        wave = Wave(
+        decoder = Decoder(
             model.base_model,
             model.lm_head,
-            prompt=cache,
-            last_hidden=hidden,
-            prompt_index=torch.tensor([0, 0, 0, 1, 1, 1]),
-            row_ids=torch.arange(6),
+            like=cache,
+            room=Room(2, 4, 6, 5),
             sampling=SamplingOptions(5),
             eos_token_ids=[96],
             pad_token_id=0,
-            seed=1,
-            out=out,
+            repeat=repeat,
         )
-        decode(wave)
+        model.set_attn_implementation("distill_shared_prefix")
+        out = decoder.run(cache, hidden, torch.tensor([0, 0, 0, 1, 1, 1]), torch.arange(6), seed=1, length=5)
         model.set_attn_implementation("sdpa")
         for row in range(6):
             length = int(out.lengths[row])
@@ -272,3 +193,16 @@ def test_decode_equals_the_forward_of_the_whole_row() -> None:
             logits = model(torch.cat([real, out.token_ids[row, :length]])[None]).logits[0]
             logprob = logits.log_softmax(-1)[len(real) - 1 : -1].gather(1, out.token_ids[row, :length, None])[:, 0]
             torch.testing.assert_close(out.logprob[row, :length], logprob, rtol=0, atol=1e-4)
+
+
+def test_prompts_in_chunks_give_what_they_give_as_a_whole(family: str) -> None:
+    model, prompt = tiny_model(family), torch.randint(3, 96, (3, 20), generator=torch.Generator().manual_seed(6))
+    for mask in (torch.ones(3, 20, dtype=torch.bool), torch.arange(20) >= torch.tensor([0, 3, 17])[:, None]):
+        with torch.no_grad():
+            whole, hidden = prefill(model.base_model, prompt, mask)
+            for columns in (1, 7, 19, 20):
+                chunks, last = prefill(model.base_model, prompt, mask, columns)
+                torch.testing.assert_close(last, hidden, rtol=0, atol=1e-5)
+                for found, expected in zip((*chunks.keys, *chunks.values), (*whole.keys, *whole.values), strict=True):
+                    of_tokens = mask[:, None, :, None]
+                    torch.testing.assert_close(found * of_tokens, expected * of_tokens, rtol=0, atol=1e-5)

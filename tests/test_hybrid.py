@@ -15,7 +15,7 @@ import distill.rollout.decode
 from distill.forward import completion_hidden
 from distill.forward import hidden as ways
 from distill.models import keeps_states, states
-from distill.rollout.waves import cut_waves
+from distill.rollout.prefill import prefill
 
 BASE = {
     "vocab_size": 300,
@@ -139,15 +139,12 @@ def test_waves_dropping_and_batch_change_nothing(name: str, monkeypatch: pytest.
     model, prompts, tokens = tiny_hybrid(name), ragged_prompts(), 12
     whole = run(make_engine(model, tokens, EOS), prompts, 5)
     assert whole.completion_lengths.unique().numel() > 1
-    monkeypatch.setattr(distill.rollout.decode, "COMPACT_BELOW", 2.0)  # after every row that ends
-    engine = make_engine(model, tokens, EOS, memory_budget_bytes=1)
+    monkeypatch.setattr(distill.rollout.decode, "CPU_LADDER", tuple(range(1, 99)))  # after every row that ends
+    engine = make_engine(model, tokens, EOS)
     for rows, waves in ((1, 20), (3, 8), (10, 2)):
-        monkeypatch.setattr(engine, "_waves", lambda *shape, rows=rows: cut_waves(4, 5, 10**9, 1, 1, rows))
-        assert sum(len(parts) for _, parts in engine._waves()) == waves
+        engine.limits.rows_per_wave = rows
+        assert sum(len(parts) for _, parts, _ in engine._waves(4, 20, 5)) == waves
         same(whole, run(engine, prompts, 5))
-    engine._decode = distill.rollout.decode.decode_static  # addresses of states stay until rows are dropped
-    monkeypatch.setattr(distill.rollout.decode, "CHECK_EVERY", 4)
-    same(whole, run(engine, prompts, 5))
     other = Prompts(*(tensor[2:] for tensor in prompts))
     same(whole.select(slice(2, 4)), run(make_engine(model, tokens, EOS), other, 5))
 
@@ -202,9 +199,7 @@ def test_any_error_of_a_probe_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_rows_have_copies_of_their_own() -> None:
     model = tiny_hybrid("falcon_h1")
-    prompt, _ = distill.rollout.decode.prefill(
-        model.model, torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)
-    )
+    prompt, _ = prefill(model.model, torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool))
     before = [tensor.clone() for tensor in states.tensors_of(prompt.states)]
     rows = states.of_rows(prompt.states, torch.tensor([0, 0]))
     for tensor in states.tensors_of(rows):

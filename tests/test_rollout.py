@@ -133,8 +133,8 @@ def test_waves_compaction_and_batch_change_nothing(name: str, monkeypatch: pytes
         engine = make_engine(model, eos=eos, memory_budget_bytes=budget)
         assert len(list(engine._waves(4, 20, 6))) > 1 or budget > 400_000
         same(whole, run(engine, prompts, 6))
-    for threshold in (0.0, 0.5, 2.0):  # never, late, after every row that ends
-        monkeypatch.setattr(distill.rollout.decode, "COMPACT_BELOW", threshold)
+    for ladder in ((24,), (6, 12), tuple(range(1, 25))):  # never, late, after every row that ends
+        monkeypatch.setattr(distill.rollout.decode, "CPU_LADDER", ladder)
         same(whole, run(make_engine(model, eos=eos), prompts, 6))
     for first in (0, 2):  # in another batch, with less padding
         part = slice(first, first + 2)
@@ -146,46 +146,83 @@ def test_waves_compaction_and_batch_change_nothing(name: str, monkeypatch: pytes
     assert torch.equal(fewer.completion_ids, of_whole[:, : fewer.completion_ids.shape[1]])
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("num_rollouts", [1, 6])
-def test_steps_of_fixed_shape_change_nothing(
-    family: str, num_rollouts: int, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loop that CUDA replays as graphs, run step by step; short intervals make every branch of it run."""
-    monkeypatch.setattr(distill.rollout.kv_cache.StaticDecodeCache, "fused", fused)
+def test_repeated_steps_change_nothing(family: str, num_rollouts: int) -> None:
+    """Steps that are recorded once and repeated, over batches of other prompts, seeds, lengths and weights: whatever a
+    recording has taken for fixed, another batch shows."""
     model, prompts, eos = tiny_model(family), ragged_prompts(), tuple(range(3, 9))
-    expected = run(make_engine(model, 30, eos), prompts, num_rollouts)
-    assert expected.completion_lengths.min() < 8
-    for check_every, slots_shown in ((1, 5), (4, 7), (16, 128)):
-        monkeypatch.setattr(distill.rollout.decode, "CHECK_EVERY", check_every)
-        monkeypatch.setattr(distill.rollout.decode, "SLOTS_SHOWN", slots_shown)
-        engine = make_engine(model, 30, eos)
-        engine._decode = distill.rollout.decode.decode_static
-        same(expected, run(engine, prompts, num_rollouts))
+    engine = make_engine(model, 30, eos)
+    assert engine.repeats
+    first = prompts.ids[:2, -13:], prompts.mask[:2, -13:] | True, prompts.keys[:2]
+    batches = [prompts, Prompts(*first), Prompts(prompts.ids.roll(3, 1), prompts.mask, prompts.keys + 1), prompts]
+    recorded = 0
+    for seed, (length, batch) in enumerate(zip((30, 12, 30, 26), batches, strict=True)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        engine.refresh()
+        found = run(engine.variant(seed=seed, max_new_tokens=length), batch, num_rollouts)
+        assert found.completion_lengths.min() < length
+        plain = make_engine(model, length, eos, seed=seed)
+        plain.repeats = False
+        same(found, run(plain, batch, num_rollouts))
+        recorded, before = len(engine._kept.decoder._steps), recorded
+        assert recorded
+    assert recorded - before < recorded, "nothing was recorded in a batch before"
+
+
+def test_a_step_that_looks_at_values_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model("llama"), ragged_prompts()
+    expected, forward = run(make_engine(model), prompts, 2), type(model.model.norm).forward
+    monkeypatch.setattr(
+        type(model.model.norm), "forward", lambda self, hidden: forward(self, hidden) * (1 if hidden.sum() else 0)
+    )
+    engine = make_engine(model)
+    assert not engine.repeats
+    same(expected, run(engine, prompts, 2))
+
+
+def test_what_is_kept_grows_and_is_given_back() -> None:
+    model, prompts = tiny_model(), ragged_prompts()
+    engine = make_engine(model, 10)
+    small = Prompts(prompts.ids[2:], prompts.mask[2:], prompts.keys[2:])
+    expected = run(engine, small, 2)
+    first = engine._kept.decoder
+    run(engine.variant(seed=5, max_new_tokens=8), small, 2)
+    assert engine._kept.decoder is first, "a shorter batch has its own buffers"
+    run(engine, prompts, 3)
+    assert engine._kept.decoder is not first
+    same(expected, run(engine, small, 2))
+    assert engine.release() == "without what is kept for the next rollouts"
+    assert engine.release() is None
+    same(expected, run(engine, small, 2))
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_graphs_on_a_gpu_say_what_single_steps_say(family: str, precision: str) -> None:
-    """In float32 the same tokens as the loop without graphs; in bfloat16 near its rescoring."""
+    """In float32 the same tokens as steps run one by one; in bfloat16 near its rescoring. Over two batches."""
     model = tiny_model(family).cuda()
     prompts = Prompts(*(tensor.cuda() for tensor in ragged_prompts()))
     engine = make_engine(model, 40, eos=(3, 4, 5), precision=precision)
-    assert engine._decode is distill.rollout.decode.decode_static
-    replayed = run(engine, prompts, 6)
-    if precision == "float32":
-        engine._decode = distill.rollout.decode.decode
-        same(replayed, run(engine, prompts, 6))
-    limit = 1e-4 if precision == "float32" else 0.1
-    assert (replayed.logprob - rescored(model, replayed)).abs().mean() < limit
+    assert engine.repeats
+    for keys in (prompts.keys, prompts.keys + 1):
+        batch = prompts._replace(keys=keys)
+        replayed = run(engine, batch, 6)
+        if precision == "float32":
+            plain = make_engine(model, 40, eos=(3, 4, 5), precision=precision)
+            plain.repeats = False
+            same(replayed, run(plain, batch, 6))
+        limit = 1e-4 if precision == "float32" else 0.1
+        assert (replayed.logprob - rescored(model, replayed)).abs().mean() < limit
 
 
 def test_waves_hold_every_row_once() -> None:
     engine = make_engine(tiny_model())
     for budget in (1, 10_000, 60_000, 200_000, 10**9):
         engine._memory_budget_bytes = budget
-        rows = [range(*wave.indices(35)) for _, waves in engine._waves(7, 20, 5) for wave in waves]
+        rows = [range(*wave.indices(35)) for _, waves, _ in engine._waves(7, 20, 5) for wave in waves]
         assert [row for wave in rows for row in wave] == list(range(35))
     assert len(rows) == 1
 

@@ -1,7 +1,9 @@
-"""The decode loop behind `generate`: prefill, draw, write, stop, drop finished rows.
+"""The decode loop behind `generate`: draw, stop, drop finished rows, feed.
 
 Every token is drawn by `distill_kernels.sample` with random numbers that depend on (seed, row id, token position)
 alone, so neither the wave a row ran in nor the rows beside it change what it says.
+A step of fixed shape is captured once and repeated over batches, seeds and new weights (`distill_kernels.recording`):
+all that changes from one to the next lies in the buffers of a `Decoder`.
 Left out on purpose: penalties, beams, constraints. They would make the sampler differ from the scored policy.
 """
 
@@ -11,21 +13,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from distill.models import cache_argument, empty_cache, joined, keeps_states, take_keys
-from distill.rollout.kv_cache import DecodeCache, PromptCache, StaticDecodeCache
-from distill.rollout.latents import are_latents, expanded
+from distill.models import cache_argument
+from distill.rollout.kv_cache import DecodeCache, PromptCache, Room
 from distill_kernels import Sample, sample
+from distill_kernels.recording import capture
 
-# Rows are dropped once this part of them has ended: copying their keys costs about as much as one step.
-COMPACT_BELOW = 0.9
-
-# On CUDA: how often the end is looked for; the rows a graph may have; the completion slots by which attention
-# that is not fused grows.
+# On CUDA, where looking waits for the device: how often the end is looked for.
 CHECK_EVERY = 16
-ROW_BUCKETS = (1, *(rows for power in range(1, 13) for rows in (2**power, 3 * 2**power // 2)))
-SLOTS_SHOWN = 128
+# Rows are dropped down to one of these numbers, so that steps are captured for few of them. On a CPU a row more costs
+# more, and dropping some costs about as much as one step.
+CPU_LADDER = tuple(sorted({round(1.12**power) for power in range(90)}))
+CUDA_LADDER = (1, *(rows for power in range(1, 13) for rows in (2**power, 3 * 2**power // 2)))
 
 
 @dataclass(frozen=True)
@@ -79,175 +78,108 @@ class Completions(NamedTuple):
         return token_ids
 
 
-def prefill(body: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[PromptCache, Tensor]:
-    """Runs left-padded prompts [B, P] once; returns their keys and values and the last hidden states [B, H]."""
-    every_token_real = bool(prompt_mask.all())
-    stateful = keeps_states(body.config)
-    if stateful and not every_token_real:
-        return _prefill_by_length(body, prompt_ids, prompt_mask)
-    positions = (prompt_mask.long().cumsum(-1) - 1).clamp_(min=0)
-    cache = empty_cache(body.config) if stateful else DynamicCache()
-    output = body(
-        input_ids=prompt_ids,
-        attention_mask=None if every_token_real else prompt_mask.long(),
-        position_ids=positions,
-        use_cache=True,
-        **cache_argument(body, cache),
-    )
-    hidden, states = output.last_hidden_state, []
-    if stateful:
-        keys, values, states = take_keys(cache.layers, hidden.new_empty(len(hidden), 0, hidden.shape[1], 0))
-    else:
-        keys, values = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
-    # On a CPU, attention of few queries is faster in float32 than in bfloat16, whatever the rest is faster in.
-    latent = not stateful and are_latents(body.config.get_text_config(), keys[0])
-    if latent:
-        keys, values = expanded(body, cache)
-    dtype = torch.float32 if prompt_ids.device.type == "cpu" else keys[0].dtype
-    keys, values = ([piece.to(dtype) for piece in pieces] for pieces in (keys, values))
-    # A copy of the last position alone, so that the other positions are freed.
-    return PromptCache(keys, values, prompt_mask, states, latent), hidden[:, -1].clone()
-
-
-def _prefill_by_length(body: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[PromptCache, Tensor]:
-    """`prefill` without padding, which would enter a state: prompts of equal length together."""
-    lengths, width = prompt_mask.sum(1), prompt_ids.shape[1]
-    groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
-    parts = [
-        prefill(body, prompt_ids[group, -(n := int(lengths[group[0]])) :], prompt_mask[group, -n:]) for group in groups
-    ]
-    order = torch.cat(groups).argsort()
-    caches = [cache for cache, _ in parts]
-
-    def join(pieces: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([nn.functional.pad(each, (0, 0, width - each.shape[2], 0)) for each in pieces])[order]
-
-    keys, values = (
-        [join(pieces) for pieces in zip(*each, strict=True)]
-        for each in ([c.keys for c in caches], [c.values for c in caches])
-    )
-    states = joined([cache.states for cache in caches], order)
-    return PromptCache(keys, values, prompt_mask, states), torch.cat([hidden for _, hidden in parts])[order]
-
-
-class Wave:
-    """Rows that are decoded together: R rows that continue B prompts, and what is known of them between two steps."""
+class Decoder:
+    """Decodes rows of one model, in buffers that stay from batch to batch."""
 
     def __init__(
         self,
         body: nn.Module,
         logits_of: Callable[[Tensor], Tensor],
         *,
+        like: PromptCache,
+        room: Room,
+        sampling: SamplingOptions,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        repeat: bool,
+    ) -> None:
+        """`body` runs `shared_prefix_attention`; `logits_of` takes hidden states [R, H] to float32 logits [R, V].
+
+        Buffers are for caches `like` one, and have `room`. `repeat` says whether steps may be captured.
+        """
+        self.body, self.logits_of, self.warp, self.pad_token_id = body, logits_of, sampling.warp(), pad_token_id
+        self.cache, device = DecodeCache(like, room), like.mask.device
+        self.ends = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
+        self.seed = torch.zeros(1, dtype=torch.long, device=device)
+        # By row: the number that its random numbers have, its place in `out`, the position of its first completion
+        # token, and the token drawn last.
+        self._row_ids, self._places, self._positions, self._token_ids = (
+            torch.zeros(room.rows, dtype=torch.long, device=device) for _ in range(4)
+        )
+        self.out = Completions.empty(room.rows, room.tokens, pad_token_id, device)
+        self._repeat, self._steps = repeat, {}
+
+    def run(
+        self,
         prompt: PromptCache,
         last_hidden: Tensor,
         prompt_index: Tensor,
         row_ids: Tensor,
-        sampling: SamplingOptions,
-        eos_token_ids: Sequence[int],
-        pad_token_id: int,
+        *,
         seed: int,
-        out: Completions,
-    ) -> None:
-        """`body` runs `shared_prefix_attention`; `logits_of` takes hidden states [R, H] to float32 logits [R, V].
+        length: int,
+        rows_a_prompt: int | None = None,
+    ) -> Completions:
+        """Up to `length` tokens for R rows; what they say is good until the next run.
 
-        `last_hidden` [B, H] and `prompt` come from `prefill`; `prompt_index` [R] is sorted; `row_ids` [R] count the
-        random numbers; completions go into `out`.
+        `prompt` and `last_hidden` [B, H] come from `prefill`; row r continues the prompt `prompt_index[r]` (sorted),
+        which `rows_a_prompt` do at the most; `row_ids` [R] count the random numbers.
         """
-        self.body, self.logits_of, self.prompt, self.prompt_index = body, logits_of, prompt, prompt_index
-        self.sampling, self.seed, self.pad_token_id, self.out = sampling, seed, pad_token_id, out
-        self.ends = torch.tensor(list(eos_token_ids), dtype=torch.long, device=row_ids.device)
-        self.row_ids, self.rows = row_ids, torch.arange(row_ids.numel(), device=row_ids.device)
-        self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
-        self.positions = prompt.mask.sum(-1)[prompt_index]  # of the first completion token
-        self.logits = logits_of(last_hidden)[prompt_index]
+        R = prompt_index.numel()
+        self.cache.load(prompt, prompt_index, rows_a_prompt)
+        self.seed.fill_(seed)
+        self._row_ids[:R], self._places[:R] = row_ids, torch.arange(R, device=row_ids.device)
+        self._positions[:R] = prompt.mask.sum(-1)[prompt_index]
+        for buffer, nothing in zip(self.out, (self.pad_token_id, 0, 0, 0, False), strict=True):
+            buffer.fill_(nothing)
+        self._draw(self.logits_of(last_hidden)[prompt_index])
+        self._go_on(length)
+        return Completions(*(buffer[:R, :length] if buffer.dim() == 2 else buffer[:R] for buffer in self.out))
 
-    def draw(self, step: int | Tensor) -> Tensor:
-        """Draws and stores the token of every row at completion position `step`; returns them [R]."""
-        warp = self.sampling.warp()
-        drawn = sample(self.logits, **warp, seed=self.seed, step=step, row_ids=self.row_ids)
-        return self.out.write(step, self.rows, drawn, self.ended, self.ends, self.pad_token_id)
+    def _go_on(self, length: int) -> None:
+        """Steps until every row has ended, or has `length` tokens."""
+        cache, on_cpu = self.cache, self.seed.device.type == "cpu"
+        ladder = CPU_LADDER if on_cpu else CUDA_LADDER
+        for step in range(1, length):
+            if on_cpu or step % CHECK_EVERY == 0:
+                alive = cache.rows - int(cache.ended[: cache.rows].sum())
+                if alive == 0:
+                    return
+                rows = next((size for size in ladder if size >= alive), alive)
+                if rows < cache.rows:
+                    # Rows that go on, and as many of the others as are missing.
+                    self._keep(cache.ended[: cache.rows].int().argsort(stable=True)[:rows].sort().values)
+            self._advance()
 
-    def next_logits(self, cache: DecodeCache, token_ids: Tensor, step: int | Tensor) -> Tensor:
-        return self.logits_of(decode_step(self.body, cache, token_ids, self.positions + step))
-
-    def keep(self, kept: Tensor) -> None:
-        """Goes on with the rows of the sorted index `kept` only."""
-        self.row_ids, self.rows, self.ended = self.row_ids[kept], self.rows[kept], self.ended[kept]
-        self.positions = self.positions[kept]
-
-
-def decode(wave: Wave) -> None:
-    """Runs a wave to its end, dropping finished rows as they come; on a CPU, where looking is free, at every step."""
-    length = wave.sampling.max_new_tokens
-    cache = DecodeCache(wave.prompt, wave.prompt_index, length)
-    look_every = 1 if wave.rows.device.type == "cpu" else CHECK_EVERY
-    for step in range(length):
-        token_ids = wave.draw(step)
-        if step + 1 == length:
-            return
-        rows = alive = wave.rows.numel()
-        if (step + 1) % look_every == 0:
-            alive -= int(wave.ended.sum())
-        if alive == 0:
-            return
-        if alive < COMPACT_BELOW * rows:
-            kept = (~wave.ended).nonzero().squeeze(1)
-            cache.keep(kept)
-            wave.keep(kept)
-            token_ids = token_ids[kept]
-        wave.logits = wave.next_logits(cache, token_ids, step)
-
-
-def decode_static(wave: Wave) -> None:
-    """Runs a wave to its end in steps of fixed shape, on CUDA as replayed graphs.
-
-    The end is looked for every CHECK_EVERY steps. A graph serves until rows are dropped, down to a bucket of rows, or,
-    unless attention follows the position by itself, until it must see more completion slots; the step before a capture
-    runs as usual and warms it up.
-    """
-    length = wave.sampling.max_new_tokens
-    cache = StaticDecodeCache(wave.prompt, wave.prompt_index, length)
-    position = torch.zeros(1, dtype=torch.long, device=wave.rows.device)
-
-    def one_step() -> None:
-        token_ids, cache.ended = wave.draw(position), wave.ended
-        wave.logits.copy_(wave.next_logits(cache, token_ids, position))
-        position.add_(1)
-
-    replay, shown = None, length if cache.fused else 0
-    for step in range(length - 1):
-        if step == shown:
-            shown += SLOTS_SHOWN
-            cache.show(shown)
-            replay = None
-        if step % CHECK_EVERY == 0 and step > 0:
-            alive = wave.rows.numel() - int(wave.ended.sum())
-            if alive == 0:
-                return
-            bucket = next(size for size in ROW_BUCKETS if size >= min(alive, ROW_BUCKETS[-1]))
-            if alive <= bucket < wave.rows.numel():
-                replay = None
-                kept = wave.ended.int().argsort(stable=True)[:bucket].sort().values
-                cache.length = step
-                cache.keep(kept)
-                wave.keep(kept)
-                wave.logits = wave.logits[kept]
-        if replay is None:
-            one_step()
-            replay = capture(one_step, position.device)
+    def _advance(self) -> None:
+        """One step of all rows, captured when it is first taken for so many of them."""
+        key = self.cache.rows, self.cache.rows_a_prompt
+        if key in self._steps:
+            self._steps[key]()
+        elif self._repeat:
+            self._steps[key] = capture(self._step, self.seed.device)
         else:
-            replay()
-    wave.draw(length - 1)
+            self._step()
+        self.cache.length += 1
 
+    def _step(self) -> None:
+        """Feeds the tokens drawn last, and draws the next."""
+        rows, position = self.cache.rows, self.cache.position
+        hidden = decode_step(self.body, self.cache, self._token_ids[:rows], self._positions[:rows] + position)
+        position.add_(1)
+        self._draw(self.logits_of(hidden))
 
-def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """On CUDA, records what `step` launches, without running it, and returns what repeats it; elsewhere `step`."""
-    if device.type != "cuda":
-        return step
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    def _draw(self, logits: Tensor) -> None:
+        rows, position, ended = self.cache.rows, self.cache.position, self.cache.ended[: self.cache.rows]
+        drawn = sample(logits, **self.warp, seed=self.seed, step=position, row_ids=self._row_ids[:rows])
+        places = self._places[:rows]
+        self._token_ids[:rows] = self.out.write(position, places, drawn, ended, self.ends, self.pad_token_id)
+
+    def _keep(self, rows: Tensor) -> None:
+        """Goes on with the rows of the sorted index only."""
+        self.cache.keep(rows)
+        for buffer in (self._row_ids, self._places, self._positions, self._token_ids):
+            buffer[: rows.numel()] = buffer[rows]
 
 
 def decode_step(body: nn.Module, cache: DecodeCache, token_ids: Tensor, positions: Tensor) -> Tensor:
@@ -259,5 +191,4 @@ def decode_step(body: nn.Module, cache: DecodeCache, token_ids: Tensor, position
         decode_cache=cache,
         **cache_argument(body, cache),
     )
-    cache.advance()
     return output.last_hidden_state[:, -1]

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from distill.models import alias, fuse_norms, is_adapted, join_siblings, linear_layers, merged_weight, text_model, whole
+from distill.models import (
+    alias,
+    fuse_norms,
+    is_adapted,
+    join_siblings,
+    linear_layers,
+    merged_weight,
+    read_together,
+    replace_siblings,
+    text_model,
+    whole,
+)
 
 
 class GenerationCopy:
@@ -39,12 +50,15 @@ class GenerationCopy:
         self._updates: list[Callable[[], None]] = []
         packs = pack and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self._replace_head(packs)
-        for parent, name, child in list(linear_layers(text_model(self.model))):
-            if packs:
-                setattr(parent, name, self._packed(child, self.dtype))
-            elif is_adapted(child):
-                setattr(parent, name, self._merged(child))
+        layers = [
+            self._replace(parent, name, PackedLinear([child], self.dtype) if packs else self._merged(child))
+            for parent, name, child in list(linear_layers(text_model(self.model)))
+            if packs or is_adapted(child)
+        ]
         self._cast_parameters()
+        if packs:
+            self._pack(layers)
+        fuse_norms(self.model)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -56,13 +70,27 @@ class GenerationCopy:
     def _replace_head(self, packs: bool) -> None:
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear:
-            self.model.set_output_embeddings(self._packed(head, torch.float32) if packs else Float32Head(head))
+            packed = PackedLinear([head], torch.float32)
+            self.model.set_output_embeddings(packed if packs else Float32Head(head))
+            if packs:
+                self._pack([packed])
 
-    def _packed(self, linear: nn.Module, dtype: torch.dtype) -> "PackedLinear":
-        packed = PackedLinear(linear, dtype)
-        if any(parameter.requires_grad for parameter in linear.parameters()):
-            self._updates.append(packed.update)
-        return packed
+    @staticmethod
+    def _replace(parent: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+        setattr(parent, name, layer)
+        return layer
+
+    def _pack(self, layers: Sequence["PackedLinear"]) -> None:
+        """Lays weights out for the CPU; those of layers that read the same input as one."""
+        groups = read_together(self.model, layers) if len(layers) > 1 else []
+        for group in groups:
+            joined = PackedLinear([source for layer in group for source in layer.sources], group[0].dtype)
+            replace_siblings(self.model, group, joined)
+            layers = [layer for layer in layers if layer not in group] + [joined]
+        for layer in layers:
+            layer.update()
+            if any(parameter.requires_grad for source in layer.sources for parameter in source.parameters()):
+                self._updates.append(layer.update)
 
     @torch.no_grad()
     def _merged(self, adapted: nn.Module) -> nn.Linear:
@@ -87,40 +115,57 @@ class GenerationCopy:
                 module._parameters[name] = copies[id(source)]
         if self.model.device.type == "cuda":
             join_siblings(self.model, copies.values())
-            fuse_norms(self.model)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for a CPU: its weight in the layout in which oneDNN multiplies, packed once and not per call.
+    """Linear layers side by side for a CPU, their weight in the layout in which oneDNN multiplies, packed by `update`.
 
     The result has the dtype of the packed weight.
     """
 
-    def __init__(self, source: nn.Module, dtype: torch.dtype) -> None:
-        """`source` is a linear layer, with or without an adapter."""
+    def __init__(self, sources: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        """`sources` are linear layers, with or without an adapter, most often one."""
         super().__init__()
-        # In a tuple, so that it is no module of this one.
-        self._source, self._dtype = (source,), dtype
-        self.update()
+        # In a tuple, so that they are no modules of this one.
+        self.sources, self.dtype = tuple(sources), dtype
+        self._packed = None
 
     @property
     def weight(self) -> Tensor:
-        """The source's, for code that looks at an output layer's weight."""
-        return self._source[0].weight
+        """The first source's, for code that looks at an output layer's weight."""
+        return self.sources[0].weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self._source[0].bias
+        return self.sources[0].bias
 
     @torch.no_grad()
     def update(self) -> None:
-        weight = merged_weight(self._source[0])
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self._dtype).contiguous())
-        self._bias = None if self.bias is None else whole(self.bias.detach()).to(self._dtype)
+        weight, bias = torch.ops.mkldnn._reorder_linear_weight(self._weight()), self._bias()
+        if self._packed is None:
+            self._packed = weight, bias
+            return
+        # The same objects, to which captured steps hold on.
+        for ours, new in zip(self._packed, (weight, bias), strict=True):
+            if ours is not None:
+                ours.data = new
+
+    def _weight(self) -> Tensor:
+        return torch.cat([merged_weight(source).to(self.dtype) for source in self.sources]).contiguous()
+
+    def _bias(self) -> Tensor | None:
+        if all(source.bias is None for source in self.sources):
+            return None
+        nothing = (torch.zeros(source.out_features) for source in self.sources)
+        biases = (source.bias for source in self.sources)
+        given = [none if bias is None else whole(bias.detach()) for bias, none in zip(biases, nothing, strict=True)]
+        return torch.cat([bias.to(self.dtype) for bias in given])
 
     def forward(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self._dtype)
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        inputs = inputs.to(self.dtype)
+        if self._packed is None:
+            return nn.functional.linear(inputs, self._weight(), self._bias())
+        return torch.ops.mkldnn._linear_pointwise(inputs, *self._packed, "none", [], "")
 
 
 class Float32Head(nn.Module):
