@@ -106,6 +106,9 @@ def assert_close_runs(one, other) -> None:
         assert ours.pop("reverse_kl_exact") == pytest.approx(theirs.pop("reverse_kl_exact"), abs=TOLERANCE)
         assert ours == theirs  # the same tokens, in the same order
     for ours, theirs in zip(*(read_json_lines(run / "evaluations.jsonl") for run in (one, other)), strict=True):
+        sums = [line["clusters"].pop("sums") for line in (ours, theirs)]
+        assert ours.pop("clusters") == theirs.pop("clusters")  # as many tokens, of the same prompts
+        assert sums[0] == pytest.approx(sums[1], abs=TOLERANCE * ours["completion_tokens"])
         assert ours == pytest.approx(theirs, abs=TOLERANCE)
     ours, theirs = weights_of(one), weights_of(other)
     for name, weight in ours.items():

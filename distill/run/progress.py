@@ -17,7 +17,7 @@ from distill.run.parts import RunParts
 from distill.run.prompt_sets import evaluation_arguments
 from distill.run.trackers import Trackers
 from distill.runtime import read_json_lines
-from distill.training import StepResult, decode_samples, evaluate, restore, state_of, token_view
+from distill.training import StepResult, change_since, decode_samples, evaluate, restore, state_of, token_view
 
 
 class Progress:
@@ -74,8 +74,9 @@ class Progress:
             **evaluation_arguments(config, parts.held_out, parts.tokenizer.pad_token_id),
         )
         step, count = self.step, config.evaluation.num_rollouts_per_prompt
-        record = {"step": step, **result.record()}
+        record = {"step": step, **result.record(parts.held_out.student.digest)}
         self.evaluations.append(record)
+        record |= change_since(self.evaluations[0], record)
         self.output.log("evaluations", [record])
         self.trackers.log_evaluation(record)
         rows = range(0, len(result.rollouts.finished), count)[:NUM_SAMPLES]
@@ -83,9 +84,10 @@ class Progress:
         models, prompts = (parts.student_parts, parts.teachers), parts.held_out.student.texts[:NUM_SAMPLES]
         view = token_view(parts.tokenizer, *models, result.group, prompts, parts.vocab_size)
         self.output.log("tokens", [{"step": step, "samples": view}])
-        self.display.message(
-            f"held-out reverse KL after step {step}: {result.reverse_kl:.3f} ± {result.standard_error:.3f} nats/token"
-        )
+        figure = f"{result.reverse_kl:.3f} ± {result.standard_error:.3f} nats/token"
+        change, error = record["reverse_kl_change"], record["reverse_kl_change_standard_error"]
+        changed = f", changed by {change:+.3f} ± {error:.3f}" if step and error is not None else ""
+        self.display.message(f"held-out reverse KL after step {step}: {figure}{changed}")
 
     def record(self, result: StepResult) -> None:
         """A finished step's lines in the logs."""

@@ -4,7 +4,7 @@ In: models' parts, an engine, prompts. Out: a `StepResult` an optimizer step; fi
 """
 
 from distill.training.comparison import Figure, compare
-from distill.training.evaluation import check_against_itself, decode_samples, evaluate
+from distill.training.evaluation import change_since, check_against_itself, decode_samples, evaluate
 from distill.training.ranks import Ranks
 from distill.training.state import restore, state_of
 from distill.training.token_records import token_view
@@ -17,6 +17,7 @@ __all__ = [
     "Ranks",
     "StepResult",
     "Trainer",
+    "change_since",
     "check_against_itself",
     "compare",
     "decode_samples",

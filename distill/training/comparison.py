@@ -8,7 +8,8 @@ from torch import Tensor
 
 from distill.loss import AGREEMENT_TOKENS, Group, HeadPair
 from distill.runtime import MemoryLimits
-from distill.training.evaluation import clustered_error, clusters_of
+from distill.training.clusters import ClusterSums
+from distill.training.evaluation import clusters_of
 from distill_kernels import linear_reverse_kl
 
 
@@ -21,10 +22,9 @@ class Figure(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, cluster: Tensor) -> "Figure":
-        values = values.double().cpu()
-        mean = values.mean()
-        half = 1.96 * clustered_error(values - mean, cluster)
-        return cls(mean.item(), mean.item() - half, mean.item() + half)
+        sums = ClusterSums.of(values, cluster)
+        mean, half = sums.mean, 1.96 * sums.standard_error
+        return cls(mean, mean - half, mean + half)
 
     def exp(self) -> "Figure":
         return Figure(*map(math.exp, self))

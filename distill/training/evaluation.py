@@ -1,5 +1,6 @@
 """Held-out evaluation: the exact reverse KL on the student's own completions of prompts it never trained on."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from distill.loss import Group, ModelParts, Rollouts, TeacherView, statistics
 from distill.models import ModelError
 from distill.rollout import RolloutEngine
 from distill.runtime import MemoryLimits
+from distill.training.clusters import ClusterSums
 from distill.training.ranks import Ranks
 
 
@@ -18,9 +20,8 @@ from distill.training.ranks import Ranks
 class Evaluation:
     """Figures over all K completion tokens of an evaluation, in nats per token."""
 
-    reverse_kl: float
-    standard_error: float
-    """Of `reverse_kl`, over prompts, whose tokens are not independent; of a single prompt, over its rollouts."""
+    clusters: ClusterSums
+    """Of the reverse KL, by prompts, whose tokens are not independent; of a single prompt, by its rollouts."""
     student_entropy: float
     teacher_entropy: float
     completion_tokens: int
@@ -28,9 +29,40 @@ class Evaluation:
     group: Group
     """The same rollouts, with what the teachers saw."""
 
-    def record(self) -> dict[str, Any]:
-        """The figures as a JSON object."""
-        return {name: value for name, value in vars(self).items() if name not in ("rollouts", "group")}
+    @property
+    def reverse_kl(self) -> float:
+        """Its mean."""
+        return self.clusters.mean
+
+    @property
+    def standard_error(self) -> float:
+        """Of `reverse_kl`, over clusters."""
+        return self.clusters.standard_error
+
+    def record(self, prompts: str) -> dict[str, Any]:
+        """The figures as a JSON object, with what `change_since` needs; `prompts` tells these from other prompts."""
+        return {
+            "reverse_kl": self.reverse_kl,
+            "standard_error": self.standard_error,
+            "student_entropy": self.student_entropy,
+            "teacher_entropy": self.teacher_entropy,
+            "completion_tokens": self.completion_tokens,
+            "clusters": {"prompts": prompts, **self.clusters.record()},
+        }
+
+
+def change_since(first: dict[str, Any], last: dict[str, Any]) -> dict[str, float | None]:
+    """The change of the reverse KL between two evaluations' records, and its standard error; None where unknown.
+
+    Both draw with the same random numbers, so they are compared cluster by cluster. The error is unknown where a record
+    lacks its clusters, as those of older versions do, or where they are of other prompts.
+    """
+    change, error = last["reverse_kl"] - first["reverse_kl"], math.nan
+    old, new = (record.get("clusters") for record in (first, last))
+    if old and new and old["prompts"] == new["prompts"] and len(old["sums"]) == len(new["sums"]):
+        change, error = ClusterSums.of_record(old).change_to(ClusterSums.of_record(new))
+    names = ("reverse_kl_change", "reverse_kl_change_standard_error")
+    return {name: x if math.isfinite(x) else None for name, x in zip(names, (change, error), strict=True)}
 
 
 @torch.no_grad()
@@ -74,12 +106,9 @@ def evaluate(
     cluster = clusters_of(group).repeat_interleave(group.completion_lengths)
     # Of a teacher on a server, the sampled tokens' own: the same in the mean, with more noise.
     sampled = any(teacher.sampled_only for teacher in teachers)
-    reverse_kl = (-stats.reward if sampled else stats.reverse_kl).double()
-    mean = reverse_kl.mean()
-    residuals = (reverse_kl - mean).cpu()
+    reverse_kl = -stats.reward if sampled else stats.reverse_kl
     return Evaluation(
-        reverse_kl=mean.item(),
-        standard_error=clustered_error(residuals, cluster),
+        clusters=ClusterSums.of(reverse_kl, cluster),
         student_entropy=stats.student_entropy.mean().item(),
         teacher_entropy=stats.teacher_entropy.mean().item(),
         completion_tokens=len(cluster),
@@ -120,15 +149,6 @@ def clusters_of(group: Group) -> Tensor:
     Of a single prompt a figure is about that prompt, and its rollouts are what another draw would change.
     """
     return group.prompt_index if len(group.prompt_ids) > 1 else torch.arange(len(group.completion_lengths))
-
-
-def clustered_error(residuals: Tensor, cluster: Tensor) -> float:
-    """Standard error of a mean whose terms are independent only between clusters (the ratio estimator's)."""
-    count = int(cluster.max()) + 1
-    if count < 2:
-        return float("nan")
-    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, cluster, residuals)
-    return ((sums.square().sum() * count / (count - 1)).sqrt() / len(residuals)).item()
 
 
 def decode_samples(tokenizer: Any, rollouts: Rollouts, rows: Sequence[int]) -> list[str]:
