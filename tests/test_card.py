@@ -40,6 +40,9 @@ def test_the_card_says_what_was_made_how_and_what_was_measured(card):
     text = written.text
     for record in (run.progress.evaluations[0], run.progress.evaluations[-1]):
         assert f"{record['reverse_kl']:.4f} ± {1.96 * record['standard_error']:.4f}" in text
+    last = run.progress.evaluations[-1]
+    change, error = last["reverse_kl_change"], last["reverse_kl_change_standard_error"]
+    assert f"the change is {change:+.4f} ± {1.96 * error:.4f}." in text
     for part in (
         "without its layers 1",
         "2 of up to 6 tokens a prompt",

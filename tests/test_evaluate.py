@@ -1,6 +1,7 @@
 """`python -m distill.evaluate` against plain PyTorch, and what it says of models and files it cannot use."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -134,3 +135,19 @@ def test_of_a_single_prompt_the_error_is_over_its_rollouts(write_config, tmp_pat
     assert 0 < after["standard_error"] == line["standard_error"]
     (_, view) = read_json_lines(tmp_path / "run" / "tokens.jsonl")
     assert len(view["samples"]) == 1
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-30])
+def test_two_evaluations_are_compared_prompt_by_prompt(write_config, tmp_path, rate):
+    """At the same random numbers: narrower than each by itself, and exactly nothing between the same weights."""
+    path = write_config({"training.max_steps": 1, "training.learning_rate": rate, "rollout.max_new_tokens": 20})
+    (tmp_path / "eval.txt").write_text("".join(f"Name {number} birds.\n" for number in range(12)))
+    before, after = execute(path).progress.evaluations
+    change, error = after["reverse_kl_change"], after["reverse_kl_change_standard_error"]
+    assert change == after["reverse_kl"] - before["reverse_kl"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["eval_reverse_kl_change"], summary["eval_reverse_kl_change_standard_error"]) == (change, error)
+    if rate == 1e-30:  # moves no weight of float32
+        assert (change, error) == (0, 0)
+    else:
+        assert 0 < error < 0.8 * math.hypot(before["standard_error"], after["standard_error"])

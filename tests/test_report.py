@@ -154,6 +154,19 @@ def test_report_of_a_run_without_diagnostics_or_tokens(tmp_path):
     assert titles(lines) == ["Reverse KL", "Fluctuation", "Entropy", "Gradient norm", "Time by phase"]
 
 
+@pytest.mark.parametrize("error", [0.1, None, "older"])
+def test_the_change_is_shown_with_its_own_interval(tmp_path, error):
+    make_run(tmp_path)
+    known = {} if error == "older" else {"reverse_kl_change": -1.5, "reverse_kl_change_standard_error": error}
+    lines = [{"step": 0, "reverse_kl": 2.0, "standard_error": 0.3}]
+    lines += [{"step": step, "reverse_kl": kl, "standard_error": 0.3, **known} for step, kl in ((10, 1.0), (20, 0.5))]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = re.search(r"<p>After(.*?)</p>", report_page(tmp_path), re.DOTALL)[1]
+    text = " ".join(re.sub(r"<.*?>", "", text).split())
+    interval = " ± 0.196, each prompt compared with itself" if error == 0.1 else ""
+    assert text.endswith(f"0.500 ± 0.588 after step 20 (change -1.500{interval})")
+
+
 def test_a_long_run_is_thinned_to_what_a_screen_shows(tmp_path):
     items = [chart.item("x") for chart in run_charts([metrics(step) for step in range(1, 5001)], [])]
     assert len(json.dumps(items)) < 1_500_000

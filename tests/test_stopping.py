@@ -17,6 +17,7 @@ from distill.run import Run
 from distill.run.checkpoint import HARMLESS, LENGTH, changed_keys
 from distill.runtime import read_json_lines
 from distill.train import main
+from distill.training.evaluation import Evaluation
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3])  # within a batch of two prompts, and between two batches
@@ -31,6 +32,37 @@ def test_a_run_that_was_stopped_continues_to_the_same_numbers(write_config, tmp_
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     one, other = (read_json_lines(tmp_path / name / "evaluations.jsonl") for name in ("whole", "run"))
     assert one == other
+    one, other = (evaluated(tmp_path / name) for name in ("whole", "run"))
+    assert one == other
+    assert one["eval_reverse_kl_change_standard_error"] > 0
+
+
+def evaluated(run: Path) -> dict[str, float | None]:
+    """What a run's summary says of its evaluations."""
+    summary = json.loads((run / "summary.json").read_text())
+    return {key: value for key, value in summary.items() if key.startswith("eval_")}
+
+
+def test_a_run_begun_by_an_older_version_has_a_change_without_an_interval(write_config, tmp_path, monkeypatch):
+    """Its first evaluation holds nothing to compare by."""
+    path = write_config({"training.max_steps": 2})
+    record = Evaluation.record
+    with monkeypatch.context() as older:
+        older.setattr(Evaluation, "record", lambda *args: {k: v for k, v in record(*args).items() if k != "clusters"})
+        older.setattr("distill.run.progress.change_since", lambda first, last: UNKNOWN)
+        steps = []
+        assert Run(load_config(path), Console(quiet=True), lambda: steps.append(1) or stop_after(steps, 1)).execute()
+    run = execute(path)
+    first, last = run.progress.evaluations
+    assert "clusters" not in first
+    assert "clusters" in last
+    found = evaluated(tmp_path / "run")
+    assert found["eval_reverse_kl_change"] == last["reverse_kl"] - first["reverse_kl"]
+    assert found["eval_reverse_kl_change_standard_error"] is last["reverse_kl_change_standard_error"] is None
+    assert "compared with itself" not in (tmp_path / "run" / "report.html").read_text()
+
+
+UNKNOWN = {"reverse_kl_change": None, "reverse_kl_change_standard_error": None}
 
 
 def stop_after(steps: list[int], count: int):

@@ -28,6 +28,8 @@ FINAL = {
     "eval_reverse_kl_before": "held-out reverse KL before",
     "eval_reverse_kl_after": "after",
     "standard_error": "standard error",
+    "eval_reverse_kl_change": "change",
+    "eval_reverse_kl_change_standard_error": "its standard error",
     "steps": "steps",
     "completion_tokens": "completion tokens",
     "wall_seconds": "seconds",

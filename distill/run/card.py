@@ -37,6 +37,7 @@ def write_card(folder: Path, outcome: Outcome, auto_class: str) -> None:
         steps=outcome.steps,
         tokens=outcome.completion_tokens,
         evaluations=[evaluations[0], evaluations[-1]] if evaluations else [],
+        change=outcome.change,
         held_out=len(outcome.held_out_prompts),
         samples=outcome.shown(SHOWN),
         versions={name: version_of(name) for name in ("distill-on-policy", "torch", "transformers")},

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.config import Config
+from distill.training import change_since
 
 NUM_SAMPLES = 6  # held-out completions kept from before and after, for the table and the report
 
@@ -33,6 +34,13 @@ class Outcome:
     @property
     def completion_tokens(self) -> int:
         return sum(record["completion_tokens"] for record in self.metrics)
+
+    @property
+    def change(self) -> dict[str, float | None]:
+        """Of the held-out reverse KL, from the first evaluation to the last: `change_since`'s figures."""
+        if not self.evaluations:
+            return {"reverse_kl_change": None, "reverse_kl_change_standard_error": None}
+        return change_since(self.evaluations[0], self.evaluations[-1])
 
     def shown(self, count: int) -> list[tuple[str, str, str]]:
         """The first held-out prompts with what the student said before and after."""

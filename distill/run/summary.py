@@ -17,6 +17,10 @@ class Summary:
 
     eval_reverse_kl_before: float | None
     eval_reverse_kl_after: float | None
+    eval_reverse_kl_change: float | None
+    """The second less the first."""
+    eval_reverse_kl_change_standard_error: float | None
+    """Over prompts, each compared with itself; None too where the first evaluation is an older version's."""
     eval_reverse_kl_reduction: float | None
     """1 is all of it."""
     eval_best_step: int | None
@@ -55,6 +59,7 @@ def summarise(outcome: Outcome) -> Summary:
     return Summary(
         eval_reverse_kl_before=before,
         eval_reverse_kl_after=after,
+        **{f"eval_{name}": x for name, x in outcome.change.items()},
         eval_reverse_kl_reduction=1 - after / before if before else None,
         eval_best_step=outcome.best_step,
         steps=outcome.steps,
@@ -78,6 +83,9 @@ def show_summary(console: Console, summary: Summary, folder: Path) -> None:
     if before is not None:
         change = f"  ({after / before - 1:+.0%})" if before else ""
         rows = [("held-out reverse KL, nats/token", f"{before:.3f}", f"{after:.3f}{change}")]
+        if (error := summary.eval_reverse_kl_change_standard_error) is not None:
+            change = f"{summary.eval_reverse_kl_change:+.3f} ± {1.96 * error:.3f}"
+            rows.append(("its change with the 95 % interval", "", change))
         rows += [(s["prompt"], s["before"], s["after"]) for s in summary.samples[:3]]
         closing_table(console, rows)
     for line in (
