@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import copy_bandwidth
-from distill.rollout import kv_cache
 from distill_kernels import backend, decode_attention, reference
 
 LAYERS, CALLS = 28, 10
@@ -95,24 +94,6 @@ def error_of(output: Tensor, layer: dict, N: int) -> float:
     return float((output[:N].double() - truth).norm() / truth.norm())
 
 
-def unfused_calls(layers: list[dict], shape: Shape) -> list[Callable[[], Tensor]]:
-    """The same attention by the cache's products, from as many slots as are read."""
-
-    def call_of(layer: dict) -> Callable[[], Tensor]:
-        mask = torch.ones(shape.R // shape.N, shape.P, dtype=torch.bool, device=layer["query"].device)
-        index = torch.arange(shape.R, device=mask.device) // shape.N
-        prompt = kv_cache.PromptCache([layer["prompt_keys"]], [layer["prompt_values"]], mask)
-        cache = kv_cache.StaticDecodeCache(prompt, index, 2)
-        cache.length = shape.seen - 1
-        cache._keys, cache._values = [layer["keys"]], [layer["values"]]
-        cache._arrange()
-        query, seen = layer["query"][:, :, None], shape.seen
-        keys, values = (layer[name][:, :, :seen] for name in ("keys", "values"))
-        return lambda: cache.attend(query, keys, values, 0, layer["scale"])
-
-    return [call_of(layer) for layer in layers]
-
-
 def plan_of(triton_decode_attention, shape: Shape, itemsize: int):
     R, N, P, T, _, Hq, Hkv, D = shape
     return triton_decode_attention.plan(R, Hq, Hkv, D, T, itemsize, B=R // N, P=P, rows=N)
@@ -149,9 +130,6 @@ def run(shape: Shape, device: torch.device, dtype: torch.dtype, bandwidth: float
                 report(f"{cut}", calls)
     finally:
         triton_decode_attention.plan = original
-    kv_cache.FUSED_ATTENTION = False
-    report("without the kernel", unfused_calls(layers, shape))
-    kv_cache.FUSED_ATTENTION = True
 
 
 def main() -> None:

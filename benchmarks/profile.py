@@ -14,7 +14,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,14 +22,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.harness import describe_machine, synchronize
 from benchmarks.plan.machines import CPU, GPU, Machine
 from benchmarks.plan.model import PHASES, Work, predict
 from benchmarks.plan.shapes import Shape, known
-from benchmarks.trace import MARK, intervals, marked, summary
+from benchmarks.trace import intervals, marked, summary
 from distill.config import TrainingConfig
 from distill.loss import LossOptions, ModelParts, Rollouts
 from distill.models import split_head
@@ -147,33 +147,18 @@ def trainer_of(sizes: Sizes, steps: int, device: torch.device) -> Trainer:
 @contextmanager
 def decode_step_marked(device: torch.device, number: int) -> Iterator[None]:
     """Names decode step `number` in the trace: on CUDA of the replayed ones, on a CPU from one draw to the next."""
-    decode = importlib.import_module("distill.rollout.decode")
-    capture, draw, seen, opened = decode.capture, decode.Wave.draw, [0], []
+    decoder = importlib.import_module("distill.rollout.decode").Decoder
+    advance, seen = decoder._advance, [0]
 
-    def capture_marked(*arguments: Any) -> Callable[[], None]:
-        replay = capture(*arguments)
-
-        def replay_marked() -> None:
-            seen[0] += 1
-            if seen[0] != number:
-                replay()
-                return
-            with marked(DECODE_STEP, device):
-                replay()
-
-        return replay_marked
-
-    def draw_marked(wave: Any, step: int) -> torch.Tensor:
+    def advance_marked(self: Any) -> None:
         seen[0] += 1
-        if opened:
-            opened.pop().__exit__(None, None, None)
-        if seen[0] == number:
-            opened.append(record_function(MARK + DECODE_STEP))
-            opened[0].__enter__()
-        return draw(wave, step)
+        if seen[0] != number:
+            advance(self)
+            return
+        with marked(DECODE_STEP, device):
+            advance(self)
 
-    changed = (decode, "capture", capture_marked) if device.type == "cuda" else (decode.Wave, "draw", draw_marked)
-    with patch.object(*changed):
+    with patch.object(decoder, "_advance", advance_marked):
         yield
 
 

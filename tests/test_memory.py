@@ -202,9 +202,9 @@ def sampled(of: RolloutEngine) -> Rollouts:
 def test_rollouts_that_run_out_are_sampled_fewer_at_once(name, fits):
     messages = []
     short = engine(name, limits=MemoryLimits(1, report=messages.append))
-    target = "_decode" if name == "native" else "_generate"
-    rows = (lambda wave: len(wave.row_ids)) if name == "native" else (lambda prompts, *_: len(prompts))
-    setattr(short, target, Shortage(getattr(short, target), ERRORS[1], lambda _, first, *rest: rows(first) > fits))
+    target = "_decoder" if name == "native" else "_generate"
+    rows = (lambda prompt, rows: rows) if name == "native" else (lambda prompts, *_: len(prompts))
+    setattr(short, target, Shortage(getattr(short, target), ERRORS[1], lambda _, *given: rows(*given) > fits))
     found, whole = sampled(short), sampled(engine(name))
     assert short.limits.rows_per_wave < 12
     assert messages[-1].endswith(f"again with {short.limits.rows_per_wave} rollouts at once")
@@ -218,7 +218,7 @@ def test_rollouts_that_run_out_are_sampled_fewer_at_once(name, fits):
 
 def test_rollouts_at_the_smallest_size_say_what_to_lower():
     short = engine("native")
-    short._decode = Shortage(None, MemoryError(), lambda *_: True)
+    short._decoder = Shortage(None, MemoryError(), lambda *_: True)
     with pytest.raises(MemoryLimitError, match=r"rollout phase at its smallest size.*rollout\.max_new_tokens"):
         sampled(short)
 
@@ -226,7 +226,7 @@ def test_rollouts_at_the_smallest_size_say_what_to_lower():
 def test_an_evaluations_engine_shares_the_size():
     first = engine("native")
     other = first.variant(seed=1, max_new_tokens=4)
-    other._decode = Shortage(other._decode, ERRORS[1], lambda _, wave: len(wave.row_ids) > 4)
+    other._decoder = Shortage(other._decoder, ERRORS[1], lambda _, prompt, rows: rows > 4)
     sampled(other)
     assert first.limits.rows_per_wave == 6  # that is one prompt's four at once
 

@@ -193,9 +193,15 @@ def test_what_is_kept_grows_and_is_given_back() -> None:
     run(engine, prompts, 3)
     assert engine._kept.decoder is not first
     same(expected, run(engine, small, 2))
-    assert engine.release() == "without what is kept for the next rollouts"
+    assert engine.release() == "what was kept for the next rollouts given back"
     assert engine.release() is None
     same(expected, run(engine, small, 2))
+    assert engine._kept.decoder is not None
+    attempts = iter([lambda: torch.empty(2**60), lambda: "done"])
+    assert engine.limits.attempt("update", lambda: next(attempts)(), lambda: None, "") == "done"
+    assert engine._kept.decoder is None
+    same(expected, run(engine, small, 2))
+    assert engine._kept.decoder is None, "an update that had no room would have none again"
 
 
 @pytest.mark.cuda

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.plan.machines import COLLECTIVE, GIB, NETWORK, NODE, Machine
 from benchmarks.plan.shapes import Shape
-from distill.rollout.waves import cut_waves, wave_bytes
+from distill.rollout.waves import WaveBytes, cut_waves, wave_bytes
 from distill_kernels.chunks import rows_per_chunk, workspace
 
 PHASES = {
@@ -163,10 +163,10 @@ def held_bytes(work: Work, machine: Machine, layout: Layout) -> dict[str, float]
     }
 
 
-def _wave_bytes(work: Work, machine: Machine) -> tuple[int, int]:
+def _wave_bytes(work: Work, machine: Machine) -> WaveBytes:
     # On a CPU keys and values are float32, whatever the weights are.
     token_bytes = work.student.token_bytes(work.rollout_itemsize if machine.cuda else 4)
-    sizes = {"prompt_length": work.P, "num_rollouts": work.N, "max_new_tokens": work.T}
+    sizes = {"prompt_length": work.P, "max_new_tokens": work.T}
     return wave_bytes(work.student, work.rollout_itemsize, token_bytes, **sizes)
 
 
@@ -174,9 +174,9 @@ def _waves(work: Work, machine: Machine, held: float) -> Iterator[tuple[int, int
     """Prompts and rows of each wave of a batch; none where nothing is left for them."""
     budget = (machine.memory - held) / 2 if work.memory_gib is None else work.memory_gib * GIB
     needed = _wave_bytes(work, machine)
-    if budget < sum(needed):
+    if budget < needed.least + needed.row:
         return
-    for prompts, parts in cut_waves(work.batch, work.N, int(budget), *needed):
+    for prompts, parts in cut_waves(work.batch, work.N, int(budget), needed):
         for rows in parts:
             yield prompts.stop - prompts.start, rows.stop - rows.start
 
@@ -184,7 +184,7 @@ def _waves(work: Work, machine: Machine, held: float) -> Iterator[tuple[int, int
 def peak_bytes(work: Work, machine: Machine, layout: Layout, held: dict[str, float], cut: list) -> dict[str, float]:
     """At the most, by phase."""
     s, t, base = work.student, work.teacher, sum(held.values())
-    a_prompt, a_row = _wave_bytes(work, machine)
+    needed = _wave_bytes(work, machine)
     _, _, tokens, K = work.split()
     hidden = work.prompts * work.N * work.T * t.hidden_size * work.scoring_itemsize if not layout.servers else 0
     passing = tokens * (8 * t.hidden_size + 3 * work.scoring_itemsize * t.intermediate_size * t.num_experts_per_tok)
@@ -206,7 +206,9 @@ def peak_bytes(work: Work, machine: Machine, layout: Layout, held: dict[str, flo
     if half:  # the weights as the products take them, kept for the backward
         head += work.itemsize * s.body() / (s.num_hidden_layers / 2 if layout.shards > 1 else 1)
     extra = {
-        "rollout": max((prompts * a_prompt + rows * a_row for prompts, rows in cut), default=a_prompt + a_row),
+        "rollout": max(
+            (prompts * needed.whole + rows * needed.row for prompts, rows in cut), default=needed.least + needed.row
+        ),
         "score": passing + hidden,
         "update": kept + head + hidden,
     }

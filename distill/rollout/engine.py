@@ -63,10 +63,6 @@ class RolloutEngine:
         """Says that the student's weights have changed; they are copied when they are next needed."""
         self._copy.stale = True
 
-    def release(self) -> str | None:
-        """Gives back what is kept between batches beside the weights; says so if there was any."""
-        return None
-
     def variant(self, *, seed: int, max_new_tokens: int) -> "RolloutEngine":
         """The same engine, weights included, with another seed and length: for evaluations between two steps."""
         other = copy.copy(self)

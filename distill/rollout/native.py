@@ -41,7 +41,8 @@ class NativeEngine(RolloutEngine):
             prompt, _ = prefill(self.body, one, torch.ones_like(one, dtype=torch.bool))
         self._token_bytes = sum(piece.nbytes for piece in (*prompt.keys, *prompt.values))
         self._state_bytes = sum(state.nbytes for state in tensors_of(prompt.states))
-        self._kept = SimpleNamespace(decoder=None)  # one for all variants of the engine
+        self._kept = SimpleNamespace(decoder=None, stays=True)  # one for all variants of the engine
+        self.limits.releases.append(self.release)
 
     def _run(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
         def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -58,6 +59,8 @@ class NativeEngine(RolloutEngine):
                         made = decoder.run(prompt, last_hidden, index, row_ids[rows], **kept)
                     for buffer, found in zip(out, made, strict=True):
                         buffer[rows] = found
+            if not self._kept.stays:
+                self._kept.decoder = None
             return out.token_ids
 
         self._generate(prompt_ids, prompt_mask, custom_generate=loop)
@@ -88,14 +91,13 @@ class NativeEngine(RolloutEngine):
         products = self._model.get_output_embeddings()(hidden).float()
         return self._head.finished(products)[:, : self.vocab_size]
 
-    def release(self) -> str | None:
-        """Gives back the memory kept between batches; says so if there was any."""
+    def release(self, phase: str = "rollout") -> str | None:
+        """Gives back the memory kept between batches, and says so if there was any; for good where `phase` is another's
+        need.
+        """
+        self._kept.stays &= phase == "rollout"
         held, self._kept.decoder = self._kept.decoder, None
-        return held and "without what is kept for the next rollouts"
-
-    def _sample_fewer(self) -> str | None:
-        self.release()
-        return super()._sample_fewer()
+        return None if held is None else "what was kept for the next rollouts given back"
 
     def _budget(self) -> int:
         """Bytes that a wave may take, of which what is kept between batches is a part."""

@@ -19,6 +19,11 @@ class WaveBytes(NamedTuple):
     """A prompt's."""
 
     @property
+    def whole(self) -> int:
+        """Of a prompt, all of its columns at once."""
+        return self.prompt + self.columns * self.column
+
+    @property
     def least(self) -> int:
         """Of a prompt, at the least."""
         return self.prompt + min(self.columns, FEWEST_COLUMNS) * self.column

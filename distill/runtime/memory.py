@@ -67,6 +67,8 @@ class MemoryLimits:
         fixed: bool = False,
     ) -> None:
         self.fixed = fixed
+        self.releases: list[Callable[[str], str | None]] = []
+        """Called with the phase in which memory ran out: each gives back what is kept for later, and says what."""
         self.tokens_per_micro_batch, self.rows_per_wave, self.report = tokens_per_micro_batch, rows_per_wave, report
 
     def state(self) -> dict[str, int | None]:
@@ -90,10 +92,11 @@ class MemoryLimits:
                     raise
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
             # Outside the handler, whose traceback would keep the failed attempt's tensors alive.
+            released = [what for release in self.releases if (what := release(phase))]
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            smaller = shrink()
+            smaller = shrink() or next(iter(released), None)
             if smaller is None:
                 raise MemoryLimitError(
                     f"memory ran out in the {phase} phase at its smallest size ({reason}). Lower {lower}"

@@ -24,8 +24,12 @@ For whoever repeats a call at fixed addresses many thousand times; without the c
 
 def implementation(of: str, device: torch.device) -> ModuleType:
     """The module `triton_{of}` or `twin_{of}`, which hold the same functions: of `rows`, `sample` and so on."""
-    runs_triton = device.type == "cuda" or _interpreting
-    return import_module(f"distill_kernels.{'triton' if runs_triton else 'twin'}_{of}")
+    return import_module(f"distill_kernels.{'triton' if runs_triton(device) else 'twin'}_{of}")
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether tensors of this device run Triton source."""
+    return device.type == "cuda" or _interpreting
 
 
 def interpreting() -> bool:

@@ -109,8 +109,8 @@ def decode_attention(
     `softcap` bounds the scaled scores: softcap * tanh(score / softcap). `sinks` [Hq] are logits that take part in the
     softmax, and nothing of the output.
 
-    All dtypes but the sinks' are one; D and Dv are at most LARGEST_HEAD; the last stride must be 1, the others are
-    free. No gradients.
+    All dtypes but the sinks' are one; D and Dv are at most LARGEST_HEAD on CUDA; the last stride must be 1, the others
+    are free. No gradients.
 
     Raises ValueError for a wrong shape, dtype, stride, device or number.
     """
@@ -135,13 +135,14 @@ def _check(
     if query.dim() != 3 or keys.dim() != 4:
         raise ValueError(f"query must be [R, Hq, D] and keys [R, Hkv, T, D]; found {_found(query)} and {_found(keys)}")
     (R, Hq, D), Hkv = query.shape, keys.shape[1]
-    if keys.shape[0] != R or keys.shape[3] != D or Hq % Hkv or not 0 < D <= LARGEST_HEAD:
+    widest = LARGEST_HEAD if backend.runs_triton(query.device) else max(D, values.shape[-1])
+    if keys.shape[0] != R or keys.shape[3] != D or Hq % Hkv or not 0 < D <= widest:
         raise ValueError(
             f"query [R, Hq, D] and keys [R, Hkv, T, D] must agree in R and D, Hq be a multiple of Hkv and D at most "
-            f"{LARGEST_HEAD}; found {_found(query)} and {_found(keys)}"
+            f"{widest}; found {_found(query)} and {_found(keys)}"
         )
-    if values.dim() != 4 or not 0 < values.shape[3] <= LARGEST_HEAD:
-        raise ValueError(f"values must be [R, Hkv, T, Dv], Dv at most {LARGEST_HEAD}; found {_found(values)}")
+    if values.dim() != 4 or not 0 < values.shape[3] <= widest:
+        raise ValueError(f"values must be [R, Hkv, T, Dv], Dv at most {widest}; found {_found(values)}")
     if (prompt_keys is None) != (prompt_values is None):
         raise ValueError("prompt_keys and prompt_values come together; found one without the other")
     for name, tensor in pairs.items():
