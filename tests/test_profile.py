@@ -77,7 +77,9 @@ def test_a_phase_holds_what_the_trainer_does_in_it(written):
         name: {one["name"]: one["count"] for one in phase["longest"]} for name, phase in written["phases"].items()
     }
     kernels = {name: phase["kernels"] for name, phase in written["phases"].items()}
-    assert counts["rollout"]["distill_kernels::sample"] == 1  # the first; a step that is repeated calls what is below it
+    assert (
+        counts["rollout"]["distill_kernels::sample"] == 1
+    )  # the first; a step that is repeated calls what is below it
     assert counts[profile.DECODE_STEP]["aten::log1p_"] == 1
     assert 3 * kernels[profile.DECODE_STEP] < kernels["rollout"]
     assert 0 < written["phases"][profile.DECODE_STEP]["share_of_rollout"] < 1

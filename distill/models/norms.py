@@ -20,9 +20,10 @@ class RmsNorm(nn.Module):
         hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, self.weight.dtype))
         weight = self.weight.to(hidden_states.dtype)
         if hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32:
-            squares = (hidden_states * hidden_states).sum(-1, keepdim=True)  # a mean takes twice as long
-            scale = torch.add(torch.full((), self.eps), squares, alpha=1 / len(weight)).rsqrt_()
-            return (hidden_states * scale).mul_(weight)
+            size = len(weight)
+            norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
+            norm = torch.hypot(norm, torch.full((), (size * self.eps) ** 0.5))
+            return torch.addcmul(torch.zeros(()), hidden_states / norm, weight, value=size**0.5)
         return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.eps)
 
 

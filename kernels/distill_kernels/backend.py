@@ -15,8 +15,8 @@ import torch
 
 _interpreting = False
 
-WRITES_INTO: dict[str, Callable[..., None]] = {}
-"""By the name of an op: a function that takes the results to write, and then the op's arguments.
+REPEATED: dict[str, Callable[..., Callable[[], None]]] = {}
+"""By the name of an op: a function of the results to write and the op's arguments that gives what makes the call again.
 
 For whoever repeats a call at fixed addresses many thousand times; without the checks and wrappers of an op.
 """

@@ -12,6 +12,9 @@ Bytes: Hkv (D + Dv) w for each prompt's P keys (times the pieces a prompt's rows
 and for each living row's position + 1 keys, or as many as are in the window. Left out on purpose: gradients.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -38,35 +41,28 @@ def _decode_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     out = query.new_empty(*query.shape[:2], values.shape[3])
-    optional = (prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended)
-    _attend_into([out], query, keys, values, position, *optional, scale, window, softcap, sinks)
+    others = prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended, scale, window, softcap, sinks
+    options = _options(*others)
+    backend.implementation("decode_attention", query.device).attend(query, keys, values, position, out, **options)
     return out
 
 
-def _attend_into(
-    outputs, query, keys, values, position, prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended,
-    scale, window=None, softcap=None, sinks=None,
-) -> None:  # fmt: skip
-    backend.implementation("decode_attention", query.device).attend(
-        query,
-        keys,
-        values,
-        position,
-        *outputs,
-        prompt_keys=prompt_keys,
-        prompt_values=prompt_values,
-        row_start=row_start,
-        rows_a_prompt=rows_a_prompt,
-        left_padding=left_padding,
-        ended=ended,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-    )
+def _options(prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended, scale, *others) -> dict:
+    prompts = {"prompt_keys": prompt_keys, "prompt_values": prompt_values, "row_start": row_start}
+    named = dict(zip(("window", "softcap", "sinks"), others, strict=False))
+    kept = {"rows_a_prompt": rows_a_prompt, "left_padding": left_padding, "ended": ended, "scale": scale}
+    return prompts | kept | named
 
 
-backend.WRITES_INTO["distill_kernels::decode_attention"] = _attend_into
+def _repeated(outputs, query, keys, values, position, *others) -> Callable[[], None]:
+    implementation = backend.implementation("decode_attention", query.device)
+    call = query, keys, values, position, *outputs
+    if hasattr(implementation, "repeated"):
+        return implementation.repeated(*call, **_options(*others))
+    return partial(implementation.attend, *call, **_options(*others))
+
+
+backend.REPEATED["distill_kernels::decode_attention"] = _repeated
 
 
 @_decode_attention.register_fake

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill_kernels.backend import WRITES_INTO
+from distill_kernels.backend import REPEATED
 
 Step = Callable[[], None]
 
@@ -26,6 +26,8 @@ Step = Callable[[], None]
 UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 COPIES = {"clone", "_to_copy"}
 
+# Pointing a tensor to another memory takes a microsecond.
+MOST_MOVED = 4
 # All results of a step are held while it is recorded; where they are more than this, Python matters little.
 MOST_BYTES = 2**30
 
@@ -88,8 +90,13 @@ def capture(step: Step, device: torch.device) -> Step:
 
 def _repeated(calls: list[_Call]) -> Step:
     calls, unwritten = _needed(calls)
-    repeats = [_repeat(call) for call in calls]
-    _share_memory(calls, unwritten)
+    objects: dict[int, dict[int, Tensor]] = {}
+    for call in calls:
+        for tensor in (*call.inputs, *call.outputs):
+            objects.setdefault(_memory(tensor), {})[id(tensor)] = tensor
+    moved = {_memory(call.outputs[0]) for call in calls if _is_quicker_moved(call, objects)}
+    repeats = [_repeat(call, objects, moved) for call in calls]
+    _share_memory(calls, unwritten, objects, moved)
 
     def run() -> None:
         for repeat in repeats:
@@ -145,25 +152,53 @@ def _needed(calls: Sequence[_Call]) -> tuple[list[_Call], list[Tensor]]:
     return kept[::-1], unwritten
 
 
-def _repeat(call: _Call) -> Step:
-    """What does a call again, its results written where they were."""
+def _is_quicker_moved(call: _Call, objects: dict[int, dict[int, Tensor]]) -> bool:
+    """Whether pointing the few tensors that look at a result to a new one takes less than copying it."""
+    if call.writes or call.op._name in REPEATED or call.name in COPIES or len(call.outputs) != 1:
+        return False
+    return len(objects[_memory(call.outputs[0])]) <= MOST_MOVED and not _ways_to_write(call)
+
+
+def _repeat(call: _Call, objects: dict[int, dict[int, Tensor]], moved: set[int]) -> Step:
+    """What does a call again, with its results where they were."""
     if call.writes:
-        return partial(call.op, *call.args, **call.kwargs)
-    if into := WRITES_INTO.get(call.op._name):
-        return partial(into, call.outputs, *call.args, **call.kwargs)
-    if len(call.outputs) == 1:
-        (out,) = call.outputs
-        if call.name in COPIES:
-            return partial(out.copy_, call.inputs[0])
-        for way in _ways_to_write(call):
-            return partial(way, *call.args, **call.kwargs, out=out)
-        return lambda: out.copy_(call.op(*call.args, **call.kwargs))
+        return _written(call)
+    if repeated := REPEATED.get(call.op._name):
+        return repeated(call.outputs, *call.args, **call.kwargs)
+    if len(call.outputs) > 1:
+        return lambda: [
+            out.copy_(new) for out, new in zip(call.outputs, _strided(call.op(*call.args, **call.kwargs)), strict=True)
+        ]
+    (out,) = call.outputs
+    if _memory(out) in moved:
+        return _moved(call, list(objects[_memory(out)].values()))
+    if call.name in COPIES:
+        return partial(out.copy_, call.inputs[0])
+    for way in _ways_to_write(call):
+        return partial(way, *call.args, **call.kwargs, out=out)
+    op, args, kwargs = call.op, call.args, call.kwargs
+    return lambda: out.copy_(op(*args, **kwargs))
 
-    def copied() -> None:
-        for out, result in zip(call.outputs, _strided(call.op(*call.args, **call.kwargs)), strict=True):
-            out.copy_(result)
 
-    return copied
+def _moved(call: _Call, tensors: list[Tensor]) -> Step:
+    (out,), op, args = call.outputs, partial(call.op, **call.kwargs), call.args
+    if [id(tensor) for tensor in tensors] == [id(out)]:
+        return lambda: out.set_(op(*args))
+    places = [(tensor, (tensor.storage_offset(), tensor.shape, tensor.stride())) for tensor in tensors]
+
+    def run() -> None:
+        memory = op(*args).untyped_storage()
+        for tensor, place in places:
+            tensor.set_(memory, *place)
+
+    return run
+
+
+def _written(call: _Call) -> Step:
+    if call.name == "index_copy_" and call.args[2].numel() == 1:  # which takes three times as long
+        target, dim, index, source = call.args
+        return lambda: target.narrow(dim, int(index), 1).copy_(source)
+    return partial(call.op, *call.args, **call.kwargs)
 
 
 def _ways_to_write(call: _Call) -> list[Callable]:
@@ -188,17 +223,17 @@ def _ways_to_write(call: _Call) -> list[Callable]:
     return []
 
 
-def _share_memory(calls: Sequence[_Call], unwritten: Sequence[Tensor]) -> None:
-    """Moves every result of `calls` into memory that no other needs at that time."""
+def _share_memory(
+    calls: Sequence[_Call], unwritten: Sequence[Tensor], objects: dict[int, dict[int, Tensor]], moved: set[int]
+) -> None:
+    """Puts every result of `calls` but those that are moved into memory that no other needs at that time."""
     last: dict[int, int] = {}
-    own = {_memory(tensor): tensor for tensor in unwritten}
-    objects: dict[int, dict[int, Tensor]] = {}
+    own = {_memory(tensor) for tensor in unwritten}
     for number, call in enumerate(calls):
         if not call.writes:
-            own |= {_memory(tensor): tensor for tensor in call.outputs}
+            own |= {_memory(tensor) for tensor in call.outputs} - moved
         for tensor in (*call.inputs, *call.outputs):
             last[_memory(tensor)] = number
-            objects.setdefault(_memory(tensor), {})[id(tensor)] = tensor
     ends: dict[int, list[int]] = {}
     for memory, number in last.items():
         ends.setdefault(number, []).append(memory)

@@ -24,6 +24,9 @@ Bytes: on CUDA R V w without filters, in one pass over tiles of columns, and 20 
 of a bisection, and then the race, re-read the row, which the L2 cache holds.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -44,17 +47,17 @@ def _sample(
 ) -> tuple[Tensor, Tensor]:
     """Token ids [R] int64 and log-probabilities [2, R] float32."""
     outputs = torch.empty_like(row_ids), logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
-    _sample_into(outputs, logits, row_ids, step, seed, temperature, top_k, top_p, min_p)
+    _repeated(outputs, logits, row_ids, step, seed, temperature, top_k, top_p, min_p)()
     return outputs
 
 
-def _sample_into(outputs, logits, row_ids, step, seed, temperature, top_k, top_p, min_p) -> None:
+def _repeated(outputs, logits, row_ids, step, seed, temperature, top_k, top_p, min_p) -> Callable[[], None]:
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     implementation = backend.implementation("sample", logits.device)
-    implementation.sample_rows(logits, row_ids, step, seed, *outputs, **options)
+    return partial(implementation.sample_rows, logits, row_ids, step, seed, *outputs, **options)
 
 
-backend.WRITES_INTO["distill_kernels::sample"] = _sample_into
+backend.REPEATED["distill_kernels::sample"] = _repeated
 
 
 @_sample.register_fake

@@ -8,7 +8,9 @@ What depends on where rows begin and end is worked out once and kept, as all lay
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +45,16 @@ class Call(NamedTuple):
     sinks: Tensor | None
 
 
+class Where(NamedTuple):
+    """What a step's rows see, read from its tensors once for all layers."""
+
+    end: int
+    padding: list[int] | None
+    bounds: tuple[int, ...] | None
+    runs: list[Run]
+    ended: tuple[bool, ...] | None
+
+
 def attend(
     query: Tensor,
     keys: Tensor,
@@ -50,35 +62,73 @@ def attend(
     position: Tensor,
     out: Tensor,
     *,
-    prompt_keys: Tensor | None,
-    prompt_values: Tensor | None,
     row_start: Tensor | None,
-    rows_a_prompt: int,
     left_padding: Tensor | None,
     ended: Tensor | None,
+    **options: Any,
+) -> None:
+    """Writes the contiguous out [R, Hq, Dv]; see `decode_attention`. The query and `out` may be of any dtype."""
+    where = _read(query.shape[0], position, row_start, left_padding, ended)
+    _attend_where(where, query, keys, values, out, ended, **options)
+
+
+def repeated(query: Tensor, keys: Tensor, values: Tensor, position: Tensor, out: Tensor, **options: Any) -> Callable:
+    """A call of `attend` that is made again for the same tensors: layers of one step share what they read from them."""
+    said = [options.pop(name) for name in ("row_start", "left_padding", "ended")]
+    told, ended = [tensor for tensor in (position, *said) if tensor is not None], said[-1]
+
+    def again() -> None:
+        key = [(id(tensor), tensor._version) for tensor in told]
+        if _last.key != key:
+            _last.key, _last.told, _last.where = key, told, _read(query.shape[0], position, *said)
+        _attend_where(_last.where, query, keys, values, out, ended, **options)
+
+    return again
+
+
+# Of the last call that was repeated; the tensors are held, so that none of another has their place.
+_last = SimpleNamespace(key=None, told=None, where=None)
+
+
+def _read(
+    R: int, position: Tensor, row_start: Tensor | None, left_padding: Tensor | None, ended: Tensor | None
+) -> Where:
+    padding = None if left_padding is None else left_padding.tolist()
+    bounds = None if row_start is None else tuple(row_start.tolist())
+    flags = None if ended is None else tuple(ended.tolist())
+    return Where(int(position) + 1, padding, bounds, _runs(R, bounds, flags), flags)
+
+
+def _attend_where(
+    where: Where,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    ended: Tensor | None,
+    *,
+    prompt_keys: Tensor | None,
+    prompt_values: Tensor | None,
+    rows_a_prompt: int,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """Writes the contiguous out [R, Hq, Dv]; see `decode_attention`. The query and `out` may be of any dtype."""
-    end, dtype = int(position) + 1, torch.promote_types(keys.dtype, torch.float32)
+    end, dtype = where.end, torch.promote_types(keys.dtype, torch.float32)
     first = 0
     if window is not None:
         first = max(0, end - window + (0 if prompt_keys is None else prompt_keys.shape[2]))
     query = (query if query.dtype == dtype else query.to(dtype)) * scale
-    padding = None if left_padding is None else left_padding.tolist()
     end = min(end, keys.shape[2])
-    call = Call(query, keys, values, out, prompt_keys, prompt_values, padding, first, end, softcap, sinks)
-    bounds = None if row_start is None else tuple(row_start.tolist())
-    flags = None if ended is None else tuple(ended.tolist())
-    for run in _runs(query.shape[0], bounds, flags):
+    call = Call(query, keys, values, out, prompt_keys, prompt_values, where.padding, first, end, softcap, sinks)
+    for run in where.runs:
         if _attend(call, run):
             continue
         # What must not count was not finite: each prompt, or row, by itself, whose padding is cut off.
-        for single in _singles(run, bounds, flags):
+        for single in _singles(run, where.bounds, where.ended):
             _attend(call, single)
-    if flags is not None and True in flags:
+    if where.ended is not None and True in where.ended:
         out.masked_fill_(ended[:, None, None], 0)
 
 
