@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 PYTHON = os.environ.get("DISTILL_VLLM_PYTHON")
@@ -59,6 +60,15 @@ class VllmServer:
                 time.sleep(0.5)
         self.stop()
         raise RuntimeError(f"the vLLM server did not start; the end of {self.log}:\n{self.log.read_text()[-2000:]}")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops its processes meanwhile, which take time of the cores even when nothing is asked of them."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._process.pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """Kills it and its workers at once."""

@@ -77,10 +77,10 @@ def test_a_phase_holds_what_the_trainer_does_in_it(written):
         name: {one["name"]: one["count"] for one in phase["longest"]} for name, phase in written["phases"].items()
     }
     kernels = {name: phase["kernels"] for name, phase in written["phases"].items()}
-    assert (
-        counts["rollout"]["distill_kernels::sample"] == 1
-    )  # the first; a step that is repeated calls what is below it
-    assert counts[profile.DECODE_STEP]["aten::log1p_"] == 1
+    # A step multiplies by each of two layers' four weights, those of query, key and value being one, and by the head's.
+    products = {name: counts[name]["mkldnn::_linear_pointwise"] for name in ("rollout", profile.DECODE_STEP)}
+    assert products[profile.DECODE_STEP] == 2 * 4 + 1
+    assert products["rollout"] == 5 * products[profile.DECODE_STEP]
     assert 3 * kernels[profile.DECODE_STEP] < kernels["rollout"]
     assert 0 < written["phases"][profile.DECODE_STEP]["share_of_rollout"] < 1
     assert "distill_kernels::sample" not in {*counts["score"], *counts["update"]}
