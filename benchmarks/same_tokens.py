@@ -3,9 +3,9 @@
     python -m benchmarks.same_tokens [--steps 10]
 
 Runs `configs/default.yaml` in float32 for some steps: as it is, on one thread, on two ranks, and with as little memory
-for rollouts as makes several waves. Compares each completion in `rollouts.jsonl` with that of the first way. Sums in another order
-round differently, and a step of training carries that on; a draw is decided by rounding only where its two best
-candidates all but tie.
+for rollouts as makes several waves. Compares each completion in `rollouts.jsonl` with that of the first way. Sums in
+another order round differently, and a step of training carries that on; a draw is decided by rounding only where its
+two best candidates all but tie.
 """
 
 import argparse

@@ -64,6 +64,8 @@ class Watch(TorchDispatchMode):
         inputs, outputs = _strided((args, kwargs)), _strided(result)
         if _looks_at_values(op, args) or len({tensor.device.type for tensor in inputs if tensor.dim()}) > 1:
             self.reason = self.reason or f"it depends on values, by {op}"
+        if any(isinstance(leaf, Tensor) and leaf.layout != torch.strided for leaf in tree_leaves(result)):
+            self.reason = self.reason or f"{op} makes a tensor of another layout"
         self._bytes += sum(tensor.nbytes for tensor in outputs)
         if self._bytes > MOST_BYTES:
             self.reason = self.reason or f"its results are more than {MOST_BYTES} bytes"
