@@ -63,7 +63,7 @@ def decode_and_score() -> None:
     from distill.rollout import SamplingOptions, decode, native
     from distill.runtime import clock
 
-    clock._pinned, decode.capture = lambda tensor, device: tensor, lambda step, device: step() or step
+    clock._pinned, decode.capture = lambda tensor, device: tensor, lambda step, *_: step() or step
     native.NativeEngine._generate = lambda self, *prompts, custom_generate: custom_generate(self, *prompts, None, None)
     kept = {"sampling": SamplingOptions(4), "eos_token_ids": [2], "pad_token_id": 0, "seed": 0}
     # No prompt is empty, some are padded; each has N rows; the longest completion has 4 tokens.

@@ -53,7 +53,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def test_a_run_writes_everything_that_the_design_names(write_config, tmp_path, capsys):
-    assert main(["--config", str(write_config()), "--training.save_every", "2", "--training.eval_every", "3"]) == 0
+    path = write_config({"training.seed": 2, "training.save_every": 2, "training.eval_every": 3})
+    assert main(["--config", str(path)]) == 0
     run = tmp_path / "run"
     lines = read_json_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]  # 5 prompts, one a step

@@ -108,6 +108,7 @@ class Decoder:
         )
         self.out = Completions.empty(room.rows, room.tokens, pad_token_id, device)
         self._repeat, self._steps = repeat, {}
+        self._pool = torch.cuda.graph_pool_handle() if repeat and device.type == "cuda" else None
 
     def run(
         self,
@@ -157,7 +158,7 @@ class Decoder:
         if key in self._steps:
             self._steps[key]()
         elif self._repeat:
-            self._steps[key] = capture(self._step, self.seed.device)
+            self._steps[key] = capture(self._step, self.seed.device, self._pool)
         else:
             self._step()
         self.cache.length += 1

@@ -77,12 +77,15 @@ class Watch(TorchDispatchMode):
 
 
 @torch.no_grad()
-def capture(step: Step, device: torch.device) -> Step:
-    """Runs `step`, and returns what repeats it: a graph on CUDA, a list of calls elsewhere, or `step` itself."""
+def capture(step: Step, device: torch.device, pool: Any = None) -> Step:
+    """Runs `step`, and returns what repeats it: a graph on CUDA, a list of calls elsewhere, or `step` itself.
+
+    Graphs of one `pool` (`torch.cuda.graph_pool_handle()`) share the memory of what a step needs in between.
+    """
     if device.type == "cuda":
         step()  # which warms it up
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             step()
         return graph.replay
     with Watch() as seen:
