@@ -126,6 +126,15 @@ def test_a_step_with_large_results_is_repeated_as_it_is(monkeypatch: pytest.Monk
         buffers.out.copy_(buffers.x * 2 + 1)
 
     assert recording.capture(step, CPU) is step
+    monkeypatch.setattr(recording, "MOST_BYTES", 4 * 4 * 6 * 3)
+    assert recording.capture(step, CPU) is not step
+
+    def views() -> None:
+        for _ in range(20):
+            buffers.out.copy_(buffers.x.view(6, 4).t().reshape(4, 6).view(4, 6)[:].expand(4, 6))
+
+    monkeypatch.setattr(recording, "MOST_BYTES", 4 * 4 * 6 * 21)
+    assert recording.capture(views, CPU) is not views, "a view takes no memory"
 
 
 def test_results_share_memory_when_they_are_not_needed_at_once() -> None:

@@ -66,7 +66,8 @@ class Watch(TorchDispatchMode):
             self.reason = self.reason or f"it depends on values, by {op}"
         if any(isinstance(leaf, Tensor) and leaf.layout != torch.strided for leaf in tree_leaves(result)):
             self.reason = self.reason or f"{op} makes a tensor of another layout"
-        self._bytes += sum(tensor.nbytes for tensor in outputs)
+        read = {_memory(tensor) for tensor in inputs}
+        self._bytes += sum(tensor.nbytes for tensor in outputs if _memory(tensor) not in read)
         if self._bytes > MOST_BYTES:
             self.reason = self.reason or f"its results are more than {MOST_BYTES} bytes"
         if self.reason is not None:
