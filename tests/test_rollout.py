@@ -1,6 +1,8 @@
 """Rollouts against stock `generate`, against rescoring, and against themselves in other waves and batches."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -202,6 +204,11 @@ def test_what_is_kept_grows_and_is_given_back() -> None:
     assert engine._kept.decoder is None
     same(expected, run(engine, small, 2))
     assert engine._kept.decoder is None, "an update that had no room would have none again"
+    limits, gone = engine.limits, weakref.ref(engine)
+    del engine, first
+    gc.collect()
+    assert gone() is None, "an engine stays for what it would give back"
+    assert limits.attempt("update", iter([1]).__next__, lambda: None, "") == 1
 
 
 @pytest.mark.cuda

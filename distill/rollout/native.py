@@ -7,6 +7,7 @@ run, for all its seeds and lengths; they grow with what is asked, and go when me
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class NativeEngine(RolloutEngine):
         self._token_bytes = sum(piece.nbytes for piece in (*prompt.keys, *prompt.values))
         self._state_bytes = sum(state.nbytes for state in tensors_of(prompt.states))
         self._kept = SimpleNamespace(decoder=None, stays=True)  # one for all variants of the engine
-        self.limits.releases.append(self.release)
+        self.limits.releases.append(WeakMethod(self.release))
 
     def _run(self, prompt_ids: Tensor, prompt_mask: Tensor, row_ids: Tensor, out: Completions) -> None:
         def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):

@@ -8,6 +8,7 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class MemoryLimits:
         fixed: bool = False,
     ) -> None:
         self.fixed = fixed
-        self.releases: list[Callable[[str], str | None]] = []
+        self.releases: list[WeakMethod[Callable[[str], str | None]]] = []
         """Called with the phase in which memory ran out: each gives back what is kept for later, and says what."""
         self.tokens_per_micro_batch, self.rows_per_wave, self.report = tokens_per_micro_batch, rows_per_wave, report
 
@@ -92,7 +93,8 @@ class MemoryLimits:
                     raise
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
             # Outside the handler, whose traceback would keep the failed attempt's tensors alive.
-            released = [what for release in self.releases if (what := release(phase))]
+            releases = [release for reference in self.releases if (release := reference()) is not None]
+            released = [what for release in releases if (what := release(phase))]
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
