@@ -70,10 +70,10 @@ class GenerationCopy:
     def _replace_head(self, packs: bool) -> None:
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear:
-            packed = PackedLinear([head], torch.float32)
-            self.model.set_output_embeddings(packed if packs else Float32Head(head))
+            made = PackedLinear([head], torch.float32) if packs else Float32Head(head)
+            self.model.set_output_embeddings(made)
             if packs:
-                self._pack([packed])
+                self._pack([made])
 
     @staticmethod
     def _replace(parent: nn.Module, name: str, layer: nn.Module) -> nn.Module:

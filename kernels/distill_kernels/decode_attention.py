@@ -42,24 +42,25 @@ def _decode_attention(
 ) -> Tensor:
     out = query.new_empty(*query.shape[:2], values.shape[3])
     others = prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended, scale, window, softcap, sinks
-    options = _options(*others)
+    options = dict(zip(OPTIONS, others, strict=True))
     backend.implementation("decode_attention", query.device).attend(query, keys, values, position, out, **options)
     return out
 
 
-def _options(prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended, scale, *others) -> dict:
-    prompts = {"prompt_keys": prompt_keys, "prompt_values": prompt_values, "row_start": row_start}
-    named = dict(zip(("window", "softcap", "sinks"), others, strict=False))
-    kept = {"rows_a_prompt": rows_a_prompt, "left_padding": left_padding, "ended": ended, "scale": scale}
-    return prompts | kept | named
+# The op's arguments after the first four, as implementations call them.
+OPTIONS = (
+    "prompt_keys", "prompt_values", "row_start", "rows_a_prompt", "left_padding", "ended", "scale", "window", "softcap",
+    "sinks",
+)  # fmt: skip
 
 
 def _repeated(outputs, query, keys, values, position, *others) -> Callable[[], None]:
     implementation = backend.implementation("decode_attention", query.device)
     call = query, keys, values, position, *outputs
+    options = dict(zip(OPTIONS, others, strict=False))  # of which the last may be left out
     if hasattr(implementation, "repeated"):
-        return implementation.repeated(*call, **_options(*others))
-    return partial(implementation.attend, *call, **_options(*others))
+        return implementation.repeated(*call, **options)
+    return partial(implementation.attend, *call, **options)
 
 
 backend.REPEATED["distill_kernels::decode_attention"] = _repeated

@@ -55,9 +55,7 @@ class _PrefixAttention(torch.autograd.Function):
         out, lse = (_flash_forward if ctx.flash else _dense_forward)(query, key, value, options)
         if sinks is not None:
             L = len(query)
-            whole = out[:L], lse.t() if ctx.flash else lse[:L]
-            for old, new in zip(whole, with_sinks(*whole, sinks), strict=True):
-                old.copy_(new)
+            _merge_sinks(out[:L], lse.t() if ctx.flash else lse[:L], sinks)
         ctx.save_for_backward(query, key, value, sinks, out, lse)
         return out[: len(query)]
 
@@ -91,10 +89,10 @@ def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> No
     torch.logaddexp(lse, other_lse, out=lse)
 
 
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention [.., d] and its log-sum-exp [..] with a key of value 0 and logit `sinks` (broadcast to [..]) added."""
-    sinks = sinks.to(lse.dtype)
-    return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
+def _merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Adds a key of logit `sinks` [h] and of value 0, in place: out [L, h, d], lse [L, h] float32."""
+    out.copy_(out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None])
+    torch.logaddexp(lse, sinks.to(lse.dtype), out=lse)
 
 
 # --- variable-length flash kernels (CUDA, half precision): one call for all segments, one for all prefixes ---

@@ -26,7 +26,7 @@ Step = Callable[[], None]
 UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 COPIES = {"clone", "_to_copy"}
 
-# Pointing a tensor to another memory takes a microsecond.
+# Pointing a tensor to another memory takes a microsecond, which is less than a copy for so many that look at a result.
 MOST_MOVED = 4
 # All results of a step are held while it is recorded; where they are more than this, Python matters little.
 MOST_BYTES = 2**30
@@ -100,7 +100,7 @@ def _repeated(calls: list[_Call]) -> Step:
     for call in calls:
         for tensor in (*call.inputs, *call.outputs):
             objects.setdefault(_memory(tensor), {})[id(tensor)] = tensor
-    moved = {_memory(call.outputs[0]) for call in calls if _is_quicker_moved(call, objects)}
+    moved: set[int] = set()
     repeats = [_repeat(call, objects, moved) for call in calls]
     _share_memory(calls, unwritten, objects, moved)
 
@@ -158,15 +158,8 @@ def _needed(calls: Sequence[_Call]) -> tuple[list[_Call], list[Tensor]]:
     return kept[::-1], unwritten
 
 
-def _is_quicker_moved(call: _Call, objects: dict[int, dict[int, Tensor]]) -> bool:
-    """Whether pointing the few tensors that look at a result to a new one takes less than copying it."""
-    if call.writes or call.op._name in REPEATED or call.name in COPIES or len(call.outputs) != 1:
-        return False
-    return len(objects[_memory(call.outputs[0])]) <= MOST_MOVED and not _ways_to_write(call)
-
-
 def _repeat(call: _Call, objects: dict[int, dict[int, Tensor]], moved: set[int]) -> Step:
-    """What does a call again, with its results where they were."""
+    """What does a call again, with its results where they were, or `moved`: that is added to."""
     if call.writes:
         return _written(call)
     if repeated := REPEATED.get(call.op._name):
@@ -176,12 +169,14 @@ def _repeat(call: _Call, objects: dict[int, dict[int, Tensor]], moved: set[int])
             out.copy_(new) for out, new in zip(call.outputs, _strided(call.op(*call.args, **call.kwargs)), strict=True)
         ]
     (out,) = call.outputs
-    if _memory(out) in moved:
-        return _moved(call, list(objects[_memory(out)].values()))
     if call.name in COPIES:
         return partial(out.copy_, call.inputs[0])
-    for way in _ways_to_write(call):
+    if way := _way_to_write(call):
         return partial(way, *call.args, **call.kwargs, out=out)
+    tensors = list(objects[_memory(out)].values())
+    if len(tensors) <= MOST_MOVED:
+        moved.add(_memory(out))
+        return _moved(call, tensors)
     op, args, kwargs = call.op, call.args, call.kwargs
     return lambda: out.copy_(op(*args, **kwargs))
 
@@ -207,8 +202,8 @@ def _written(call: _Call) -> Step:
     return partial(call.op, *call.args, **call.kwargs)
 
 
-def _ways_to_write(call: _Call) -> list[Callable]:
-    """Forms of an operation that take an `out`, tried here on the values it had: the quickest to call comes first."""
+def _way_to_write(call: _Call) -> Callable | None:
+    """The form of an operation that takes an `out` and is the quickest to call, tried here on the values it had."""
     (out,) = call.outputs
     packet = call.op.overloadpacket
     forms = [getattr(torch, call.name, None)]
@@ -225,8 +220,8 @@ def _ways_to_write(call: _Call) -> list[Callable]:
             form(*call.args, **call.kwargs, out=trial)
         except (TypeError, RuntimeError):
             continue
-        return [form]
-    return []
+        return form
+    return None
 
 
 def _share_memory(
