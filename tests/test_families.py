@@ -3,6 +3,7 @@
 `families.py` has the table; it is checked against the model's own forward and plain autograd, token by token.
 """
 
+import copy
 import json
 import re
 import warnings
@@ -66,6 +67,20 @@ def test_auto_falls_back_with_the_reason_and_native_does_not():
     assert "BloomForCausalLM computes attention itself" in engine.fallback
     with pytest.raises(NotImplementedError, match=r"rollout\.engine native: .* set rollout\.engine: auto"):
         local_engine(model, engine="native", **OPTIONS)
+
+
+@torch.no_grad()
+def test_a_model_that_makes_much_of_rounding_decodes_natively_in_half_precision():
+    model = made("llama", num_hidden_layers=16)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for linear in (attention.q_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj):
+            linear.weight.mul_(10)
+    ids = torch.arange(9)[None]
+    exact, rounded = (m(ids).logits for m in (model, copy.deepcopy(model).bfloat16()))
+    assert (rounded - exact).abs().max() > 0.1 * exact.abs().max()
+    engine = local_engine(model, **(OPTIONS | {"precision": "bfloat16"}))
+    assert (engine.fallback, engine.repeats) == (None, True)
 
 
 def test_a_probe_that_fails_for_whatever_reason_is_a_reason_to_fall_back(monkeypatch):

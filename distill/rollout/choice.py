@@ -1,23 +1,19 @@
 """Which local engine samples from a model, and in which precision: what is decided once, before the first rollout."""
 
-import contextlib
 import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from distill.models import attention_as, compile_layers, fits_capture, linear_layers, native_refusal, windowed_layers
-from distill.rollout.decode import decode_step
+from distill.models import compile_layers, linear_layers, native_refusal, split_head
+from distill.rollout.decode_probe import can_repeat, check_decode
 from distill.rollout.engine import RolloutEngine
-from distill.rollout.generation_copy import PackedLinear
-from distill.rollout.kv_cache import ATTENTION_NAME, DecodeCache, Room
+from distill.rollout.generation_copy import GenerationCopy, PackedLinear
 from distill.rollout.native import NativeEngine
-from distill.rollout.prefill import prefill
 from distill.rollout.stock import StockEngine
 from distill.runtime import is_out_of_memory
-from distill_kernels.recording import Watch, capture
 
 # A bfloat16 that is barely faster is not worth its rounding, and a choice this wide is the same in every run.
 WORTHWHILE_SPEEDUP = 1.25
@@ -51,9 +47,7 @@ def local_engine(
             fallback = str(error) if known else f"its probe ends in {type(error).__name__}: {error!s:.200}"
             if engine == "native":
                 raise NotImplementedError(f"rollout.engine native: {fallback}; set rollout.engine: auto") from error
-    made = StockEngine(model, dtype=dtype, **options)
-    # Half precision would hide in its rounding what padding changes; in the weights' own dtype nothing is copied.
-    exact = dtype if "flash" in model.config._attn_implementation else model.get_output_embeddings().weight.dtype
+    made, exact = StockEngine(model, dtype=dtype, **options), probed_dtype(model, dtype)
     made.one_length = (made if exact == dtype else StockEngine(model, dtype=exact, **options)).sees_padding()
     made.fallback = fallback
     return made
@@ -63,76 +57,27 @@ def _native(model: PreTrainedModel, compiled: bool, **options: Any) -> NativeEng
     """Raises `NotImplementedError`, or whatever such a model ends in."""
     if reason := native_refusal(model):
         raise NotImplementedError(reason)
-    made = NativeEngine(model, **options)
-    made.repeats = check_decode_step(made.body, options["dtype"])
+    made, exact = NativeEngine(model, **options), probed_dtype(model, options["dtype"])
+    if exact == options["dtype"]:
+        check_decode(made.body)
+    else:
+        probed = GenerationCopy(model, exact, eos_token_ids=(), pad_token_id=0, pack=False)
+        check_decode(split_head(probed.model)[0])
+    made.repeats = can_repeat(made.body)
     if compiled:
         compile_layers(made.body)
     return made
 
 
-@torch.no_grad()
-def check_decode_step(body: nn.Module, dtype: torch.dtype) -> bool:
-    """Compares decode steps with the body's own forward; returns whether steps may be captured and repeated.
+def probed_dtype(model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
+    """What a model that samples in `dtype` is probed in: that of its weights, where nothing has to be copied for it.
 
-    Raises `NotImplementedError` where steps that run as they are disagree.
+    Half precision hides in its rounding what a probe looks for, and looks like it: a student that lacks layers may make
+    its own bfloat16 twice as far off as its hidden states are large.
     """
-    P, steps = 3, 3
-    token_ids = torch.arange(P + 2 * steps, device=body.device)
-    rows = torch.cat([token_ids[:P].expand(2, P), token_ids[P:].view(2, steps)], 1)
-    expected = body(input_ids=rows, use_cache=False).last_hidden_state[:, P:]
-    prompt, _ = prefill(body, rows[:1, :P], torch.ones_like(rows[:1, :P], dtype=torch.bool))
-    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
-
-    def error(repeat: bool) -> float:
-        cache = DecodeCache(prompt, Room(1, P, 2, steps))
-        cache.load(prompt, rows.new_zeros(2))
-        with seen if not repeat else contextlib.nullcontext():
-            found = _decoded(body, cache, P, rows[:, P:], repeat)
-        # Too short a step to fall out of a window: the layers have to tell of it.
-        if windowed_layers(body.config.get_text_config()) - cache.windows:
-            raise NotImplementedError("layers have windows in their mask alone")
-        return float((found - expected).abs().max() / expected.abs().max())
-
-    seen = Watch()
-    if not (found := error(False)) < tolerance:
-        raise NotImplementedError(
-            f"a decode step is off by {found:.1e} from the model's own forward, so its layers are of another kind"
-        )
-    if seen.reason is not None or not fits_capture(body):
-        return False
-    try:
-        return error(True) < tolerance
-    # What a model does in a step that is captured is as open-ended as what it makes of a cache.
-    except Exception as failure:
-        if is_out_of_memory(failure):
-            raise
-        return False
-
-
-def _decoded(body: nn.Module, cache: DecodeCache, P: int, token_ids: Tensor, repeat: bool) -> Tensor:
-    """Hidden states [R, steps, H] after each of token_ids [R, steps], which continue prompts of P tokens."""
-    R, steps = token_ids.shape
-    fed, first = token_ids[:, 0].clone(), token_ids.new_full((R,), P)
-    found: list[Tensor] = []
-
-    def step() -> None:
-        hidden = decode_step(body, cache, fed, first + cache.position)
-        cache.position.add_(1)
-        if not found:
-            found.append(hidden.clone())
-        found[0].copy_(hidden)
-
-    seen = []
-    with attention_as(body, ATTENTION_NAME):
-        for number in range(steps):
-            fed.copy_(token_ids[:, number])
-            if number == 1 and repeat:
-                step = capture(step, body.device)
-            else:
-                step()
-            cache.length += 1
-            seen.append(found[0].clone())
-    return torch.stack(seen, 1)
+    weight = model.get_output_embeddings().weight
+    needs_half = "flash" in model.config._attn_implementation
+    return dtype if needs_half or hasattr(weight, "full_tensor") else weight.dtype
 
 
 def choose_dtype(model: PreTrainedModel, precision: str) -> torch.dtype:
