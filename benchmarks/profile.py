@@ -121,6 +121,7 @@ def trainer_of(sizes: Sizes, steps: int, device: torch.device) -> Trainer:
     prompt_ids = torch.randint(sizes.student.vocab_size, (sizes.prompts, sizes.P), device=device)
     engine = local_engine(
         student,
+        engine="native",
         sampling=SamplingOptions(max_new_tokens=sizes.profiled_tokens),
         eos_token_ids=(),
         pad_token_id=0,

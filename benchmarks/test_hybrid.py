@@ -59,9 +59,8 @@ def prompt_once(model: PreTrainedModel, prompt_ids: torch.Tensor) -> None:
 )
 def test_rollouts(P: int, times_stock: float, of_once: float, record) -> None:
     model, prompt_ids = qwen3_5(), torch.randint(VOCAB_SIZE, (1, P), generator=torch.Generator().manual_seed(P))
-    engine = local_engine(
-        model, sampling=SamplingOptions(TOKENS), eos_token_ids=[], pad_token_id=0, seed=1, precision="float32"
-    )
+    options = {"sampling": SamplingOptions(TOKENS), "eos_token_ids": [], "pad_token_id": 0, "seed": 1}
+    engine = local_engine(model, engine="native", precision="float32", **options)
     check_logprobs(model, engine, prompt_ids[:, :32], 1e-3)
     timings = interleave(
         {

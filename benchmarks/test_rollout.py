@@ -55,6 +55,7 @@ def stock_of(name: str, precision: str) -> PreTrainedModel:
 def engine_of(name: str, precision: str) -> RolloutEngine:
     return local_engine(
         model_of(name),
+        engine="native",
         sampling=SamplingOptions(TOKENS),
         eos_token_ids=[],
         pad_token_id=0,
@@ -211,7 +212,8 @@ GPU_PROMPTS = (1, 2) if DRY else (1, 4, 16)
 def qwen3() -> tuple[PreTrainedModel, RolloutEngine]:
     """The model in bfloat16, and the engine of a student of the same weights in float32, as it is trained."""
     student, sampling = random_model(SMALL), SamplingOptions(GPU_T)
-    engine = local_engine(student, sampling=sampling, eos_token_ids=[], pad_token_id=0, seed=1, precision="bfloat16")
+    options = {"sampling": sampling, "eos_token_ids": [], "pad_token_id": 0, "seed": 1}
+    engine = local_engine(student, engine="native", precision="bfloat16", **options)
     return copy.deepcopy(student).to(torch.bfloat16), engine
 
 

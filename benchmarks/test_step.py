@@ -79,6 +79,7 @@ def our_steps(
         fuse_norms(student), fuse_norms(teacher)
     engine = local_engine(
         student,
+        engine="native",
         sampling=SamplingOptions(max_new_tokens=T),
         eos_token_ids=(),
         pad_token_id=0,

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, BloomForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import distill.forward.hidden as hidden_states
+import distill.rollout.choice
 import distill.rollout.native
 from distill.loss import ModelParts, check_sharing
 from distill.models import ModelError, check_pair, load_model, split_head, without_layers
@@ -81,6 +82,15 @@ def test_a_model_that_makes_much_of_rounding_decodes_natively_in_half_precision(
     assert (rounded - exact).abs().max() > 0.1 * exact.abs().max()
     engine = local_engine(model, **(OPTIONS | {"precision": "bfloat16"}))
     assert (engine.fallback, engine.repeats) == (None, True)
+
+
+def test_a_probe_that_memory_does_not_allow_in_float32_is_made_in_half_precision(monkeypatch):
+    def full(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(distill.rollout.choice, "GenerationCopy", full)
+    engine = local_engine(made("llama"), **(OPTIONS | {"precision": "bfloat16"}))
+    assert (engine.engine, engine.fallback) == ("native", None)
 
 
 def test_a_probe_that_fails_for_whatever_reason_is_a_reason_to_fall_back(monkeypatch):

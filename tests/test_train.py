@@ -372,6 +372,7 @@ def test_the_default_run_heals_a_real_model(tmp_path):
     command = [sys.executable, "-m", "distill.train", "--config", str(path)]
     result = subprocess.run(command, cwd=ROOT, env=environment_online, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert "rollouts come from" not in result.stdout, "transformers' own loop, at half the speed"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_reverse_kl_before"] > 1.5  # two layers short, it writes gibberish
     assert summary["eval_reverse_kl_after"] < 0.7 * summary["eval_reverse_kl_before"]

@@ -1,0 +1,113 @@
+"""What sampling more prompts together gains in speed, and what it loses as later steps learn from older rollouts.
+
+    python -m benchmarks.staleness [--batches 4 8 16] [--seeds 0 1 2] [--output outputs/staleness]
+
+Runs `configs/default.yaml` with each `rollout.prompts_per_batch` and seed, and prints a Markdown table over the seeds:
+held-out reverse KL after the same steps and after the same minutes. Minutes are those of rollout, score and update, so
+the machine should have nothing else to do. Runs that are done are not repeated.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.variance.figures import interval
+from distill.runtime import read_json_lines
+
+RECIPE = Path(__file__).parent.parent / "configs" / "default.yaml"
+OPTIONS = ["--evaluation.num_rollouts_per_prompt", "4", "--training.eval_every", "20"]
+PHASES = ("seconds_rollout", "seconds_score", "seconds_update")
+
+
+@dataclass(frozen=True)
+class Run:
+    minutes: list[float]
+    """Before the first step and after each."""
+    reverse_kl: dict[int, float]
+    """Held-out, by the steps before it, in nats a token."""
+    gap: float
+    """What the log-probability of a token changed between sampling and learning, in nats, mean over all steps."""
+
+    @property
+    def last(self) -> int:
+        return max(self.reverse_kl)
+
+    def after(self, minutes: float) -> float:
+        """Held-out reverse KL after so many minutes, on a line between two evaluations."""
+        points = [(self.minutes[step], value) for step, value in sorted(self.reverse_kl.items())]
+        for (start, before), (stop, value) in itertools.pairwise(points):
+            if minutes <= stop:
+                return before + (value - before) * (minutes - start) / (stop - start)
+        return points[-1][1]
+
+
+def run(batch: int, seed: int, folder: Path) -> Run:
+    """The run in `folder`, which is made, or continued, if it is not done."""
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "-m", "distill.train", "--config", str(RECIPE), *OPTIONS]
+        command += ["--rollout.prompts_per_batch", str(batch), "--training.seed", str(seed)]
+        command += ["--training.output_dir", str(folder)]
+        paths = os.pathsep.join(filter(None, [".", "kernels", os.environ.get("PYTHONPATH")]))
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
+    steps, held_out = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
+    minutes = itertools.accumulate((sum(step[phase] for phase in PHASES) / 60 for step in steps), initial=0.0)
+    return Run(
+        minutes=list(minutes),
+        reverse_kl={line["step"]: line["reverse_kl"] for line in held_out},
+        gap=statistics.fmean(step["sampler_logprob_gap"] for step in steps),
+    )
+
+
+def table(runs: dict[int, list[Run]]) -> str:
+    """A line for each number of prompts; a difference is to the first of them, between runs of one seed."""
+    base, *_ = runs.values()
+    last = base[0].last
+    shortest = min(statistics.fmean(found.minutes[-1] for found in line) for line in runs.values())
+    heads = [
+        "prompts a batch",
+        "change of log p until learnt from",
+        f"KL after {last // 2} steps",
+        f"after {last}",
+        "difference",
+        f"minutes for {last}",
+        f"KL after {shortest:.1f} min",
+        "difference",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for batch, found in runs.items():
+        timed = [one.after(shortest) for one in found]
+        apart = [one.reverse_kl[last] - other.reverse_kl[last] for one, other in zip(found, base, strict=True)]
+        timed_apart = [value - other.after(shortest) for value, other in zip(timed, base, strict=True)]
+        cells = [
+            str(batch),
+            interval([one.gap for one in found]).text(),
+            interval([one.reverse_kl[last // 2] for one in found]).text(),
+            interval([one.reverse_kl[last] for one in found]).text(),
+            interval(apart).text("{:+.3f}") if found is not base else "",
+            interval([one.minutes[-1] for one in found]).text("{:.2f}"),
+            interval(timed).text(),
+            interval(timed_apart).text("{:+.3f}") if found is not base else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("outputs/staleness"))
+    options = parser.parse_args()
+    runs: dict[int, list[Run]] = {batch: [] for batch in options.batches}
+    for seed, batch in itertools.product(options.seeds, options.batches):
+        runs[batch].append(run(batch, seed, options.output / f"{batch}-prompts-seed{seed}"))
+    print(f"{len(options.seeds)} seeds, mean ± half of the 95 % interval over them\n\n{table(runs)}")
+
+
+if __name__ == "__main__":
+    main()
