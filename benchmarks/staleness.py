@@ -3,13 +3,14 @@
     python -m benchmarks.staleness [--batches 4 8 16] [--seeds 0 1 2] [--output outputs/staleness]
 
 Runs `configs/default.yaml` with each `rollout.prompts_per_batch` and seed, and prints a Markdown table over the seeds:
-held-out reverse KL after the same steps and after the same minutes. Minutes are those of rollout, score and update, so
-the machine should have nothing else to do. Runs that are done are not repeated.
+held-out reverse KL after the same steps and after the same minutes. Minutes are the median step's rollout, score and
+update times the steps, so the machine should have nothing else to do. Runs that are done are not repeated.
 """
 
 import argparse
 import itertools
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,14 +21,14 @@ from benchmarks.variance.figures import interval
 from distill.runtime import read_json_lines
 
 RECIPE = Path(__file__).parent.parent / "configs" / "default.yaml"
-OPTIONS = ["--evaluation.num_rollouts_per_prompt", "4", "--training.eval_every", "20"]
+OPTIONS = ["--evaluation.num_rollouts_per_prompt", "4"]
 PHASES = ("seconds_rollout", "seconds_score", "seconds_update")
 
 
 @dataclass(frozen=True)
 class Run:
-    minutes: list[float]
-    """Before the first step and after each."""
+    step_minutes: float
+    """Rollout, score and update of the median step."""
     reverse_kl: dict[int, float]
     """Held-out, by the steps before it, in nats a token."""
     gap: float
@@ -39,7 +40,7 @@ class Run:
 
     def after(self, minutes: float) -> float:
         """Held-out reverse KL after so many minutes, on a line between two evaluations."""
-        points = [(self.minutes[step], value) for step, value in sorted(self.reverse_kl.items())]
+        points = [(self.step_minutes * step, value) for step, value in sorted(self.reverse_kl.items())]
         for (start, before), (stop, value) in itertools.pairwise(points):
             if minutes <= stop:
                 return before + (value - before) * (minutes - start) / (stop - start)
@@ -54,10 +55,11 @@ def run(batch: int, seed: int, folder: Path) -> Run:
         command += ["--training.output_dir", str(folder)]
         paths = os.pathsep.join(filter(None, [".", "kernels", os.environ.get("PYTHONPATH")]))
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
+    for kept in ("checkpoints", "final"):  # gigabytes
+        shutil.rmtree(folder / kept, ignore_errors=True)
     steps, held_out = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
-    minutes = itertools.accumulate((sum(step[phase] for phase in PHASES) / 60 for step in steps), initial=0.0)
     return Run(
-        minutes=list(minutes),
+        step_minutes=statistics.median(sum(step[phase] for phase in PHASES) for step in steps) / 60,
         reverse_kl={line["step"]: line["reverse_kl"] for line in held_out},
         gap=statistics.fmean(step["sampler_logprob_gap"] for step in steps),
     )
@@ -67,7 +69,7 @@ def table(runs: dict[int, list[Run]]) -> str:
     """A line for each number of prompts; a difference is to the first of them, between runs of one seed."""
     base, *_ = runs.values()
     last = base[0].last
-    shortest = min(statistics.fmean(found.minutes[-1] for found in line) for line in runs.values())
+    shortest = last * min(statistics.fmean(found.step_minutes for found in line) for line in runs.values())
     heads = [
         "prompts a batch",
         "change of log p until learnt from",
@@ -88,13 +90,18 @@ def table(runs: dict[int, list[Run]]) -> str:
             interval([one.gap for one in found]).text(),
             interval([one.reverse_kl[last // 2] for one in found]).text(),
             interval([one.reverse_kl[last] for one in found]).text(),
-            interval(apart).text("{:+.3f}") if found is not base else "",
-            interval([one.minutes[-1] for one in found]).text("{:.2f}"),
+            _difference(apart) if found is not base else "",
+            interval([last * one.step_minutes for one in found]).text("{:.2f}"),
             interval(timed).text(),
-            interval(timed_apart).text("{:+.3f}") if found is not base else "",
+            _difference(timed_apart) if found is not base else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _difference(values: list[float]) -> str:
+    text = interval(values).text()
+    return text if text.startswith("-") else f"+{text}"
 
 
 def main() -> None:
