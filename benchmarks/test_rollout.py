@@ -188,10 +188,10 @@ def test_cost_of_more_rollouts(B: int, record) -> None:
 @pytest.mark.real_model
 def test_memory_of_256_rollouts(record) -> None:
     """In a fresh process, interpreter, libraries and weights included."""
-    here = Path(__file__).parent
+    root = Path(__file__).parent.parent
     program = (
-        f"import sys; sys.path[:0] = {[str(here), str(here.parent), str(here.parent / 'kernels')]!r}\n"
-        "import resource, test_rollout as this\n"
+        f"import sys; sys.path[:0] = {[str(root), str(root / 'kernels')]!r}\n"
+        "import resource, benchmarks.test_rollout as this\n"
         "this.native(this.engine_of('SmolLM2-135M', 'float32'), this.prompts_of('SmolLM2-135M', 1, 512), 256)\n"
         "print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
