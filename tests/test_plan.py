@@ -256,7 +256,7 @@ def test_a_run_s_phases_are_kept_as_medians_and_its_memory_at_the_most(write_con
     rows = {row["name"]: row for row in content["rows"]}
     assert {name: row["seconds"] for name, row in rows.items()} == {"rollout": 2, "score": 4, "update": 6, "ours": 12}
     assert rows["ours"]["peak_bytes"] == 9_000_000_000
-    assert re.fullmatch(r"step of configs/red.yaml, P = \d+, T = 6 on average", rows["ours"]["group"])
+    assert re.fullmatch(r"step of configs/red.yaml, B = \d+, P = \d+, T = 6 on average", rows["ours"]["group"])
 
 
 def test_the_page_is_what_the_command_makes():

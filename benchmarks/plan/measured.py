@@ -83,7 +83,8 @@ def points(folder: Path = RESULTS) -> list[Point]:
             what = f"rollouts of {name}, {precision}, prompts: {prompts}, P = {P}, T = {T}, N = {N}"
             found.append(Point(what, "rollout", row.seconds, plan.seconds["prefill"] + plan.seconds["decode"]))
         elif file := re.search(r"^step of (configs/\w+\.yaml)", row.group):
-            plan = predict(work_of(load_config(ROOT / file[1]), cpu, n["P"], n["T"]), cpu)
+            changes = {"rollout": {"prompts_per_batch": n["B"]}} if "B" in n else {}
+            plan = predict(work_of(load_config(ROOT / file[1], changes), cpu, n["P"], n["T"]), cpu)
             if row.name in PHASES:
                 found.append(Point(what, row.name, row.seconds, plan.phase(row.name)))
             else:
@@ -117,7 +118,7 @@ def record(folders: list[Path], path: Path) -> None:
         about |= {key: summary[key] for key in ("torch", "threads", "device")}
         ids = load_prompts(config.prompts.train, load_tokenizer(config.student.model)).token_ids
         P, T = (round(statistics.mean(x)) for x in (map(len, ids), (step["completion_length"] for step in steps)))
-        group = f"step of configs/{folder.name}.yaml, P = {P}, T = {T} on average"
+        group = f"step of configs/{folder.name}.yaml, B = {config.prompts_per_batch}, P = {P}, T = {T} on average"
         for phase in PHASES:
             samples = [step[f"seconds_{phase}"] for step in steps]
             rows.append(Row(group, phase, statistics.median(samples)))
