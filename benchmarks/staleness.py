@@ -9,20 +9,16 @@ update times the steps, so the machine should have nothing else to do. Runs that
 
 import argparse
 import itertools
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.test_command import PHASES, RECIPE, run_command
 from benchmarks.variance.figures import interval
 from distill.runtime import read_json_lines
 
-RECIPE = Path(__file__).parent.parent / "configs" / "default.yaml"
-OPTIONS = ["--evaluation.num_rollouts_per_prompt", "4"]
-PHASES = ("seconds_rollout", "seconds_score", "seconds_update")
+CHANGES = {"evaluation.num_rollouts_per_prompt": 4}
 
 
 @dataclass(frozen=True)
@@ -50,16 +46,13 @@ class Run:
 def run(batch: int, seed: int, folder: Path) -> Run:
     """The run in `folder`, which is made, or continued, if it is not done."""
     if not (folder / "summary.json").exists():
-        command = [sys.executable, "-m", "distill.train", "--config", str(RECIPE), *OPTIONS]
-        command += ["--rollout.prompts_per_batch", str(batch), "--training.seed", str(seed)]
-        command += ["--training.output_dir", str(folder)]
-        paths = os.pathsep.join(filter(None, [".", "kernels", os.environ.get("PYTHONPATH")]))
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
+        changes = CHANGES | {"rollout.prompts_per_batch": batch, "training.seed": seed}
+        run_command(RECIPE, changes, folder.resolve())
     for kept in ("checkpoints", "final"):  # gigabytes
         shutil.rmtree(folder / kept, ignore_errors=True)
     steps, held_out = (read_json_lines(folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
     return Run(
-        step_minutes=statistics.median(sum(step[phase] for phase in PHASES) for step in steps) / 60,
+        step_minutes=statistics.median(sum(step[f"seconds_{phase}"] for phase in PHASES) for step in steps) / 60,
         reverse_kl={line["step"]: line["reverse_kl"] for line in held_out},
         gap=statistics.fmean(step["sampler_logprob_gap"] for step in steps),
     )

@@ -82,7 +82,7 @@ def _probe(model: PreTrainedModel, made: NativeEngine, dtype: torch.dtype) -> No
 
 
 def probed_dtype(model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:
-    """What a model that samples in `dtype` is probed in: that of its weights, where nothing has to be copied for it.
+    """What a model that samples in `dtype` is probed in: that of its weights, where none has to be gathered for it.
 
     Half precision hides in its rounding what a probe looks for, and looks like it: a student that lacks layers may make
     its own bfloat16 twice as far off as its hidden states are large.
