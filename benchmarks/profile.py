@@ -32,7 +32,7 @@ from benchmarks.plan.shapes import Shape, known
 from benchmarks.trace import intervals, marked, summary
 from distill.config import TrainingConfig
 from distill.loss import LossOptions, ModelParts, Rollouts
-from distill.models import split_head
+from distill.models import compile_layers, fuse_norms, split_head
 from distill.rollout import RolloutEngine, SamplingOptions, local_engine
 from distill.runtime import PhaseClock, free_bytes
 from distill.training import Trainer
@@ -56,6 +56,7 @@ class Sizes:
     N: int
     prompts: int
     profiled_tokens: int
+    compile: bool = False
 
 
 TINY = Shape(64, 192, 3, 4, 2, 16, 512, True, qk_norm=True)
@@ -118,6 +119,8 @@ def trainer_of(sizes: Sizes, steps: int, device: torch.device) -> Trainer:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     student = random_model(sizes.student, device, torch.float32)
     teacher = random_model(sizes.teacher, device, dtype).requires_grad_(False)
+    if device.type == "cuda":  # as `load_model` does
+        fuse_norms(student), fuse_norms(teacher)
     prompt_ids = torch.randint(sizes.student.vocab_size, (sizes.prompts, sizes.P), device=device)
     engine = local_engine(
         student,
@@ -127,7 +130,10 @@ def trainer_of(sizes: Sizes, steps: int, device: torch.device) -> Trainer:
         pad_token_id=0,
         seed=0,
         precision=str(dtype).removeprefix("torch."),
+        compiled=sizes.compile,
     )
+    if sizes.compile:
+        compile_layers(student), compile_layers(teacher)
     if sizes.profiled_tokens < sizes.T:
         engine = ShortRollouts(engine, random_rollouts(sizes, prompt_ids))
     trainer = Trainer(
@@ -290,6 +296,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Sizes, int, torch.device, Path | 
     parser.add_argument("--shape", choices=SHAPES, default="qwen3" if cuda else "tiny", help="of the random models")
     for name, meaning in (("P", "tokens of a prompt"), ("T", "tokens of a rollout"), ("N", "rollouts of a prompt")):
         parser.add_argument(f"--{name}", type=int, help=f"{meaning}; the shape's own if absent")
+    parser.add_argument("--compile", action="store_true", help="as `training.compile` has it")
     parser.add_argument("--prompts", type=int, help="prompts of the step")
     parser.add_argument("--profiled-tokens", type=int, metavar="T", help="tokens of a rollout that are sampled")
     parser.add_argument("--steps", type=int, default=2, help="the last of these steps is profiled; 2 if absent")
@@ -303,6 +310,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Sizes, int, torch.device, Path | 
     out = given.pop("out", None)
     if device == "cuda" and not cuda:
         parser.error("--device cuda: found no NVIDIA GPU that this PyTorch can use")
+    if given.get("compile") and device == "cpu":
+        parser.error("--compile: found --device cpu; layers are compiled on a GPU only")
     if (shape, device) == ("qwen3", "cpu"):
         parser.error("--shape qwen3: a CPU would take hours; found no --device cuda, so take --shape tiny")
     sizes = replace(SHAPES[shape], **given)
