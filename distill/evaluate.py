@@ -76,7 +76,7 @@ def _evaluate_models(options: argparse.Namespace, console: Console) -> dict[str,
     prompts = load_prompt_sets(config, pair, console)[0].student
     for model in (pair.student_parts, pair.teachers[0].parts):
         check_sharing(model)
-    limits = MemoryLimits(config.training.tokens_per_micro_batch)
+    limits = MemoryLimits(config.training.tokens_per_micro_batch, device=device)
     sampler = pair.student if options.sample_from == "student" else pair.teachers[0].model
     precision = str(pair.student_parts.dtype).removeprefix("torch.")
     engine = make_engine(sampler, config, pair.tokenizer, pair.vocab_size, precision, limits)

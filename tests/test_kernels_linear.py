@@ -82,7 +82,7 @@ def test_sizes(implementation, objective, K, V):
 @over_objectives
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(implementation, objective, dtype):
-    """Of enough rows that the largest of their errors is no luck: of three, PyTorch's is the smaller one in 1 of 100."""
+    """Of enough rows that the largest error is no luck: of three rows, PyTorch's is the smaller one in 1 of 100."""
     torch.manual_seed(1)
     with running(implementation) as device:
         compare(make(48, 300, 300, 16, 24, device=device, dtype=dtype), objective=objective, temperature=0.7)

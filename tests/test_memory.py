@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+from weakref import WeakMethod
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from distill.loss import gradients as fused
 from distill.rollout import RolloutEngine, SamplingOptions, local_engine
 from distill.run import Run, checkpoint
 from distill.runtime import MemoryLimitError, MemoryLimits, is_out_of_memory, read_json_lines
+from distill.runtime.memory import USUAL_TOKENS
 from distill.runtime.micro_batches import micro_batches
 from distill.train import main
 
@@ -315,3 +317,39 @@ def test_memory_that_really_runs_out_in_an_update(write_config, tmp_path):
 
 def test_memory_that_really_runs_out_in_rollouts():
     assert "memory ran out in the rollout phase" in in_a_process(REAL_ROLLOUTS, 200)
+
+
+def test_on_a_gpu_a_micro_batch_is_as_large_as_fits(monkeypatch):
+    """Begun with more than any memory holds, halved until a step fits; what is kept for rollouts stays."""
+    lengths = torch.full((4,), 1000), torch.full((32,), 1000), torch.arange(4).repeat_interleave(8)
+    fits, released, tried = 15_000, [], []
+    limits = MemoryLimits("auto", device=torch.device("cuda"))
+
+    class Kept:
+        def release(self, phase):
+            released.append(phase)
+
+    kept = Kept()
+    limits.releases.append(WeakMethod(kept.release))
+
+    def work(parts):
+        tokens = max(len(rows) * 1000 + 1000 * len(set(lengths[2][rows].tolist())) for rows in parts)
+        tried.append(tokens)
+        if tokens > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [len(rows) for rows in parts]
+
+    assert limits.in_micro_batches("update", lengths, work) == [8, 8, 8, 8]
+    assert tried == [36_000, 18_000, 9_000]
+    assert not released
+    assert limits.state()["tokens_per_micro_batch"] == 9_000
+    fits = 1_500  # not even a row: then what is kept goes, too
+    with pytest.raises(MemoryLimitError):
+        limits.in_micro_batches("update", lengths, work)
+    assert released == ["update"]
+
+
+@pytest.mark.parametrize(("device", "fixed"), [("cpu", False), ("cuda", True)])
+def test_elsewhere_a_micro_batch_has_a_usual_size(device, fixed):
+    limits = MemoryLimits("auto", device=torch.device(device), fixed=fixed)
+    assert limits.tokens_per_micro_batch == USUAL_TOKENS

@@ -9,12 +9,14 @@ gathers them layer by layer, and the sampling copy is whole on every device.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from benchmarks.plan.machines import COLLECTIVE, GIB, NETWORK, NODE, Machine
 from benchmarks.plan.shapes import Shape
 from distill.rollout.waves import WaveBytes, cut_waves, wave_bytes
+from distill.runtime.memory import MOST_TOKENS, USUAL_TOKENS
 from distill_kernels.chunks import rows_per_chunk, workspace
 
 PHASES = {
@@ -40,7 +42,7 @@ class Work:
     N: int
     prompts: int = 1
     batch: int = 1
-    micro_batch: int = 8192
+    micro_batch: int | Literal["auto"] = USUAL_TOKENS
     itemsize: int = 4
     rollout_itemsize: int = 4
     teacher_itemsize: int = 4
@@ -129,6 +131,8 @@ class Plan:
 def predict(work: Work, machine: Machine, layout: Layout = Layout()) -> Plan:
     """What one device does, with micro-batches halved until they fit, as `MemoryLimits` does."""
     prompts, batch = (-(-count // layout.devices) for count in (work.prompts, work.batch))
+    if work.micro_batch == "auto":
+        work = replace(work, micro_batch=MOST_TOKENS if machine.cuda and layout.shards == 1 else USUAL_TOKENS)
     whole, work = work, replace(work, prompts=prompts, batch=batch)
     held = held_bytes(work, machine, layout)
     cut = list(_waves(work, machine, sum(held.values())))

@@ -209,9 +209,10 @@ class TrainingConfig(Section):
     """Passes over the training prompts."""
     max_steps: Positive | None = None
     """Stop after this many optimizer steps, if the epochs hold more."""
-    tokens_per_micro_batch: Positive = 8192
-    """Prompt and completion tokens in one forward and backward pass; lowers memory, never changes the gradient. A GPU
-    spends each pass's launches whatever its size: as many tokens as fit. Too many are halved by themselves."""
+    tokens_per_micro_batch: Positive | Literal["auto"] = "auto"
+    """Prompt and completion tokens in one forward and backward pass; lowers memory, never changes the gradient. Too
+    many are halved by themselves. `auto`: on a GPU, which spends each pass's launches whatever its size, as many as fit
+    (not with `parallel: shard`); else 8192."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

@@ -75,7 +75,7 @@ class _FixedCompletions:
     def __init__(self, config: Config, pair: Pair, prompts: Prompts, dtype: torch.dtype) -> None:
         self._pair, self._dtype = pair, dtype
         self._teachers = [teacher.parts for teacher in pair.teachers]
-        self._limits = MemoryLimits(config.training.tokens_per_micro_batch)
+        self._limits = MemoryLimits(config.training.tokens_per_micro_batch, device=pair.student.device)
         ids, mask = left_pad(prompts.student.token_ids[:NUM_PROMPTS], pair.tokenizer.pad_token_id)
         # The whole model writes here, which no server has.
         here = {"engine": "auto", "server": None} if config.rollout.engine == "vllm" else {}
@@ -117,7 +117,8 @@ def _tracked(sets: list[Layers], what: str, console: Console) -> Iterable[Layers
 
 def _held_out(config: Config, pair: Pair, prompts: Prompts, dtype: torch.dtype, layers: Layers) -> float:
     """What the run's own evaluation will say of the student without `layers`."""
-    student, limits = without_layers(pair.student, layers), MemoryLimits(config.training.tokens_per_micro_batch)
+    student = without_layers(pair.student, layers)
+    limits = MemoryLimits(config.training.tokens_per_micro_batch, device=student.device)
     return evaluate(
         make_engine(student, config, pair.tokenizer, pair.vocab_size, config.rollout.precision, limits),
         ModelParts(*split_head(student), dtype),

@@ -55,7 +55,7 @@ class RunParts:
             self.tell(describe(self.student))
         if start:
             accept(start, config, self.prompts.student.digest, self.student)
-        self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded)
+        self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded, device=device)
         self.engine = make_engine(
             self.student, config, self.tokenizer, self.vocab_size, self._precision(start), self.limits, ranks
         )

@@ -7,7 +7,7 @@ are made over the whole group before it is split.
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from weakref import WeakMethod
 
 import torch
@@ -16,6 +16,11 @@ from torch import Tensor
 from distill.runtime.micro_batches import micro_batches
 
 T = TypeVar("T")
+
+USUAL_TOKENS = 8192
+"""Of a micro-batch that nothing is said of."""
+MOST_TOKENS = 2**16
+"""What `auto` begins with on a GPU: past it, the launches of a pass are no part of its time."""
 
 # What allocators raise as plain RuntimeErrors: PyTorch's on a CPU, oneDNN's, cuBLAS's, CUDA's own.
 MESSAGES = (
@@ -56,18 +61,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 class MemoryLimits:
     """The sizes in use, which only ever shrink; `report` hears of each change.
 
-    Micro-batches stay as they are where they are `fixed`, as other ranks count on them.
+    Micro-batches stay as they are where they are `fixed`, as other ranks count on them. Of `auto`, they are as large as
+    the memory of a GPU allows, beside what is kept for the next rollouts.
     """
 
     def __init__(
         self,
-        tokens_per_micro_batch: int,
+        tokens_per_micro_batch: int | Literal["auto"],
         rows_per_wave: int | None = None,
         report: Callable[[str], None] = lambda message: None,
         *,
         fixed: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.fixed = fixed
+        # A CPU's memory does not say that it has run out, and its passes have no launches to share.
+        self._finds = tokens_per_micro_batch == "auto" and not fixed and device is not None and device.type == "cuda"
+        if tokens_per_micro_batch == "auto":
+            tokens_per_micro_batch = MOST_TOKENS if self._finds else USUAL_TOKENS
         self.releases: list[WeakMethod[Callable[[str], str | None]]] = []
         """Called with the phase in which memory ran out: each gives back what is kept for later, and says what."""
         self.tokens_per_micro_batch, self.rows_per_wave, self.report = tokens_per_micro_batch, rows_per_wave, report
@@ -93,12 +104,14 @@ class MemoryLimits:
                     raise
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
             # Outside the handler, whose traceback would keep the failed attempt's tensors alive.
-            releases = [release for reference in self.releases if (release := reference()) is not None]
-            released = [what for release in releases if (what := release(phase))]
+            smaller = shrink() if self._finds and phase != "rollout" else None
+            if smaller is None:
+                releases = [release for reference in self.releases if (release := reference()) is not None]
+                released = [what for release in releases if (what := release(phase))]
+                smaller = shrink() or next(iter(released), None)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            smaller = shrink() or next(iter(released), None)
             if smaller is None:
                 raise MemoryLimitError(
                     f"memory ran out in the {phase} phase at its smallest size ({reason}). Lower {lower}"

@@ -83,9 +83,10 @@ class Trainer:
         self.teacher_view = teacher_view
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
         self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
-        self.limits, self.on_phase = limits or MemoryLimits(options.tokens_per_micro_batch), on_phase
         self.ranks = ranks or Ranks()
         self.device, self.width = student_parts.head.weight.device, student_parts.head.weight.shape[1]
+        self.limits = limits or MemoryLimits(options.tokens_per_micro_batch, device=self.device)
+        self.on_phase = on_phase
         self.clock = PhaseClock(self.device)
         self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.Adam(
