@@ -7,8 +7,17 @@ Left out on purpose: sinks, which `prefix_attention` merges after either way.
 import torch
 from torch import Tensor
 
+from distill_kernels import backend
 from distill_kernels.prefix_layout import PrefixLayout, Shared
-from distill_kernels.twin_merge import merge
+
+
+@torch.library.custom_op("distill_kernels::merge_attention", mutates_args=("out", "lse"))
+def merge_attention(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Adds a second set of keys to attention over a first, in place: out [M, h, d], lse [M, h] float32.
+
+    The last stride of `out` and `other_out` must be 1, the others are free. No gradients.
+    """
+    backend.implementation("merge", out.device).merge(out, lse, other_out, other_lse)
 
 
 def _spans(layout: PrefixLayout) -> tuple[slice, slice]:
@@ -37,7 +46,7 @@ def flash_forward(
     out, lse, *_ = flash(query, key, value, *causal, 0.0, True, False, scale=scale)
     if layout.shared:
         part = flash(query[queries], key[keys], value[keys], *prefix, 0.0, False, False, scale=scale)
-        merge(out[queries], lse[:, queries].t(), part[0], part[1].t())
+        merge_attention(out[queries], lse[:, queries].t(), part[0], part[1].t())
     return out, lse
 
 

@@ -1,4 +1,4 @@
-"""The merge of two attentions over different keys in PyTorch."""
+"""The merge of two attentions over different keys in PyTorch: for CPUs, and whatever has no flash kernel."""
 
 import torch
 from torch import Tensor
