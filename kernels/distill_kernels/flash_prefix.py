@@ -1,14 +1,16 @@
 """`prefix_attention` by variable-length flash kernels (CUDA, half precision): a call for all segments, one for all
 prefixes, and their merge.
 
-Left out on purpose: sinks, which `prefix_attention` merges after either way.
+A flash backward has programs by keys and heads alone, so that one prompt with thousands of queries would leave most of
+a card idle. There the queries are cut up, each piece with a copy of the prompt's keys (`PrefixLayout.cut`), and what
+the copies got is added up. Left out on purpose: sinks, which `prefix_attention` merges after either way.
 """
 
 import torch
 from torch import Tensor
 
 from distill_kernels import backend
-from distill_kernels.prefix_layout import PrefixLayout, Shared
+from distill_kernels.prefix_layout import Cut, PrefixLayout, Shared
 
 
 @torch.library.custom_op("distill_kernels::merge_attention", mutates_args=("out", "lse"))
@@ -68,8 +70,26 @@ def flash_backward(
     unused = torch.empty(0, device=query.device)
     grads = flash(grad_out, query, key, value, out, lse, *causal, 0.0, True, random, unused, scale=scale)
     if layout.shared:
-        shared = (query[queries], key[keys], value[keys], out[queries], lse[:, queries].contiguous())
+        cut = layout.cut(query.shape[1])
+        if cut is None:
+            of_prompts = key[keys], value[keys]
+        else:
+            of_prompts, prefix = (each.index_select(0, cut.keys) for each in (key, value)), cut.lengths
+        shared = (query[queries], *of_prompts, out[queries], lse[:, queries].contiguous())
         parts = flash(grad_out[queries], *shared, *prefix, 0.0, False, random, unused, scale=scale)
-        for grad, part, where in zip(grads, parts, (queries, keys, keys), strict=True):
-            grad[where] += part
+        grads[0][queries].add_(parts[0])
+        for grad, part in zip(grads[1:], parts[1:], strict=True):
+            if cut is None:
+                grad[keys].add_(part)
+            else:
+                _add_copies(grad, part, layout.shared, cut)
     return grads
+
+
+def _add_copies(grad: Tensor, part: Tensor, shared: list[Shared], cut: Cut) -> None:
+    """Adds to prompts' keys what each of their copies got: in float32, rounded once."""
+    at, wide = 0, torch.promote_types(part.dtype, torch.float32)
+    for prompt, pieces in zip(shared, cut.pieces, strict=True):
+        copies = part[at : at + pieces * prompt.key_length].unflatten(0, (pieces, prompt.key_length))
+        grad[prompt.key_start : prompt.key_start + prompt.key_length].add_(copies.sum(0, dtype=wide))
+        at += pieces * prompt.key_length
