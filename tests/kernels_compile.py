@@ -22,6 +22,7 @@ from distill_kernels import (
     student_product,
     triton_decode_attention,
     triton_math,
+    triton_merge,
     triton_product_rows,
     triton_reverse_kl,
     triton_rows,
@@ -38,9 +39,10 @@ POINTERS = {
     "step_ptr": "*i64", "logprobs": FLOATS,
     "hidden": "*bf16", "weight": "*bf16", "teacher": FLOATS, "e_ptr": "*bf16",
     "per_row": FLOATS, "part": FLOATS, "shifts": FLOATS,
+    "out": "*bf16", "lse": FLOATS, "other_out": "*bf16", "other_lse": FLOATS,
     "seed_ptr": "*i64", "peaks": FLOATS, "thresholds": FLOATS, "pieces": FLOATS, "winners": "*i32",
 }  # fmt: skip
-INTEGERS = {"V", "R", "top_k", "tiles"}
+INTEGERS = {"V", "R", "M", "top_k", "tiles"}
 SHARED_MEMORY = 227 * 1024  # bytes, of a block on compute capability 9.0
 CAPABILITIES = 80, 90, 100
 REGISTERS = 2**16  # of a multiprocessor
@@ -53,15 +55,16 @@ def type_of(name: str) -> str:
     return "i32" if name in INTEGERS or name.endswith(("stride", "step")) else "fp32"
 
 
-def compile_kernel(kernel, warps: int, **constants) -> None:
+def compile_kernel(kernel, warps: int, **constants) -> list[str]:
     """As a launch on contiguous logits with a number of columns that 16 divides compiles it: steps of 1 are constants,
-    and pointers and strides that are specialised are known to be aligned."""
+    and pointers and strides that are specialised are known to be aligned. The PTX for each of the CAPABILITIES."""
     names = [parameter.name for parameter in kernel.params]
     specialised = [parameter for parameter in kernel.params if not parameter.do_not_specialize]
     constants |= {p.name: 1 for p in specialised if p.name.endswith("_step")}
     signature = {name: "constexpr" if name in constants else type_of(name) for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned = [p for p in specialised if not p.do_not_specialize_on_alignment and signature[p.name][0] in "*i"]
+    made = []
     for capability in CAPABILITIES:
         compiled = triton.compile(
             ASTSource(
@@ -78,6 +81,21 @@ def compile_kernel(kernel, warps: int, **constants) -> None:
         if constants.get("BLOCK", 0) >= 128 * warps and "student_ptr" in names:
             assert "ld.global.v4" in compiled.asm["ptx"], f"{kernel.__name__} loads column by column"
         print(f"compiled {kernel.__name__} for {capability}: {constants}, {used}")
+        made.append(compiled.asm["ptx"])
+    return made
+
+
+def compile_merge() -> None:
+    """16 bytes at once, and nothing is written before every thread has read."""
+    for D in (64, 80, 128, 256):
+        constants = {"HEADS": 16, "D": D, **triton_merge.blocks(D)}
+        for ptx in compile_kernel(triton_merge._merge_kernel, triton_merge.WARPS, **constants):
+            steps = re.findall(r"ld\.global|st\.global|bar\.sync", ptx)
+            last_read = max(i for i, step in enumerate(steps) if step == "ld.global")
+            first_written = steps.index("st.global")
+            assert "bar.sync" in steps[last_read:first_written], steps
+            assert not re.search(r"(ld|st)\.global(\.v2)?\.b(16|64)", ptx), "loads narrower than 16 bytes"
+            assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(re.findall(r"(?:ld|st)\.global\S+", ptx))
 
 
 def compile_product() -> None:
@@ -143,6 +161,12 @@ def sample_of(rows: int) -> None:
     sample(torch.randn(rows, 96), temperature=0.7, top_k=rows, seed=rows, step=rows)
 
 
+def merge_of(rows: int) -> None:
+    """Of tokens that are not the first, as completions are."""
+    (out, other_out), (lse, other_lse) = torch.empty(2, rows + 1, 2, 16)[:, 1:], torch.empty(2, 2, rows + 3)[:, :, 3:]
+    triton_merge.merge(out, lse.t(), other_out, other_lse.t())
+
+
 def record(bind, kinds: set, *args, grid, warmup, num_warps, num_stages=None, enable_fp_fusion, **options) -> None:
     kinds.add(str(bind(*args, **options)[1]))
 
@@ -155,11 +179,11 @@ def check_specialisations() -> None:
         triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._threshold_kernel,
         triton_sample._race_kernel, triton_sample._merge_kernel,
         triton_student_product._references_kernel, triton_student_product._product_kernel,
-        triton_product_rows._finish_kernel, triton_product_rows._target_kernel,
+        triton_product_rows._finish_kernel, triton_product_rows._target_kernel, triton_merge._merge_kernel,
     )  # fmt: skip
     chunks.ROW_ALIGNMENT["cpu"] = 64
     student_product.STUDENT_PRODUCT = False
-    for launch in loss_of, product_of, statistics_of, sample_of:
+    for launch in loss_of, product_of, statistics_of, sample_of, merge_of:
         for kernel in kernels:
             bind = create_function_from_signature(kernel.signature, kernel.params, target)
             kernel.run = partial(record, bind, seen[launch.__name__, kernel.__name__])
@@ -167,7 +191,7 @@ def check_specialisations() -> None:
             launch(rows)
     for kernel in kernels:
         del kernel.run
-    assert sum(map(len, seen.values())) >= 8
+    assert sum(map(len, seen.values())) >= 9
     for key, kinds in seen.items():
         assert len(kinds) <= 1, f"{key}: compiled {len(kinds)} times\n" + "\n".join(sorted(kinds))
 
@@ -261,6 +285,7 @@ def main() -> None:
             )  # fmt: skip
     compile_product()
     compile_product_rows()
+    compile_merge()
     compile_kernel(triton_reverse_kl._backward_kernel, warps, BLOCK=block)
     for top_k, top_p, min_p in ((True, True, True), (False, True, False)):
         compile_kernel(

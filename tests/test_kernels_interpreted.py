@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-NAMES = "reverse_kl", "linear", "student_product", "products", "sample", "decode_attention", "contract"
+NAMES = "reverse_kl", "linear", "student_product", "products", "sample", "decode_attention", "merge", "contract"
 FILES = tuple(f"test_kernels_{name}.py" for name in NAMES)
 
 

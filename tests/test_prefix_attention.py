@@ -1,9 +1,13 @@
 """Packed attention with shared keys against a masked softmax over all packed tokens, in float64."""
 
+import sys
+from itertools import pairwise
+
 import pytest
 import torch
 
-from distill_kernels import PrefixLayout, Shared, prefix_attention, reference
+from distill_kernels import PrefixLayout, Shared, flash_prefix, prefix_attention, prefix_layout, reference
+from distill_kernels.prefix_layout import pieces_of
 
 SCALE = 0.3
 
@@ -126,6 +130,112 @@ def test_lower_precision_is_no_worse_than_a_masked_softmax(dtype, value_size, op
         assert found <= other + 4 * torch.finfo(dtype).eps
 
 
+def sharing(*lengths):
+    """Prompts of so many keys and queries, (256, 8192) for one."""
+    keys, queries = zip(*lengths, strict=True)
+    return [Shared(sum(keys[:i]), keys[i], sum(keys) + sum(queries[:i]), queries[i]) for i in range(len(lengths))]
+
+
+def test_few_prompts_are_cut_up_and_many_are_not():
+    pieces = lambda heads, *lengths: pieces_of(sharing(*lengths), heads)  # noqa: E731
+    assert pieces(16, (256, 8192)) == [8], "32 programs a piece"
+    assert pieces(16, (256, 1600)) == [3], "of 512 queries or more"
+    assert pieces(16, (256, 1000)) == [1]
+    assert pieces(16, (100, 8192), (60, 300)) == [8, 1]
+    assert pieces(16, *[(256, 8192)] * 2) == [4, 4]
+    assert pieces(16, *[(256, 8192)] * 3) == [1] * 3, "two pieces of each would be two for a multiprocessor"
+    assert pieces(16, *[(256, 8192)] * 8) == [1] * 8
+    assert pieces(32, (2048, 8192)) == [1]
+    assert pieces_of([], 16) == []
+    assert PrefixLayout([5], [], lambda index: index).cut(16) is None
+    assert PrefixLayout([256] + [512] * 2, sharing((256, 1024)), lambda index: index).cut(64) is None
+
+
+def test_the_cut_is_planned_once_and_covers_every_query_and_key(monkeypatch):
+    monkeypatch.setattr(prefix_layout, "SHORTEST_PIECE", 4)
+    place, planned = layout(), []
+    place.to_device = lambda index: planned.append(index.dtype) or index
+    cut = place.cut(4)
+    assert place.cut(4) is cut
+    assert planned == [torch.int32, torch.int32, torch.int64]
+    assert cut.pieces == [2, 2]
+    assert cut.keys.tolist() == [*range(7)] * 2 + [*range(7, 10)] * 2
+    query_ends, key_ends, longest_query, longest_key = cut.lengths
+    assert (query_ends.tolist(), key_ends.tolist()) == ([0, 4, 9, 13, 17], [0, 7, 14, 17, 20])
+    assert (longest_query, longest_key) == (5, 7)
+
+
+def spans(query_ends, key_ends, longest_query, longest_key):
+    """The queries and the keys of each sequence that a variable-length call is given."""
+    found = [[slice(*ends) for ends in pairwise(each.tolist())] for each in (query_ends, key_ends)]
+    lengths = [[span.stop - span.start for span in each] for each in found]
+    assert [max(each) for each in lengths] == [longest_query, longest_key]
+    assert min(min(each) for each in lengths) > 0
+    return list(zip(*found, strict=True))
+
+
+def scores_of(query, key, scale, causal):
+    """[h, q, k] of [q, h, d] and [k, h / g, d], and the keys for each head."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    return scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf) if causal else scores, key
+
+
+def flash_forward_here(query, key, value, *arguments, scale):
+    *lengths, _, causal, _ = arguments
+    out, lse = torch.full_like(query, torch.nan), query.new_full(query.shape[1::-1], torch.nan)
+    for q, k in spans(*lengths):
+        scores, _ = scores_of(query[q], key[k], scale, causal)
+        lse[:, q] = scores.logsumexp(-1)
+        values = value[k].repeat_interleave(query.shape[1] // value.shape[1], 1)
+        out[q] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+    return out, lse, None, None, None
+
+
+def flash_backward_here(grad_out, query, key, value, out, lse, *arguments, scale):
+    *lengths, _, causal, _, _ = arguments
+    assert lse.is_contiguous()
+    grads = [torch.full_like(each, torch.nan) for each in (query, key, value)]
+    for q, k in spans(*lengths):
+        scores, keys = scores_of(query[q], key[k], scale, causal)
+        weights = (scores - lse[:, q, None]).exp()
+        values = value[k].repeat_interleave(query.shape[1] // value.shape[1], 1)
+        offset = (grad_out[q] * out[q]).sum(-1).t()[..., None]
+        grad_scores = weights * (torch.einsum("qhd,khd->hqk", grad_out[q], values) - offset) * scale
+        grads[0][q] = torch.einsum("hqk,khd->qhd", grad_scores, keys)
+        grouped = (-1, query.shape[1] // key.shape[1])
+        grads[1][k] = torch.einsum("hqk,qhd->khd", grad_scores, query[q]).unflatten(1, grouped).sum(2)
+        grads[2][k] = torch.einsum("hqk,qhd->khd", weights, grad_out[q]).unflatten(1, grouped).sum(2)
+    return tuple(grads)
+
+
+@pytest.mark.parametrize("shortest", [1, 2, 6, 512])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_flash_way_and_its_cut_prompts_equal_a_masked_softmax(monkeypatch, shortest, groups, sinks):
+    """With a stand-in for the flash kernels, which there are none of on a CPU."""
+    monkeypatch.setattr(prefix_layout, "SHORTEST_PIECE", shortest)
+    monkeypatch.setattr(sys.modules["distill_kernels.prefix_attention"], "_has_flash", lambda *_: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward_here)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward_here)
+    for place in (layout(), random_layout(1), random_layout(2), random_layout(3)):
+        inputs, upstream, exact = inputs_and_exact(4, groups, 8, 8, place, sinks=sinks)
+        assert max(errors(prefix_attention, inputs, upstream, place, exact)) < 1e-12
+        assert (place.cut(4) is None) == (max(s.query_length for s in place.shared) < 2 * shortest)
+
+
+def test_gradients_of_copied_keys_are_rounded_once():
+    place, generator = layout(), torch.Generator().manual_seed(0)
+    cut = prefix_layout.Cut([3, 2], torch.empty(0), ())
+    grad = torch.randn(32, 2, 8, generator=generator).bfloat16()
+    part = torch.randn(3 * 7 + 2 * 3, 2, 8, generator=generator).bfloat16()
+    truth = grad.double()
+    truth[:7] += part[:21].double().unflatten(0, (3, 7)).sum(0)
+    truth[7:10] += part[21:].double().unflatten(0, (2, 3)).sum(0)
+    flash_prefix._add_copies(grad, part, place.shared, cut)
+    assert torch.equal(grad, truth.float().bfloat16())
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,3 +251,25 @@ def test_the_gpu_kernels_are_no_worse_than_a_masked_softmax(dtype, groups, optio
         # backward does, and a softmax's does not: units in the last place of the largest result, not of 1.
         units = 4 if dtype == torch.bfloat16 else 16 * result.abs().max().item()
         assert found <= other + units * torch.finfo(dtype).eps
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("head_size", "shortest"), [(64, 512), (128, 512), (128, 100)])
+def test_cut_prompts_are_no_worse_than_a_masked_softmax_on_a_gpu(monkeypatch, dtype, groups, head_size, shortest):
+    """Two prompts, of which the default plan cuts the first."""
+    monkeypatch.setattr(prefix_layout, "SHORTEST_PIECE", shortest)
+    completions = [500, 430, 400, 399, 300], [411, 200, 89]
+    place = PrefixLayout(
+        [300, 40, *completions[0], *completions[1]],
+        sharing(*zip((300, 40), map(sum, completions), strict=True)),
+        lambda index: index.to("cuda"),
+    )
+    assert place.cut(4).pieces == ([3, 1] if shortest == 512 else [16, 7])
+    inputs, upstream, exact = inputs_and_exact(4, groups, head_size, head_size, place, dtype=dtype)
+    ours = errors(prefix_attention, inputs, upstream, place, exact)
+    usual = errors(reference.prefix_attention, inputs, upstream, place, exact)
+    for found, other, result in zip(ours, usual, exact, strict=True):
+        assert found <= other + 4 * result.abs().max().clamp(min=1).item() * torch.finfo(dtype).eps

@@ -5,6 +5,7 @@ each other. A completion token attends causally to its own segment and to its pr
 one. The two parts are computed apart and merged by their log-sum-exps; the backward runs each part's ordinary flash
 backward with the merged output and log-sum-exp, which is exact because a softmax's gradient needs nothing else (the
 identity behind ring attention, arXiv 2310.01889). A sink is one more key, with a value of zero, and merges likewise.
+On CUDA that runs in flash_prefix.py; here is the dense way, for CPUs and what those kernels do not take.
 Left out on purpose: dropout; flash kernels on CUDA for windows and soft caps, which take the dense way there.
 
 Letters: L packed tokens, h query heads, g query heads per key-value head, d head size (dv that of values), n segments,
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distill_kernels.prefix_layout import Bucket, Prefix, PrefixLayout, Shared
+from distill_kernels.flash_prefix import flash_backward, flash_forward
+from distill_kernels.prefix_layout import Bucket, Prefix, PrefixLayout
+from distill_kernels.twin_merge import merge
 
 
 def prefix_attention(
@@ -52,7 +55,10 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: _Options) -> Tensor:
         ctx.options, ctx.flash = options, _has_flash(query, value, options)
-        out, lse = (_flash_forward if ctx.flash else _dense_forward)(query, key, value, options)
+        if ctx.flash:
+            out, lse = flash_forward(query, key, value, options.layout, options.scale)
+        else:
+            out, lse = _dense_forward(query, key, value, options)
         if sinks is not None:
             L = len(query)
             _merge_sinks(out[:L], lse.t() if ctx.flash else lse[:L], sinks)
@@ -63,8 +69,11 @@ class _PrefixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, lse = ctx.saved_tensors
-        backward = _flash_backward if ctx.flash else _dense_backward
-        grads = backward(grad_out, query, key, value, out, lse, ctx.options)
+        tensors = (grad_out, query, key, value, out, lse)
+        if ctx.flash:
+            grads = flash_backward(*tensors, ctx.options.layout, ctx.options.scale)
+        else:
+            grads = _dense_backward(*tensors, ctx.options)
         grad_sinks = None
         if ctx.needs_input_grad[3]:
             L = len(query)
@@ -82,64 +91,10 @@ def _has_flash(query: Tensor, value: Tensor, options: _Options) -> bool:
     return query.is_cuda and half and head == value.shape[-1] and head % 8 == 0 and head <= 256
 
 
-def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Adds a second set of keys to attention over a first, in place: out [M, h, d], lse [M, h] float32."""
-    share = torch.sigmoid(other_lse - lse)[..., None]
-    out.copy_(torch.lerp(out.to(share.dtype), other_out.to(share.dtype), share))
-    torch.logaddexp(lse, other_lse, out=lse)
-
-
 def _merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """Adds a key of logit `sinks` [h] and of value 0, in place: out [L, h, d], lse [L, h] float32."""
     out.copy_(out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None])
     torch.logaddexp(lse, sinks.to(lse.dtype), out=lse)
-
-
-# --- variable-length flash kernels (CUDA, half precision): one call for all segments, one for all prefixes ---
-
-
-def _flash_arguments(layout: PrefixLayout) -> tuple[slice, slice, tuple, tuple]:
-    """The sharing queries, the shared keys, and the length arguments of the causal and of the prefix call."""
-    segment_ends, query_ends, key_ends = layout.offsets
-    longest = max(layout.segments)
-    causal = (segment_ends, segment_ends, longest, longest)
-    longest_query = max((s.query_length for s in layout.shared), default=0)
-    longest_key = max((s.key_length for s in layout.shared), default=0)
-    prefix = (query_ends, key_ends, longest_query, longest_key)
-    first = layout.shared[0] if layout.shared else Shared(0, 0, 0, 0)
-    queries = slice(first.query_start, first.query_start + sum(s.query_length for s in layout.shared))
-    keys = slice(first.key_start, first.key_start + sum(s.key_length for s in layout.shared))
-    return queries, keys, causal, prefix
-
-
-def _flash_forward(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """Output [L, h, d] and its log-sum-exp [h, L] float32."""
-    layout, scale = options.layout, options.scale
-    flash = torch.ops.aten._flash_attention_forward
-    queries, keys, causal, prefix = _flash_arguments(layout)
-    out, lse, *_ = flash(query, key, value, *causal, 0.0, True, False, scale=scale)
-    if layout.shared:
-        part = flash(query[queries], key[keys], value[keys], *prefix, 0.0, False, False, scale=scale)
-        _merge(out[queries], lse[:, queries].t(), part[0], part[1].t())
-    return out, lse
-
-
-def _flash_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: _Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    layout, scale = options.layout, options.scale
-    flash = torch.ops.aten._flash_attention_backward
-    queries, keys, causal, prefix = _flash_arguments(layout)
-    grad_out = grad_out.contiguous()
-    random = torch.zeros(2, dtype=torch.uint64, device=query.device)  # the state of a dropout that is off
-    unused = torch.empty(0, device=query.device)
-    grads = flash(grad_out, query, key, value, out, lse, *causal, 0.0, True, random, unused, scale=scale)
-    if layout.shared:
-        shared = (query[queries], key[keys], value[keys], out[queries], lse[:, queries].contiguous())
-        parts = flash(grad_out[queries], *shared, *prefix, 0.0, False, random, unused, scale=scale)
-        for grad, part, where in zip(grads, parts, (queries, keys, keys), strict=True):
-            grad[where] += part
-    return grads
 
 
 # --- dense calls (CPU, and whatever the flash kernels do not take): one a bucket, one a shared prompt ---
@@ -179,7 +134,7 @@ def _dense_forward(query: Tensor, key: Tensor, value: Tensor, options: _Options)
         k, v = (each[prefix.keys].transpose(0, 1)[None] for each in (key, value))
         q, whole, whole_lse = (each[prefix.queries] for each in (query, out, lse))
         part, part_lse = _attend(_fold(q, g), k, v, _Scores(options.scale, options.softcap, False, _of(prefix, g)))
-        _merge(whole, whole_lse, _unfold(part, g), _unfold(part_lse, g))
+        merge(whole, whole_lse, _unfold(part, g), _unfold(part_lse, g))
         if isinstance(prefix.queries, Tensor):  # else `whole` is a view
             out[prefix.queries], lse[prefix.queries] = whole, whole_lse
     return out, lse

@@ -6,6 +6,7 @@ Left out on purpose: how index tensors come to a device without making the host 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,12 @@ from torch import Tensor
 
 # Segments of one dense call: none is padded by more than this share of the longest.
 BUCKET_SPREAD = 0.25
+
+# A flash backward has a program for this many keys of a prompt and a head (for half as many where heads are larger than
+# 128), which goes over all of the prompt's queries.
+PROGRAM_KEYS = 128
+PROGRAMS = 264  # two for every multiprocessor of an H100
+SHORTEST_PIECE = 512  # queries, for which one more copy of the keys is little
 
 
 class Shared(NamedTuple):
@@ -33,6 +40,14 @@ class Prefix(NamedTuple):
     keys: slice
     queries: slice | Tensor
     seen: Tensor | None = None
+
+
+class Cut(NamedTuple):
+    """Prompts whose queries a backward takes in several `pieces` a prompt, each with a copy of the prompt's keys."""
+
+    pieces: list[int]
+    keys: Tensor  # [copied keys] int64, where each lies among the packed tokens; a prompt's copies in a row
+    lengths: tuple[Tensor, Tensor, int, int]  # cumulative of queries and of keys, int32, and the longest of both
 
 
 class Bucket(NamedTuple):
@@ -73,6 +88,7 @@ class PrefixLayout:
     shared: list[Shared]
     to_device: Callable[[Tensor], Tensor]  # brings index tensors from the host to where the tokens are
     _prefixes: dict[int | None, list[Prefix]] = field(default_factory=dict)
+    _cuts: dict[int, Cut | None] = field(default_factory=dict)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -133,5 +149,33 @@ class PrefixLayout:
     def offsets(self) -> tuple[Tensor, Tensor, Tensor]:
         """Cumulative lengths, int32: of the segments, of the sharing queries, of the shared keys."""
         lengths = (self.segments, [s.query_length for s in self.shared], [s.key_length for s in self.shared])
-        sums = (torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in lengths)
-        return tuple(self.to_device(each) for each in sums)
+        return tuple(self._ends(each) for each in lengths)
+
+    def _ends(self, lengths: list[int]) -> Tensor:
+        return self.to_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+
+    def cut(self, heads: int) -> Cut | None:
+        """How prompts are cut up for a backward of so many query heads, None if not at all; planned once a number."""
+        if heads not in self._cuts:
+            pieces = pieces_of(self.shared, heads)
+            self._cuts[heads] = self._cut(pieces) if max(pieces, default=1) > 1 else None
+        return self._cuts[heads]
+
+    def _cut(self, pieces: list[int]) -> Cut:
+        keys, query_lengths, key_lengths = [], [], []
+        for prompt, count in zip(self.shared, pieces, strict=True):
+            keys.append(torch.arange(prompt.key_start, prompt.key_start + prompt.key_length).repeat(count))
+            ends = [prompt.query_length * i // count for i in range(count + 1)]
+            query_lengths += [end - begin for begin, end in pairwise(ends)]
+            key_lengths += [prompt.key_length] * count
+        ends = self._ends(query_lengths), self._ends(key_lengths)
+        return Cut(pieces, self.to_device(torch.cat(keys)), (*ends, max(query_lengths), max(key_lengths)))
+
+
+def pieces_of(shared: list[Shared], heads: int) -> list[int]:
+    """Into how many pieces each prompt's queries are cut, so that few prompts keep a large card busy, too."""
+    programs = heads * sum(-(-prompt.key_length // PROGRAM_KEYS) for prompt in shared)
+    wanted = PROGRAMS // max(1, programs)
+    if wanted <= 2:  # with two pieces most multiprocessors would run both, one after the other
+        return [1] * len(shared)
+    return [min(wanted, max(1, prompt.query_length // SHORTEST_PIECE)) for prompt in shared]
