@@ -273,14 +273,17 @@ sys.path.insert(0, "tests")
 import torch
 from test_memory import engine
 from distill.runtime import MemoryLimits
-rows = 40_000
-def sampled(of):
+rows = 16_000
+def sampled(of, rows):
     prompts = torch.arange(3, 7)[None]
     everything = torch.ones_like(prompts, dtype=torch.bool)
     return of.generate(prompts, everything, num_rollouts=rows, prompt_keys=torch.zeros(1, dtype=torch.long))
+# oneDNN has to have its kernels by then: where it meets the limit as it makes one, it makes none any more, and 16,000
+# rows are sampled one by one.
+sampled(engine("native"), rows // 4)
 short = engine("native", limits=MemoryLimits(1, report=print))
 leave_free(int(sys.argv[1]))
-found = sampled(short)
+found = sampled(short, rows)
 assert short.limits.rows_per_wave < rows == len(found.completion_lengths)
 assert found.completion_lengths.min() > 0
 """
@@ -316,7 +319,7 @@ def test_memory_that_really_runs_out_in_an_update(write_config, tmp_path):
 
 
 def test_memory_that_really_runs_out_in_rollouts():
-    assert "memory ran out in the rollout phase" in in_a_process(REAL_ROLLOUTS, 200)
+    assert "memory ran out in the rollout phase" in in_a_process(REAL_ROLLOUTS, 80)
 
 
 def test_on_a_gpu_a_micro_batch_is_as_large_as_fits(monkeypatch):
