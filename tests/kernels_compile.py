@@ -175,7 +175,7 @@ def check_specialisations() -> None:
 def attention_type_of(name: str, floats: str) -> str:
     types = {"pieces": FLOATS, "piece_lse": FLOATS, "ended": "*i1", "scale_log2": "fp32", "cap_log2": "fp32"}
     types |= dict.fromkeys(("position", "row_start", "left_padding"), "*i64")
-    tensors = ("query", "keys", "values", "prompt_keys", "prompt_values", "out", "sinks")
+    tensors = ("query", "keys", "values", "prompt_keys", "prompt_values", "new_keys", "new_values", "out", "sinks")
     return types.get(name, floats if name in tensors else "i32")
 
 
@@ -233,12 +233,12 @@ def attention() -> None:
     ):
         floats = "*bf16" if dtype == torch.bfloat16 else FLOATS
         blocks = {"BLOCK_D": triton.next_power_of_2(D), "BLOCK_DV": triton.next_power_of_2(DV)}
-        for prompts in (4, 0):
+        for prompts, new in product((4, 0), (False, True)):
             plan = triton_decode_attention.plan(64, 16, 8, D, 512, dtype.itemsize, B=prompts, P=256, rows=16)
             compile_attention(
                 triton_decode_attention._pieces_kernel, floats, most_registers, plan.warps, plan.stages,
                 HQ=16, HKV=8, D=D, DV=DV, **blocks, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, OWN_M=16,
-                PROMPT=prompts > 0, PADDED=True, ENDED=True, ONLY=False, **extras, PRECISION="ieee",
+                PROMPT=prompts > 0, PADDED=True, ENDED=True, NEW=new, ONLY=False, **extras, PRECISION="ieee",
             )  # fmt: skip
     for sinks in (False, True):
         compile_attention(

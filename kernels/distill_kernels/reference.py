@@ -156,8 +156,15 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
 ) -> Tensor:
-    """Attention of [R, Hq, D] on every row's whole keys: those of its prompt, repeated, then its own; and on a sink."""
+    """Attention of [R, Hq, D] on every row's whole keys: those of its prompt, repeated, then its own; and on a sink.
+
+    New keys and values are written at `position` first.
+    """
+    if new_keys is not None:
+        keys[:, :, position], values[:, :, position] = new_keys[:, :, None], new_values[:, :, None]
     (R, Hq, _), T, newest = query.shape, keys.shape[2], position
     real = (torch.arange(T, device=keys.device) <= position).expand(R, T)
     if prompt_keys is not None:
