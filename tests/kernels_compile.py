@@ -15,14 +15,17 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from distill_kernels import (
+    Sample,
     backend,
     chunks,
     linear_distill_loss,
+    record_draw,
     sample,
     student_product,
     triton_decode_attention,
     triton_math,
     triton_product_rows,
+    triton_record_draw,
     triton_reverse_kl,
     triton_rows,
     triton_sample,
@@ -38,9 +41,11 @@ POINTERS = {
     "step_ptr": "*i64", "logprobs": FLOATS,
     "hidden": "*bf16", "weight": "*bf16", "teacher": FLOATS, "e_ptr": "*bf16",
     "per_row": FLOATS, "part": FLOATS, "shifts": FLOATS,
-    "seed_ptr": "*i64", "peaks": FLOATS, "thresholds": FLOATS, "pieces": FLOATS, "winners": "*i32",
+    "drawn_token_ids": "*i64", "drawn_logprob": FLOATS, "drawn_sampling_logprob": FLOATS, "rows": "*i64",
+    "ended": "*i1", "ends": "*i64", "lengths": "*i64", "logprob": FLOATS, "sampling_logprob": FLOATS, "finished": "*i1",
+    "go_on": "*i64", "seed_ptr": "*i64", "peaks": FLOATS, "thresholds": FLOATS, "pieces": FLOATS, "winners": "*i32",
 }  # fmt: skip
-INTEGERS = {"V", "R", "top_k", "tiles"}
+INTEGERS = {"V", "R", "E", "T", "pad_token_id", "top_k", "tiles"}
 SHARED_MEMORY = 227 * 1024  # bytes, of a block on compute capability 9.0
 CAPABILITIES = 80, 90, 100
 REGISTERS = 2**16  # of a multiprocessor
@@ -143,6 +148,15 @@ def sample_of(rows: int) -> None:
     sample(torch.randn(rows, 96), temperature=0.7, top_k=rows, seed=rows, step=rows)
 
 
+def draw_of(rows: int) -> None:
+    """In the last of as many completions' slots as there are rows."""
+    whole, vector = torch.zeros(2, rows, rows), torch.zeros(rows, dtype=torch.int64)
+    ended, numbers = torch.zeros(2, rows, dtype=torch.bool), torch.zeros(rows, rows, dtype=torch.int64)
+    out = {"token_ids": numbers, "lengths": vector + 0, "logprob": whole[0], "sampling_logprob": whole[1]}
+    drawn = Sample(vector + 1, *torch.zeros(2, rows))
+    record_draw(drawn, rows - 1, torch.arange(rows), ended[0], vector[:3], rows, **out, finished=ended[1])
+
+
 def record(bind, kinds: set, *args, grid, warmup, num_warps, num_stages=None, enable_fp_fusion, **options) -> None:
     kinds.add(str(bind(*args, **options)[1]))
 
@@ -155,11 +169,11 @@ def check_specialisations() -> None:
         triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._threshold_kernel,
         triton_sample._race_kernel, triton_sample._merge_kernel,
         triton_student_product._references_kernel, triton_student_product._product_kernel,
-        triton_product_rows._finish_kernel, triton_product_rows._target_kernel,
+        triton_product_rows._finish_kernel, triton_product_rows._target_kernel, triton_record_draw._record_kernel,
     )  # fmt: skip
     chunks.ROW_ALIGNMENT["cpu"] = 64
     student_product.STUDENT_PRODUCT = False
-    for launch in loss_of, product_of, statistics_of, sample_of:
+    for launch in loss_of, product_of, statistics_of, sample_of, draw_of:
         for kernel in kernels:
             bind = create_function_from_signature(kernel.signature, kernel.params, target)
             kernel.run = partial(record, bind, seen[launch.__name__, kernel.__name__])
@@ -273,6 +287,7 @@ def main() -> None:
             FILTERED=filtered, TEMPERED=tempered,
         )  # fmt: skip
     compile_kernel(triton_sample._merge_kernel, triton_sample.MERGE_WARPS, TILES=64)
+    compile_kernel(triton_record_draw._record_kernel, triton_record_draw.WARPS, BLOCK=triton_record_draw.BLOCK)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 NAMES = (
-    "reverse_kl", "linear", "student_product", "products", "sample", "decode_attention", "decode_write",
+    "reverse_kl", "linear", "student_product", "products", "sample", "decode_attention", "decode_write", "record_draw",
     "contract",
 )  # fmt: skip
 FILES = tuple(f"test_kernels_{name}.py" for name in NAMES)

@@ -304,3 +304,31 @@ def _sampled(
     losses = -advantage.masked_fill(~finite, 0) * stats.student_logprob.masked_fill(~finite, 0)
     unbounded = (advantage != 0) & (stats.student_logprob != 0) & ~finite
     return torch.where(unbounded, -advantage * stats.student_logprob.detach(), losses)
+
+
+def record_draw(
+    drawn: Sample,
+    step: int | Tensor,
+    rows: Tensor,
+    ended: Tensor,
+    ends: Tensor,
+    pad_token_id: int,
+    *,
+    token_ids: Tensor,
+    lengths: Tensor,
+    logprob: Tensor,
+    sampling_logprob: Tensor,
+    finished: Tensor,
+) -> Tensor:
+    """Row by row: one that had ended leaves padding and zeros, another its draw, which may be its last."""
+    go_on = torch.full_like(drawn.token_ids, pad_token_id)
+    for row, place in enumerate(rows.tolist()):
+        lives = not ended[row]
+        if lives:
+            go_on[row] = drawn.token_ids[row]
+            lengths[place] += 1
+        token_ids[place, step] = go_on[row]
+        logprob[place, step] = drawn.logprob[row] if lives else 0
+        sampling_logprob[place, step] = drawn.sampling_logprob[row] if lives else 0
+        finished[place] = ended[row] = not lives or bool((go_on[row] == ends).any())
+    return go_on
