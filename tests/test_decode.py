@@ -102,7 +102,7 @@ def test_of_latents_attention_writes_what_the_model_made_of_them(counts: tuple) 
     generator = torch.Generator().manual_seed(4)
     pieces = [torch.randn(2, KV_HEADS, 4, width, generator=generator) for width in (WIDTH, 5)]
     index = torch.repeat_interleave(torch.arange(2), torch.tensor(counts))
-    prompt = PromptCache([pieces[0]], [pieces[1]], torch.ones(2, 4, dtype=torch.bool), latent=True)
+    prompt = PromptCache([pieces[0]], [pieces[1]], torch.ones(2, 4, dtype=torch.bool))
     cache, keys, values = DecodeCache(prompt, Room(2, 4, len(index), 4)), pieces[0][index], pieces[1][index]
     cache.load(prompt, index)
     for _ in range(3):

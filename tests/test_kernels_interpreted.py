@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-NAMES = "reverse_kl", "linear", "student_product", "products", "sample", "decode_attention", "merge", "contract"
+NAMES = (
+    "reverse_kl", "linear", "student_product", "products", "sample", "decode_attention", "decode_write", "record_draw",
+    "merge", "contract",
+)  # fmt: skip
 FILES = tuple(f"test_kernels_{name}.py" for name in NAMES)
 
 

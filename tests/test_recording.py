@@ -15,6 +15,7 @@ class Buffers:
     def __init__(self) -> None:
         self.x, self.out, self.ids = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(4, dtype=torch.long)
         self.kept, self.position = torch.zeros(4, 9), torch.zeros(1, dtype=torch.long)
+        self.cache = torch.zeros(4, 9, 6)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.eye(6))
 
     def fill(self, seed: int) -> None:
@@ -73,7 +74,17 @@ def ops(b: Buffers, weight: Tensor) -> None:
     b.position.add_(1)
 
 
-@pytest.mark.parametrize("work", [elementwise, products, packed, factories, several, written, ops])
+def writing_op(b: Buffers, weight: Tensor) -> None:
+    """One of ours that writes to what it is given, to what stays as to what the step makes, beside what it returns."""
+    scratch, keys = torch.zeros(4, 1, 9, 6), b.cache.view(4, 1, 9, 6)
+    for values in (scratch, keys):
+        new = (b.x * 2).view(4, 1, 6)
+        seen = decode_attention(b.x.view(4, 1, 6), keys, values, b.position, scale=0.4, new_keys=new, new_values=new)
+        b.out.copy_(seen.view(4, 6) @ weight + scratch.sum(2).view(4, 6))
+    b.position.add_(1)
+
+
+@pytest.mark.parametrize("work", [elementwise, products, packed, factories, several, written, ops, writing_op])
 def test_a_repeated_step_does_what_the_step_does(work) -> None:
     weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(9))
     ours, theirs = Buffers(), Buffers()
@@ -89,7 +100,7 @@ def test_a_repeated_step_does_what_the_step_does(work) -> None:
             repeat = recording.capture(lambda: work(ours, weight), CPU)
         else:
             repeat()
-        for name in ("out", "kept", "position"):
+        for name in ("out", "kept", "position", "cache"):
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), msg=f"{name}, step {seed}")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.models import cache_argument
 from distill.rollout.kv_cache import DecodeCache, PromptCache, Room
-from distill_kernels import Sample, sample
+from distill_kernels import Sample, record_draw, sample
 from distill_kernels.recording import capture
 
 # On CUDA, where looking waits for the device: how often the end is looked for.
@@ -68,14 +68,7 @@ class Completions(NamedTuple):
 
         Returns the tokens [R] to go on with: padding for the rows that had ended before.
         """
-        token_ids = drawn.token_ids.masked_fill(ended, pad_token_id)
-        self.token_ids[rows, step] = token_ids
-        self.logprob[rows, step] = drawn.logprob.masked_fill(ended, 0.0)
-        self.sampling_logprob[rows, step] = drawn.sampling_logprob.masked_fill(ended, 0.0)
-        self.lengths[rows] += ~ended
-        ended |= (token_ids[:, None] == ends).any(1)
-        self.finished[rows] = ended
-        return token_ids
+        return record_draw(drawn, step, rows, ended, ends, pad_token_id, **self._asdict())
 
 
 class Decoder:

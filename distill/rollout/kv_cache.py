@@ -1,7 +1,8 @@
 """Keys and values of a decode: at fixed addresses, written in place, a prompt's held once for all its rollouts.
 
-A `DecodeCache` is handed to stock model code as its `past_key_values`. The model writes through `update`; the attention
-function registered here reads the same object, which travels as a keyword argument of the model's forward.
+A `DecodeCache` is handed to stock model code as its `past_key_values`. What the model gives to `update` comes back as
+it is, and goes with the query to the attention function registered here, which writes it: the same object travels as a
+keyword argument of the model's forward.
 What a step does follows tensors alone (`position`, `row_start`, `left_padding`, `ended`), so that it can be captured
 once and repeated for other rows and prompts: buffers are as large as the largest batch, and a batch fills some of them.
 Left out on purpose: paging. All rows of a wave are as long as one another, so a dense buffer wastes nothing.
@@ -31,7 +32,6 @@ class PromptCache(NamedTuple):
     values: list[Tensor]
     mask: Tensor
     states: list[Any] = []  # noqa: RUF012 # never changed
-    latent: bool = False  # whether the model caches latents, of which these are made (latents.py)
 
 
 class Room(NamedTuple):
@@ -68,7 +68,6 @@ class DecodeCache(Cache):
         self._prompt_values = buffers(like.values, room.prompts, room.prompt_tokens)
         self._keys = buffers(like.keys, room.rows, room.tokens)
         self._values = buffers(like.values, room.rows, room.tokens)
-        self._latent = like.latent
         self._left_padding, self._row_start = (
             torch.zeros(count, dtype=torch.long, device=device) for count in (room.prompts, room.prompts + 1)
         )
@@ -114,26 +113,17 @@ class DecodeCache(Cache):
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """Writes [R, kv heads, 1, D] at `position`; returns the rows' buffers.
-
-        Latents go back as they are: `attend` writes what the model makes of them.
-        """
+        """Returns what it is given: `attend` writes it, or what the model makes of it if these are latents."""
         self.layer = layer_idx  # some layers share one attention module, which knows no number of its own
-        return (key_states, value_states) if self._latent else self._write(key_states, value_states, layer_idx)
+        return key_states, value_states
 
-    def _write(self, key_states: Tensor, value_states: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        keys, values = self._keys[layer][: self.rows], self._values[layer][: self.rows]
-        keys.index_copy_(2, self.position, key_states.to(keys.dtype))
-        values.index_copy_(2, self.position, value_states.to(values.dtype))
-        return keys, values
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scale: float, **options: Any) -> Tensor:
+        """One new token a row: [R, heads, 1, D] to [R, heads, Dv], Dv the values' size.
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, layer: int, scale: float, **options: Any) -> Tensor:
-        """One new token a row: [R, heads, 1, D] on what `update` returned, to [R, heads, Dv], Dv the values' size.
-
-        `options` are those of `distill_kernels.decode_attention`.
+        Its key and value, [R, kv heads, 1, D] and [.., Dv], are written at `position` first. `options` are those of
+        `distill_kernels.decode_attention`.
         """
-        if self._latent:
-            keys, values = self._write(keys, values, layer)
+        keys, values = self._keys[layer][: self.rows], self._values[layer][: self.rows]
         if options.get("window") is not None:
             self.windows.add(layer)
         return decode_attention(
@@ -142,6 +132,8 @@ class DecodeCache(Cache):
             values,
             self.position,
             scale=scale,
+            new_keys=key.squeeze(2).to(keys.dtype),
+            new_values=value.squeeze(2).to(values.dtype),
             prompt_keys=self._prompt_keys[layer],
             prompt_values=self._prompt_values[layer],
             row_start=self._row_start,

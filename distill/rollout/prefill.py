@@ -29,14 +29,13 @@ def prefill(
         keys, values, states = take_keys(cache.layers, hidden.new_empty(len(hidden), 0, hidden.shape[1], 0))
     else:
         keys, values = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
-    # On a CPU, attention of few queries is faster in float32 than in bfloat16, whatever the rest is faster in.
-    latent = not stateful and are_latents(body.config.get_text_config(), keys[0])
-    if latent:
+    if not stateful and are_latents(body.config.get_text_config(), keys[0]):
         keys, values = expanded(body, cache)
+    # On a CPU, attention of few queries is faster in float32 than in bfloat16, whatever the rest is faster in.
     dtype = torch.float32 if prompt_ids.device.type == "cpu" else keys[0].dtype
     keys, values = ([piece.to(dtype) for piece in pieces] for pieces in (keys, values))
     # A copy of the last position alone, so that the other positions are freed.
-    return PromptCache(keys, values, prompt_mask, states, latent), hidden[:, -1].clone()
+    return PromptCache(keys, values, prompt_mask, states), hidden[:, -1].clone()
 
 
 def _run(

@@ -6,6 +6,7 @@ from distill_kernels.linear_distill_loss import linear_distill_loss
 from distill_kernels.linear_reverse_kl import linear_reverse_kl
 from distill_kernels.prefix_attention import prefix_attention
 from distill_kernels.prefix_layout import PrefixLayout, Shared
+from distill_kernels.record_draw import record_draw
 from distill_kernels.reverse_kl import reverse_kl
 from distill_kernels.sample import sample
 from distill_kernels.types import Sample, TokenStats
@@ -19,6 +20,7 @@ __all__ = [
     "linear_distill_loss",
     "linear_reverse_kl",
     "prefix_attention",
+    "record_draw",
     "reference",
     "reverse_kl",
     "sample",

@@ -5,7 +5,8 @@ For row r of prompt b, with softmax and sums in float32 and scores that are neve
     out[r, h] = softmax(scale * query[r, h] K^T) V,   K = prompt_keys[b, h / g] after its padding,
                                                       then keys[r, h / g] up to `position`
 
-through a window, with capped scores and with a sink in the softmax where a model has them. On CUDA nothing is read back
+through a window, with capped scores and with a sink in the softmax where a model has them. A step's new keys and values
+may come apart from the buffers, and are then written there too, which saves two launches. On CUDA nothing is read back
 and every shape is fixed, so that a captured graph follows `position`, `row_start` and `ended`.
 
 Bytes: Hkv (D + Dv) w for each prompt's P keys (times the pieces a prompt's rows are cut into, which the L2 cache holds)
@@ -23,7 +24,7 @@ from distill_kernels import backend, checks
 LARGEST_HEAD = 256
 
 
-@torch.library.custom_op("distill_kernels::decode_attention", mutates_args=())
+@torch.library.custom_op("distill_kernels::decode_attention", mutates_args=("keys", "values"))
 def _decode_attention(
     query: Tensor,
     keys: Tensor,
@@ -39,9 +40,12 @@ def _decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
 ) -> Tensor:
     out = query.new_empty(*query.shape[:2], values.shape[3])
-    others = prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended, scale, window, softcap, sinks
+    of_prompts = prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding
+    others = *of_prompts, ended, scale, window, softcap, sinks, new_keys, new_values
     options = dict(zip(OPTIONS, others, strict=True))
     backend.implementation("decode_attention", query.device).attend(query, keys, values, position, out, **options)
     return out
@@ -50,7 +54,7 @@ def _decode_attention(
 # The op's arguments after the first four, as implementations call them.
 OPTIONS = (
     "prompt_keys", "prompt_values", "row_start", "rows_a_prompt", "left_padding", "ended", "scale", "window", "softcap",
-    "sinks",
+    "sinks", "new_keys", "new_values",
 )  # fmt: skip
 
 
@@ -87,6 +91,8 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
 ) -> Tensor:
     """Attention of query [R, Hq, D] on keys [R, Hkv, T, D] and values [R, Hkv, T, Dv], to [R, Hq, Dv].
 
@@ -106,6 +112,9 @@ def decode_attention(
     `softcap` bounds the scaled scores: softcap * tanh(score / softcap). `sinks` [Hq] are logits that take part in the
     softmax, and nothing of the output.
 
+    `new_keys` [R, Hkv, D] and `new_values` [R, Hkv, Dv] are those of slot `position`, which they are written to: what
+    it held counts for nothing, and nothing else is written. On CUDA rows that have ended are not.
+
     All dtypes but the sinks' are one; D and Dv are at most LARGEST_HEAD on CUDA; the last stride must be 1, the others
     are free. No gradients.
 
@@ -119,9 +128,11 @@ def decode_attention(
     checks.check_positive("softcap", softcap)
     checks.check_floats(query=query, sinks=sinks)
     checks.check_vector("sinks", sinks, query.shape[1], f"query {list(query.shape)}")
+    _check_new(query, values, keys.shape[1], new_keys, new_values)
     rows_a_prompt = R if rows_a_prompt is None else rows_a_prompt
     optional = (prompt_keys, prompt_values, row_start, rows_a_prompt, left_padding, ended)
-    return _decode_attention(query, keys, values, position, *optional, scale, window, softcap, sinks)
+    others = scale, window, softcap, sinks, new_keys, new_values
+    return _decode_attention(query, keys, values, position, *optional, *others)
 
 
 def _check(
@@ -154,6 +165,20 @@ def _check(
             )
     for name, tensor in {"query": query, **pairs}.items():
         if tensor is not None and tensor.stride(-1) != 1:
+            raise ValueError(f"{name}'s last stride must be 1; found strides {list(tensor.stride())}")
+
+
+def _check_new(query: Tensor, values: Tensor, Hkv: int, new_keys: Tensor | None, new_values: Tensor | None) -> None:
+    if (new_keys is None) != (new_values is None):
+        raise ValueError("new_keys and new_values come together; found one without the other")
+    if new_keys is None:
+        return
+    checks.check_floats(query=query, new_keys=new_keys, new_values=new_values)
+    for name, tensor, width in (("new_keys", new_keys, query.shape[2]), ("new_values", new_values, values.shape[3])):
+        expected = (query.shape[0], Hkv, width)
+        if tensor.shape != expected or tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must be {query.dtype} {list(expected)}; found {_found(tensor)}")
+        if tensor.stride(-1) != 1:
             raise ValueError(f"{name}'s last stride must be 1; found strides {list(tensor.stride())}")
 
 

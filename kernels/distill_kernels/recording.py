@@ -138,6 +138,7 @@ def _needed(calls: Sequence[_Call]) -> tuple[list[_Call], list[Tensor]]:
         read = {_memory(tensor) for tensor in call.inputs}
         if call.writes:
             computing.append(call)
+            made |= results - read
         elif call.name in UNWRITTEN:
             unwritten += call.outputs
             made |= results
@@ -152,7 +153,7 @@ def _needed(calls: Sequence[_Call]) -> tuple[list[_Call], list[Tensor]]:
     for call in reversed(computing):
         touched = {_memory(tensor) for tensor in (*call.inputs, *call.outputs)}
         outside = call.writes and any(_memory(tensor) not in made for tensor in call.inputs)
-        if outside or used & {_memory(tensor) for tensor in (call.inputs if call.writes else call.outputs)}:
+        if outside or used & (touched if call.writes else {_memory(tensor) for tensor in call.outputs}):
             kept.append(call)
             used |= touched
     return kept[::-1], unwritten
@@ -160,10 +161,10 @@ def _needed(calls: Sequence[_Call]) -> tuple[list[_Call], list[Tensor]]:
 
 def _repeat(call: _Call, objects: dict[int, dict[int, Tensor]], moved: set[int]) -> Step:
     """What does a call again, with its results where they were, or `moved`: that is added to."""
-    if call.writes:
-        return _written(call)
     if repeated := REPEATED.get(call.op._name):
         return repeated(call.outputs, *call.args, **call.kwargs)
+    if call.writes:
+        return _written(call)
     if len(call.outputs) > 1:
         return lambda: [
             out.copy_(new) for out, new in zip(call.outputs, _strided(call.op(*call.args, **call.kwargs)), strict=True)
@@ -231,8 +232,8 @@ def _share_memory(
     last: dict[int, int] = {}
     own = {_memory(tensor) for tensor in unwritten}
     for number, call in enumerate(calls):
-        if not call.writes:
-            own |= {_memory(tensor) for tensor in call.outputs} - moved
+        given = {_memory(tensor) for tensor in call.inputs} if call.writes else set()
+        own |= {_memory(tensor) for tensor in call.outputs} - given - moved
         for tensor in (*call.inputs, *call.outputs):
             last[_memory(tensor)] = number
     ends: dict[int, list[int]] = {}

@@ -156,8 +156,15 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
 ) -> Tensor:
-    """Attention of [R, Hq, D] on every row's whole keys: those of its prompt, repeated, then its own; and on a sink."""
+    """Attention of [R, Hq, D] on every row's whole keys: those of its prompt, repeated, then its own; and on a sink.
+
+    New keys and values are written at `position` first.
+    """
+    if new_keys is not None:
+        keys[:, :, position], values[:, :, position] = new_keys[:, :, None], new_values[:, :, None]
     (R, Hq, _), T, newest = query.shape, keys.shape[2], position
     real = (torch.arange(T, device=keys.device) <= position).expand(R, T)
     if prompt_keys is not None:
@@ -297,3 +304,31 @@ def _sampled(
     losses = -advantage.masked_fill(~finite, 0) * stats.student_logprob.masked_fill(~finite, 0)
     unbounded = (advantage != 0) & (stats.student_logprob != 0) & ~finite
     return torch.where(unbounded, -advantage * stats.student_logprob.detach(), losses)
+
+
+def record_draw(
+    drawn: Sample,
+    step: int | Tensor,
+    rows: Tensor,
+    ended: Tensor,
+    ends: Tensor,
+    pad_token_id: int,
+    *,
+    token_ids: Tensor,
+    lengths: Tensor,
+    logprob: Tensor,
+    sampling_logprob: Tensor,
+    finished: Tensor,
+) -> Tensor:
+    """Row by row: one that had ended leaves padding and zeros, another its draw, which may be its last."""
+    go_on = torch.full_like(drawn.token_ids, pad_token_id)
+    for row, place in enumerate(rows.tolist()):
+        lives = not ended[row]
+        if lives:
+            go_on[row] = drawn.token_ids[row]
+            lengths[place] += 1
+        token_ids[place, step] = go_on[row]
+        logprob[place, step] = drawn.logprob[row] if lives else 0
+        sampling_logprob[place, step] = drawn.sampling_logprob[row] if lives else 0
+        finished[place] = ended[row] = not lives or bool((go_on[row] == ends).any())
+    return go_on

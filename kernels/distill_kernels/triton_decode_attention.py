@@ -2,10 +2,11 @@
 
 A piece is a range of keys: the first pieces cut up the prompt, the others the row's own keys up to the position.
 Programs of the first kind take a prompt's rows times the grouped heads as the rows of their products, so that the
-prompt's keys are read once for all of them; programs of the second take one row. Each keeps a float32 output and a
-base-2 log-sum-exp. The prompt's programs come first: they are the longest. How much one program does depends on
-shapes alone, so that a captured graph serves every position: a piece is a part of what is seen, which padding, the
-position and a window bound on the device. A sink is known to the merge only.
+prompt's keys are read once for all of them; programs of the second take one row, and the first piece of each begins
+with its new key, if there is one, which it writes. Each keeps a float32 output and a base-2 log-sum-exp. The prompt's
+programs come first: they are the longest. How much one program does depends on shapes alone, so that a captured graph
+serves every position: a piece is a part of what is seen, which padding, the position and a window bound on the device.
+A sink is known to the merge only.
 """
 
 import math
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill_kernels.triton_decode_piece import attend_piece, load_rows, newest, nothing, store_piece
 from distill_kernels.triton_math import FUSION, given_or, offset_of
 
 PROGRAMS = 256  # about two for every multiprocessor of a large card: fewer are cut into more pieces
@@ -57,84 +59,20 @@ def _pieces(programs: int, keys: int) -> int:
     return triton.next_power_of_2(max(1, wanted))
 
 
-@triton.jit
-def _load_rows(base, rows, row_stride, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] at base + rows * row_stride, 0 for rows that are not there and past column D."""
-    d = tl.arange(0, BLOCK_D)
-    mask = there[:, None]
-    if BLOCK_D != D:
-        mask = mask & (d < D)[None, :]
-    return tl.load(base + rows[:, None] * row_stride + d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _tanh(x):
-    """Accurate to a rounding or two near 0 too, where 1 - 2 / (e^2x + 1) is only to a rounding of 1."""
-    far = 1 - 2 / (tl.exp2(x * 2.8853900817779268) + 1)  # 2 log2 e; exact at both ends, at 0 and infinity
-    s = x * x
-    # The series up to x^11, of which less than 1e-8 is left at 1/4.
-    near = s * (-0.3333333333333333 + s * (0.13333333333333333 + s * (-0.05396825396825397 + s * (
-        0.021869488536155203 + s * -0.008863235529902197))))  # fmt: skip
-    return tl.where(s < 0.0625, x + x * near, far)
-
-
-@triton.jit
-def _piece(
-    query, keys, values, key_stride, value_stride, first, end, scale_log2, cap_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Attention of query [BLOCK_M, BLOCK_D] over the keys first..end of one head, and its base-2 log-sum-exp.
-
-    Without keys 0 and -inf. With CAP, scale_log2 is what is multiplied with before the tanh, cap_log2 after it.
-    """
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for start in range(first, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < end
-        k = _load_rows(keys, n, key_stride, inside, D, BLOCK_D)
-        scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale_log2
-        if CAP:
-            scores = _tanh(scores) * cap_log2
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-        new = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new[:, None])
-        move = tl.exp2(peak - new)
-        total = total * move + tl.sum(weights, 1)
-        v = _load_rows(values, n, value_stride, inside, DV, BLOCK_DV)
-        out = out * move[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        peak = new
-    seen = total > 0
-    safe = tl.where(seen, total, 1.0)
-    return out / safe[:, None], tl.where(seen, peak + tl.log2(safe), float("-inf"))
-
-
-@triton.jit
-def _store_piece(out, lse, pieces, piece_lse, at, there, D: tl.constexpr, BLOCK_D: tl.constexpr, ONLY: tl.constexpr):
-    """Writes a piece's result at the flat (piece, row, head) `at`; the only piece has no use for its log-sum-exp."""
-    d = tl.arange(0, BLOCK_D)
-    mask = there[:, None]
-    if BLOCK_D != D:
-        mask = mask & (d < D)[None, :]
-    tl.store(pieces + at[:, None] * D + d[None, :], out.to(pieces.dtype.element_ty), mask=mask)
-    if not ONLY:
-        tl.store(piece_lse + at, lse, mask=there)
-
-
 @triton.jit(
     do_not_specialize=["R", "P", "T", "prompt_programs", "prompt_pieces", "blocks", "own_pieces", "window"]
 )  # of no use to the compiler, and a compilation each time rows are dropped
 def _pieces_kernel(
-    query, keys, values, prompt_keys, prompt_values, pieces, piece_lse, position, row_start, left_padding, ended,
+    query, keys, values, prompt_keys, prompt_values, new_keys, new_values, pieces, piece_lse, position, row_start,
+    left_padding, ended,
     query_row, query_head, key_row, key_head, key_slot, value_row, value_head, value_slot,
     prompt_key_row, prompt_key_head, prompt_key_slot, prompt_value_row, prompt_value_head, prompt_value_slot,
+    new_key_row, new_key_head, new_value_row, new_value_head,
     R, P, T, prompt_programs, prompt_pieces, blocks, own_pieces, scale_log2, cap_log2, window,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN_M: tl.constexpr, PROMPT: tl.constexpr,
-    PADDED: tl.constexpr, ENDED: tl.constexpr, ONLY: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, ENDED: tl.constexpr, NEW: tl.constexpr, ONLY: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HKV
     pid = tl.program_id(0)
@@ -162,16 +100,17 @@ def _pieces_kernel(
             if ENDED:
                 alive = alive & (tl.load(ended + row, mask=there, other=1) == 0)
             end = tl.where(tl.max(alive.to(tl.int32), 0) > 0, end, 0)
-            q = _load_rows(query + head * G * query_head, row * query_row + m % G * query_head, 1, there, D, BLOCK_D)
-            out, lse = _piece(
+            q = load_rows(query + head * G * query_head, row * query_row + m % G * query_head, 1, there, D, BLOCK_D)
+            peak, total, out = nothing(BLOCK_M, BLOCK_DV)
+            out, lse = attend_piece(
                 q,
                 prompt_keys + offset_of(prompt, prompt_key_row) + offset_of(head, prompt_key_head),
                 prompt_values + offset_of(prompt, prompt_value_row) + offset_of(head, prompt_value_head),
-                prompt_key_slot, prompt_value_slot, first, end, scale_log2, cap_log2,
-                D, BLOCK_D, DV, BLOCK_DV, BLOCK_M, BLOCK_N, CAP, PRECISION,
+                prompt_key_slot, prompt_value_slot, first, end, peak, total, out, scale_log2, cap_log2,
+                D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAP, PRECISION,
             )  # fmt: skip
             at = offset_of(piece * R + row, HQ) + column
-            _store_piece(out, lse, pieces, piece_lse, at, there, DV, BLOCK_DV, ONLY)
+            store_piece(out, lse, pieces, piece_lse, at, there, DV, BLOCK_DV, ONLY)
     else:
         own = pid - prompt_programs
         own_piece = own % own_pieces
@@ -182,24 +121,38 @@ def _pieces_kernel(
         own_first = 0
         if PADDED and not PROMPT:
             own_first = tl.load(left_padding + own_row).to(tl.int32)
-        seen = tl.minimum(tl.load(position).to(tl.int32) + 1, T)
+        last = tl.load(position).to(tl.int32)
+        seen = tl.minimum(last if NEW else last + 1, T)
         if WINDOW:
-            own_first = tl.maximum(own_first, tl.load(position).to(tl.int32) + 1 - window)
+            own_first = tl.maximum(own_first, last + 1 - window)
+        here = (own_piece == 0) & (last < T)
         if ENDED:
-            seen = tl.where(tl.load(ended + own_row) == 0, seen, 0)
+            living = tl.load(ended + own_row) == 0
+            seen = tl.where(living, seen, 0)
+            here = here & living
         own_width = tl.cdiv(tl.cdiv(seen - own_first, own_pieces), BLOCK_N) * BLOCK_N
         own_first += own_piece * own_width
         own_end = tl.minimum(own_first + own_width, seen)
-        own_query = query + offset_of(own_row, query_row) + own_head * G * query_head
-        own_out, own_lse = _piece(
-            _load_rows(own_query, g, query_head, in_group, D, BLOCK_D),
-            keys + offset_of(own_row, key_row) + offset_of(own_head, key_head),
-            values + offset_of(own_row, value_row) + offset_of(own_head, value_head),
-            key_slot, value_slot, own_first, own_end, scale_log2, cap_log2,
-            D, BLOCK_D, DV, BLOCK_DV, OWN_M, BLOCK_N, CAP, PRECISION,
+        own_keys = keys + offset_of(own_row, key_row) + offset_of(own_head, key_head)
+        own_values = values + offset_of(own_row, value_row) + offset_of(own_head, value_head)
+        own_query = load_rows(
+            query + offset_of(own_row, query_row) + own_head * G * query_head, g, query_head, in_group, D, BLOCK_D
+        )
+        own_peak, own_total, own_out = nothing(OWN_M, BLOCK_DV)
+        if NEW:
+            own_peak, own_total, own_out = newest(
+                own_query,
+                new_keys + offset_of(own_row, new_key_row) + offset_of(own_head, new_key_head),
+                new_values + offset_of(own_row, new_value_row) + offset_of(own_head, new_value_head),
+                own_keys + last * key_slot, own_values + last * value_slot, here, scale_log2, cap_log2,
+                D, BLOCK_D, DV, BLOCK_DV, OWN_M, CAP,
+            )  # fmt: skip
+        own_out, own_lse = attend_piece(
+            own_query, own_keys, own_values, key_slot, value_slot, own_first, own_end, own_peak, own_total, own_out,
+            scale_log2, cap_log2, D, BLOCK_D, DV, BLOCK_DV, BLOCK_N, CAP, PRECISION,
         )  # fmt: skip
         own_at = offset_of((prompt_pieces + own_piece) * R + own_row, HQ) + own_head * G + g
-        _store_piece(own_out, own_lse, pieces, piece_lse, own_at, in_group, DV, BLOCK_DV, ONLY)
+        store_piece(own_out, own_lse, pieces, piece_lse, own_at, in_group, DV, BLOCK_DV, ONLY)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -254,8 +207,10 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
 ) -> None:
-    """Writes the contiguous out [R, Hq, Dv]; see `decode_attention`."""
+    """Writes the contiguous out [R, Hq, Dv], and the new keys and values; see `decode_attention`."""
     (R, Hq, D), (_, Hkv, T, DV) = query.shape, values.shape
     if R == 0:
         return
@@ -271,6 +226,7 @@ def attend(
     blocks = triton.cdiv(rows_a_prompt * group, chosen.block_m)
     prompt_programs = B * Hkv * blocks * chosen.prompt_pieces
     stored = (given_or(prompt_keys, keys), given_or(prompt_values, values))
+    new = (given_or(new_keys, query), given_or(new_values, query))
     farthest = max(query.stride(0) * R, *(each.shape[2] * each.stride(2) for each in (keys, values, *stored)))
     if farthest >= 2**31:
         raise ValueError(
@@ -278,6 +234,7 @@ def attend(
             f"found {farthest}: make slots the last dimension but one in memory too"
         )
     strides = [stride for tensor in (keys, values, *stored) for stride in tensor.stride()[:3]]
+    strides += [stride for tensor in new for stride in tensor.stride()[:2]]
     # Nats before a cap, bits where there is none: exponentials are of base 2.
     factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
     _pieces_kernel[(prompt_programs + R * Hkv * chosen.own_pieces,)](
@@ -285,6 +242,7 @@ def attend(
         keys,
         values,
         *stored,
+        *new,
         pieces,
         piece_lse,
         position,
@@ -315,6 +273,7 @@ def attend(
         PROMPT=prompt_keys is not None,
         PADDED=left_padding is not None,
         ENDED=ended is not None,
+        NEW=new_keys is not None,
         ONLY=alone,
         WINDOW=window < P + T,
         CAP=softcap is not None,

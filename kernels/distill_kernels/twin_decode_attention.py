@@ -67,7 +67,10 @@ def attend(
     ended: Tensor | None,
     **options: Any,
 ) -> None:
-    """Writes the contiguous out [R, Hq, Dv]; see `decode_attention`. The query and `out` may be of any dtype."""
+    """Writes the contiguous out [R, Hq, Dv], and new keys and values; see `decode_attention`.
+
+    The query and `out` may be of any dtype.
+    """
     where = _read(query.shape[0], position, row_start, left_padding, ended)
     _attend_where(where, query, keys, values, out, ended, **options)
 
@@ -114,7 +117,12 @@ def _attend_where(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    new_keys: Tensor | None = None,
+    new_values: Tensor | None = None,
 ) -> None:
+    if new_keys is not None:
+        keys.select(2, where.end - 1).copy_(new_keys)
+        values.select(2, where.end - 1).copy_(new_values)
     end, dtype = where.end, torch.promote_types(keys.dtype, torch.float32)
     first = 0
     if window is not None:
