@@ -42,18 +42,12 @@ POINTERS = {
     "step_ptr": "*i64", "logprobs": FLOATS,
     "hidden": "*bf16", "weight": "*bf16", "teacher": FLOATS, "e_ptr": "*bf16",
     "per_row": FLOATS, "part": FLOATS, "shifts": FLOATS,
-<<<<<<< HEAD
     "out": "*bf16", "lse": FLOATS, "other_out": "*bf16", "other_lse": FLOATS,
-    "seed_ptr": "*i64", "peaks": FLOATS, "thresholds": FLOATS, "pieces": FLOATS, "winners": "*i32",
-}  # fmt: skip
-INTEGERS = {"V", "R", "M", "top_k", "tiles"}
-=======
     "drawn_token_ids": "*i64", "drawn_logprob": FLOATS, "drawn_sampling_logprob": FLOATS, "rows": "*i64",
     "ended": "*i1", "ends": "*i64", "lengths": "*i64", "logprob": FLOATS, "sampling_logprob": FLOATS, "finished": "*i1",
     "go_on": "*i64", "seed_ptr": "*i64", "peaks": FLOATS, "thresholds": FLOATS, "pieces": FLOATS, "winners": "*i32",
 }  # fmt: skip
-INTEGERS = {"V", "R", "E", "T", "pad_token_id", "top_k", "tiles"}
->>>>>>> gpu-b
+INTEGERS = {"V", "R", "M", "E", "T", "pad_token_id", "top_k", "tiles"}
 SHARED_MEMORY = 227 * 1024  # bytes, of a block on compute capability 9.0
 CAPABILITIES = 80, 90, 100
 REGISTERS = 2**16  # of a multiprocessor
@@ -172,12 +166,12 @@ def sample_of(rows: int) -> None:
     sample(torch.randn(rows, 96), temperature=0.7, top_k=rows, seed=rows, step=rows)
 
 
-<<<<<<< HEAD
 def merge_of(rows: int) -> None:
     """Of tokens that are not the first, as completions are."""
     (out, other_out), (lse, other_lse) = torch.empty(2, rows + 1, 2, 16)[:, 1:], torch.empty(2, 2, rows + 3)[:, :, 3:]
     triton_merge.merge(out, lse.t(), other_out, other_lse.t())
-=======
+
+
 def draw_of(rows: int) -> None:
     """In the last of as many completions' slots as there are rows."""
     whole, vector = torch.zeros(2, rows, rows), torch.zeros(rows, dtype=torch.int64)
@@ -185,7 +179,6 @@ def draw_of(rows: int) -> None:
     out = {"token_ids": numbers, "lengths": vector + 0, "logprob": whole[0], "sampling_logprob": whole[1]}
     drawn = Sample(vector + 1, *torch.zeros(2, rows))
     record_draw(drawn, rows - 1, torch.arange(rows), ended[0], vector[:3], rows, **out, finished=ended[1])
->>>>>>> gpu-b
 
 
 def record(bind, kinds: set, *args, grid, warmup, num_warps, num_stages=None, enable_fp_fusion, **options) -> None:
@@ -200,19 +193,12 @@ def check_specialisations() -> None:
         triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._threshold_kernel,
         triton_sample._race_kernel, triton_sample._merge_kernel,
         triton_student_product._references_kernel, triton_student_product._product_kernel,
-<<<<<<< HEAD
         triton_product_rows._finish_kernel, triton_product_rows._target_kernel, triton_merge._merge_kernel,
+        triton_record_draw._record_kernel,
     )  # fmt: skip
     chunks.ROW_ALIGNMENT["cpu"] = 64
     student_product.STUDENT_PRODUCT = False
-    for launch in loss_of, product_of, statistics_of, sample_of, merge_of:
-=======
-        triton_product_rows._finish_kernel, triton_product_rows._target_kernel, triton_record_draw._record_kernel,
-    )  # fmt: skip
-    chunks.ROW_ALIGNMENT["cpu"] = 64
-    student_product.STUDENT_PRODUCT = False
-    for launch in loss_of, product_of, statistics_of, sample_of, draw_of:
->>>>>>> gpu-b
+    for launch in loss_of, product_of, statistics_of, sample_of, merge_of, draw_of:
         for kernel in kernels:
             bind = create_function_from_signature(kernel.signature, kernel.params, target)
             kernel.run = partial(record, bind, seen[launch.__name__, kernel.__name__])
