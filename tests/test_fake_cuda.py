@@ -71,7 +71,8 @@ def decode_and_score() -> None:
         engine = native.NativeEngine(model_in(torch.float32), dtype=torch.bfloat16, memory_budget_bytes=2**35, **kept)
         found = engine.generate(integers(B, P), integers(B, P).bool(), num_rollouts=N, prompt_keys=integers(B))
     assert (card.answers, card.seen["distill_kernels::decode_attention"]) == ([], 3 * LAYERS)
-    assert (card.seen["distill_kernels::record_draw"], card.seen["aten::index_copy_"]) == (4, 0)
+    assert card.seen["distill_kernels::record_draw"] == 4
+    assert not any(card.seen[f"aten::{slow}"] for slow in ("index_copy_", "embedding", "index_put_"))
     for each, dtype in ((found.completion_ids, torch.long), (found.logprob, torch.float32)):
         assert (each.shape, each.dtype, each.device.type) == ((B * N, 4), dtype, "cuda")
 
