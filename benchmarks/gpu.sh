@@ -8,6 +8,7 @@
 #   rollout  the engine at Qwen3-0.6B's sizes beside stock `generate`; a decode step against the bytes it must read
 #   step     the command at the sizes of Qwen3-0.6B from 4B, on random models made here
 #   train    the default recipe on real weights where the cache (DISTILL_CACHE) has them
+#   attention merge and backward of packed attention, beside PyTorch's operations and undivided
 #   compiled phases of a step of the same sizes with compiled layers
 #   trl      a step of the same sizes by phases, and beside TRL where it is installed
 #
@@ -17,7 +18,7 @@
 # PYTHON names the interpreter (default: .venv's, else python3).
 set -euo pipefail
 parts=(tests kernels rollout step train)
-all="${parts[*]} compiled trl"
+all="${parts[*]} attention compiled trl"
 usage="usage: benchmarks/gpu.sh [--dry] OUT_DIR [PART ...], PART one of: $all"
 if [ "${1:-}" = --dry ]; then
   export DRY=1
@@ -78,6 +79,7 @@ for part in "${parts[@]}"; do
     kernels) bench 150 kernels benchmarks/test_kernels.py -k "not jsd and not forward_kl" ;;
     rollout) bench 120 rollout benchmarks/test_rollout.py -k on_a_gpu ;;
     step) bench 120 step benchmarks/test_command.py -k qwen3 ;;
+    attention) bench 60 attention benchmarks/test_prefix_attention.py ;;
     compiled) bench 120 compiled benchmarks/test_step.py -k compiled_on_a_gpu ;;
     trl) bench 150 trl benchmarks/test_step.py -k beside_trl_on_a_gpu ;;
     train) bench 150 train benchmarks/test_command.py -k recipe ;;

@@ -229,8 +229,8 @@ def step_bytes(model: PreTrainedModel, B: int) -> int:
 @pytest.mark.cuda
 @pytest.mark.parametrize("B", GPU_PROMPTS)
 def test_qwen3_on_a_gpu(B: int, record, absent) -> None:
-    """N rollouts of each of B prompts, plain and compiled, and shorter ones beside stock generation. A decode step is
-    what the whole takes beyond the first token, which comes with the prompts."""
+    """N rollouts of each of B prompts, plain and compiled, and shorter ones of one prompt beside stock generation. A
+    decode step is what the whole takes beyond the first token, which comes with the prompts."""
     model, engine = qwen3()
     device, generator = gpu_or_cpu(), torch.Generator().manual_seed(B)
     prompt_ids = torch.randint(5, model.config.vocab_size, (B, GPU_P), generator=generator).to(device)
@@ -253,11 +253,16 @@ def test_qwen3_on_a_gpu(B: int, record, absent) -> None:
 
     ours("ours")
     try:
+        engine.release()  # what was captured is not compiled
         with compiled(engine.body):
             ours("ours, compiled")
     except RuntimeError as error:  # of a compiler that does not take this model
         absent(group, "ours, compiled", str(error))
+    finally:
+        engine.release()
 
+    if min(GPU_PROMPTS) < B:  # its launches take what they take, whatever the rows
+        return
     group = group.replace(f"{GPU_T} tokens each", f"{GPU_STOCK_T} tokens each")
     short = engine.variant(seed=1, max_new_tokens=GPU_STOCK_T)
     stock(model, prompt_ids, GPU_N, tokens=4)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PARTS = ["tests", "kernels", "rollout", "step", "train"]
-MORE = ["compiled", "trl"]
+MORE = ["attention", "compiled", "trl"]
 
 
 @pytest.fixture

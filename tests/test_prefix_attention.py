@@ -138,10 +138,11 @@ def sharing(*lengths):
 
 def test_few_prompts_are_cut_up_and_many_are_not():
     pieces = lambda heads, *lengths: pieces_of(sharing(*lengths), heads)  # noqa: E731
-    assert pieces(16, (256, 8192)) == [8], "32 programs a piece"
+    assert pieces(16, (256, 8192)) == [4], "32 programs a piece"
     assert pieces(16, (256, 1600)) == [3], "of 512 queries or more"
     assert pieces(16, (256, 1000)) == [1]
-    assert pieces(16, (100, 8192), (60, 300)) == [8, 1]
+    assert pieces(16, (100, 8192), (60, 300)) == [4, 1]
+    assert pieces(16, (100, 8192)) == [8]
     assert pieces(16, *[(256, 8192)] * 2) == [4, 4]
     assert pieces(16, *[(256, 8192)] * 3) == [1] * 3, "two pieces of each would be two for a multiprocessor"
     assert pieces(16, *[(256, 8192)] * 8) == [1] * 8

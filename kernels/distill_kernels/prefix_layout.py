@@ -18,7 +18,7 @@ BUCKET_SPREAD = 0.25
 # A flash backward has a program for this many keys of a prompt and a head (for half as many where heads are larger than
 # 128), which goes over all of the prompt's queries.
 PROGRAM_KEYS = 128
-PROGRAMS = 264  # two for every multiprocessor of an H100
+PROGRAMS = 132  # one for every multiprocessor of an H100
 SHORTEST_PIECE = 512  # queries, for which one more copy of the keys is little
 
 
@@ -174,8 +174,7 @@ class PrefixLayout:
 
 def pieces_of(shared: list[Shared], heads: int) -> list[int]:
     """Into how many pieces each prompt's queries are cut, so that few prompts keep a large card busy, too."""
-    programs = heads * sum(-(-prompt.key_length // PROGRAM_KEYS) for prompt in shared)
-    wanted = PROGRAMS // max(1, programs)
-    if wanted <= 2:  # with two pieces most multiprocessors would run both, one after the other
-        return [1] * len(shared)
+    programs = max(1, heads * sum(-(-prompt.key_length // PROGRAM_KEYS) for prompt in shared))
+    # So many that they all run at once, or in two turns; with two pieces most multiprocessors would run both.
+    wanted = next((count for turns in (1, 2) if (count := turns * PROGRAMS // programs) > 2), 1)
     return [min(wanted, max(1, prompt.query_length // SHORTEST_PIECE)) for prompt in shared]
