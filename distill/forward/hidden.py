@@ -191,21 +191,8 @@ def refuse_like(body: nn.Module, other: nn.Module) -> None:
         _REFUSED[other] = _REFUSED[body]
 
 
-def _shared_prefix_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **arguments: Any
-) -> tuple[Tensor, None]:
-    """What a layer of the model calls in place of its attention: [1, h, L, d] to [1, L, h, dv].
-
-    Rotary embeddings may leave query and key in another precision than value, above all under autocast. A compiled
-    layer rounds them where it rotates them; what follows is never compiled.
-    """
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    return _attend(module, query.to(dtype), key.to(dtype), value.to(dtype), attention_mask, **arguments)
-
-
 @torch.compiler.disable
-def _attend(
+def _shared_prefix_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -221,7 +208,10 @@ def _attend(
     shared_prefix: Sharing | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """`s_aux` [h] are sinks, logits that take part in the softmax only."""
+    """What a layer of the model calls in place of its attention: [1, h, L, d] to [1, L, h, dv].
+
+    `s_aux` [h] are sinks, logits that take part in the softmax only.
+    """
     if shared_prefix is None:
         raise NotShareableError("it does not hand arguments on to its attention")
     if attention_mask is not None or dropout or is_causal is False or not getattr(module, "is_causal", True):
@@ -236,8 +226,11 @@ def _attend(
     shared_prefix.calls += 1
     shared_prefix.windows += bool(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    packed = (states[0].transpose(0, 1) for states in (query, key, value))
-    with torch.autocast(query.device.type, enabled=False):
+    kind = query.device.type
+    # Rotary embeddings may leave query and key in another precision than value, above all under autocast.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    packed = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    with torch.autocast(kind, enabled=False):
         return prefix_attention(*packed, shared_prefix.layout, scale, **options)[None], None
 
 
