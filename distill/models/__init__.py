@@ -17,10 +17,12 @@ from distill.models.siblings import join_siblings, read_together, replace_siblin
 from distill.models.sources import ModelError
 from distill.models.states import cache_argument, empty_cache, joined, keeps_states, of_rows, take_keys, tensors_of
 from distill.models.structure import Head, alias, body_of, layer_stack, split_head, text_model, whole, without_layers
+from distill.models.working_copy import WorkingCopy
 
 __all__ = [
     "Head",
     "ModelError",
+    "WorkingCopy",
     "add_adapters",
     "alias",
     "attention_as",

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.loss import Rollouts
+from distill.models import WorkingCopy
 from distill.rollout.decode import Completions, SamplingOptions
 from distill.rollout.generation_copy import GenerationCopy
 from distill.runtime import MemoryLimits
@@ -42,16 +43,19 @@ class RolloutEngine:
         vocab_size: int | None = None,
         limits: MemoryLimits | None = None,
         pack: bool = False,
+        working: WorkingCopy | None = None,
     ) -> None:
         """`dtype` is what the copy computes in; `vocab_size` leaves out the padded columns past the tokenizer.
 
         `limits` is where the number of rows that are sampled at once is kept when memory runs out; `pack` lays the
-        weights out for the small products of a decode step on a CPU.
+        weights out for the small products of a decode step on a CPU; weights that `working` has in `dtype` are shared.
         """
         self.sampling, self.seed, self.vocab_size = sampling, seed, vocab_size
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.limits, self._rows_at_once = limits or MemoryLimits(1), 1
-        self._copy = GenerationCopy(model, dtype, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id, pack=pack)
+        self._copy = GenerationCopy(
+            model, dtype, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id, pack=pack, working=working
+        )
         self._model = self._copy.model
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from distill.models import (
+    WorkingCopy,
     alias,
     fuse_norms,
     is_adapted,
@@ -39,8 +40,9 @@ class GenerationCopy:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         pack: bool,
+        working: WorkingCopy | None = None,
     ) -> None:
-        """`pack` lays linear weights out for a CPU, where there is one."""
+        """`pack` lays linear weights out for a CPU, where there is one. What `working` has in `dtype` is not copied."""
         self.model: PreTrainedModel = alias(source).eval()
         # A checkpoint's own generation settings would apply silently.
         self.model.generation_config = GenerationConfig(
@@ -56,7 +58,7 @@ class GenerationCopy:
             for parent, name, child in list(linear_layers(text_model(self.model)))
             if packs or is_adapted(child)
         ]
-        self._cast_parameters()
+        self._cast_parameters(working.copies if working is not None and working.dtype == dtype else {})
         if packs:
             self._pack(layers)
         fuse_norms(self.model)
@@ -106,8 +108,9 @@ class GenerationCopy:
         self._updates.append(lambda: linear.weight.copy_(merged_weight(adapted)))
         return linear
 
-    def _cast_parameters(self) -> None:
-        copies: dict[int, nn.Parameter] = {}
+    def _cast_parameters(self, kept: dict[int, nn.Parameter]) -> None:
+        """`kept`, by the id of a source, is brought up to date by another."""
+        copies = dict(kept)
         for module in (*text_model(self.model).modules(), self.model.get_output_embeddings()):
             for name, source in module._parameters.items():
                 if source is None or not source.is_floating_point():

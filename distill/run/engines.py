@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import Config
-from distill.models import eos_ids
+from distill.models import WorkingCopy, eos_ids
 from distill.rollout import RolloutEngine, SamplingOptions, ServedWeights, VllmEngine, local_engine
 from distill.runtime import MemoryLimits
 from distill.servers import Server
@@ -20,8 +20,10 @@ def make_engine(
     precision: str,
     limits: MemoryLimits,
     ranks: Ranks | None = None,
+    working: WorkingCopy | None = None,
 ) -> RolloutEngine | VllmEngine | RankedVllmEngine:
-    """What samples from `model` as `rollout` says, in a precision that may be decided already."""
+    """What samples from `model` as `rollout` says, in a precision that may be decided already; `working` is a copy that
+    there is of it, whose weights it shares."""
     rollout = config.rollout
     common = {
         "sampling": SamplingOptions(
@@ -49,4 +51,5 @@ def make_engine(
         memory_budget_bytes=None if rollout.memory_gib is None else int(rollout.memory_gib * 2**30),
         compiled=config.training.compile,
         limits=limits,
+        working=working,
     )

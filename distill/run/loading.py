@@ -7,8 +7,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import Config, ConfigError
+from distill.forward import refuse_like
 from distill.loss import ModelParts
-from distill.models import add_adapters, check_pair, load_model, load_tokenizer, split_head, without_layers
+from distill.models import (
+    WorkingCopy,
+    add_adapters,
+    body_of,
+    check_pair,
+    load_model,
+    load_tokenizer,
+    split_head,
+    without_layers,
+)
 from distill.teachers import Teacher, context_of, load_teachers
 from distill.training import Ranks
 
@@ -59,6 +69,32 @@ def make_student(base: PreTrainedModel, config: Config, dropped: Sequence[int]) 
     if config.student.lora:
         add_adapters(student, config.student.lora, config.training.seed)
     return student
+
+
+def make_working_copy(student: PreTrainedModel, parts: ModelParts, config: Config, ranks: Ranks) -> WorkingCopy | None:
+    """Where a GPU computes in half precision with float32 weights that it holds whole, and trains all of them; None
+    for a model that computes with one of them in float32, as a probe finds."""
+    rounds = student.device.type == "cuda" and parts.dtype != torch.float32
+    if not rounds or config.student.lora or ranks.sharded:
+        return None
+    working = WorkingCopy(student, parts.dtype)
+    return working if computes_alike(parts, on_copy(parts, working)) else None
+
+
+def on_copy(parts: ModelParts, working: WorkingCopy) -> ModelParts:
+    """A model whose body is its working copy's, which shares prompts where its own did."""
+    body = body_of(working.model)
+    refuse_like(parts.body, body)
+    return parts._replace(body=body, refresh=working.refresh)
+
+
+@torch.no_grad()
+def computes_alike(one: ModelParts, other: ModelParts) -> bool:
+    """Whether both give the same hidden states of some tokens, to the last bit."""
+    V, device = one.head.weight.shape[0], one.head.weight.device
+    prompt, said = ((torch.arange(length, device=device) % V)[None] for length in (5, 8))
+    given = prompt, torch.ones(1, 5, dtype=torch.bool), said, torch.tensor([8]), torch.tensor([0])
+    return torch.equal(one.hidden(*given), other.hidden(*given))
 
 
 def choose_device(requested: str, ranks: Ranks | None = None) -> torch.device:

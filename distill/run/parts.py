@@ -14,7 +14,7 @@ from distill.rollout import choose_dtype as choose_rollout_dtype
 from distill.run.checkpoint import Checkpoint, accept
 from distill.run.engines import make_engine
 from distill.run.layer_choice import choose_layers
-from distill.run.loading import Pair, check_compile, choose_dtype, load_pair, make_student
+from distill.run.loading import Pair, check_compile, choose_dtype, load_pair, make_student, make_working_copy, on_copy
 from distill.run.prompt_sets import load_prompt_sets
 from distill.runtime import MemoryLimits
 from distill.training import Ranks, Trainer, check_against_itself
@@ -49,7 +49,8 @@ class RunParts:
         for who, model in (("student", whole), *(("teacher", model) for model in teachers)):
             if reason := check_sharing(model):
                 self.notices.append(("sharing", f"the {who} computes a prompt once for each of its rows, as {reason}"))
-        self.student_parts = ranks.shard(self.student, whole)
+        working = make_working_copy(self.student, whole, config, ranks)
+        self.student_parts = ranks.shard(self.student, whole) if working is None else on_copy(whole, working)
         self.teachers = [ranks.shard(teacher.model, teacher.parts) for teacher in pair.teachers]
         if config.student.lora:
             self.tell(describe(self.student))
@@ -57,12 +58,13 @@ class RunParts:
             accept(start, config, self.prompts.student.digest, self.student)
         self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded, device=device)
         self.engine = make_engine(
-            self.student, config, self.tokenizer, self.vocab_size, self._precision(start), self.limits, ranks
+            self.student, config, self.tokenizer, self.vocab_size, self._precision(start), self.limits, ranks, working
         )
         if config.rollout.engine == "auto" and (reason := self.engine.fallback):
             self.notices.append(("engine", f"rollouts come from transformers' own loop, as {reason}"))
         if config.training.compile:
-            for model in (self.student, *(teacher.model for teacher in pair.teachers if teacher.model)):
+            trained = self.student if working is None else working.model
+            for model in (trained, *(teacher.model for teacher in pair.teachers if teacher.model)):
                 compile_layers(model)
         if config.rollout.server and ranks.rank == 0:
             self.servers.append(self.engine.server)

@@ -79,4 +79,4 @@ def restore(trainer: Trainer, found: Saved) -> None:
         else:
             trainer.ahead = Future()
             trainer.ahead.set_result(rollouts)
-    trainer.engine.refresh()
+    trainer.weights_changed()

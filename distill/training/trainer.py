@@ -190,7 +190,7 @@ class Trainer:
             for settings in self.optimizer.param_groups:
                 settings["lr"] = learning_rate
             self.optimizer.step()
-            self.engine.refresh()
+            self.weights_changed()
         metrics, row_reverse_kl = step_metrics(result, group, grad_norm, self.loss_options)
         # A batch's rollouts are shared evenly by the steps that it serves.
         seconds = {"rollout": self.rollout_seconds / groups_in_batch, **self.clock.read()}
@@ -204,6 +204,11 @@ class Trainer:
             "peak_memory_bytes": peak_memory_bytes(self.device),
         }
         return metrics, row_reverse_kl
+
+    def weights_changed(self) -> None:
+        """Has everything that computes with copies of the student's weights take them anew."""
+        self.student_parts.refresh()
+        self.engine.refresh()
 
     def _gradients(
         self, teacher_hidden: Sequence[Tensor | None], group: Group, parts: list[Tensor], own: Tensor | None = None
