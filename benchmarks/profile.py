@@ -32,8 +32,9 @@ from benchmarks.plan.shapes import Shape, known
 from benchmarks.trace import intervals, marked, summary
 from distill.config import TrainingConfig
 from distill.loss import LossOptions, ModelParts, Rollouts
-from distill.models import compile_layers, fuse_norms, split_head
+from distill.models import WorkingCopy, compile_layers, fuse_norms, split_head
 from distill.rollout import RolloutEngine, SamplingOptions, local_engine
+from distill.run.loading import on_copy
 from distill.runtime import PhaseClock, free_bytes
 from distill.training import Trainer
 
@@ -122,9 +123,14 @@ def trainer_of(sizes: Sizes, steps: int, device: torch.device) -> Trainer:
     if device.type == "cuda":  # as `load_model` does
         fuse_norms(student), fuse_norms(teacher)
     prompt_ids = torch.randint(sizes.student.vocab_size, (sizes.prompts, sizes.P), device=device)
+    parts, working = ModelParts(*split_head(student), dtype), None
+    if device.type == "cuda":  # as a run does
+        working = WorkingCopy(student, dtype)
+        parts = on_copy(parts, working)
     engine = local_engine(
         student,
         engine="native",
+        working=working,
         sampling=SamplingOptions(max_new_tokens=sizes.profiled_tokens),
         eos_token_ids=(),
         pad_token_id=0,
@@ -133,12 +139,12 @@ def trainer_of(sizes: Sizes, steps: int, device: torch.device) -> Trainer:
         compiled=sizes.compile,
     )
     if sizes.compile:
-        compile_layers(student), compile_layers(teacher)
+        compile_layers(parts.body), compile_layers(teacher)
     if sizes.profiled_tokens < sizes.T:
         engine = ShortRollouts(engine, random_rollouts(sizes, prompt_ids))
     trainer = Trainer(
         student,
-        ModelParts(*split_head(student), dtype),
+        parts,
         [ModelParts(*split_head(teacher), dtype)],
         engine,
         lambda epoch: [range(sizes.prompts)],

@@ -338,7 +338,7 @@ def test_qwen3_on_a_gpu(qwen3, record, shape):
     P, T, N = shape
     for how, copied in (("", True), (", autocast", False)):
         steps = our_steps(*qwen3, list(range(1, P + 1)), T, N, torch.bfloat16, generation="bfloat16", copied=copied)
-        record_phases(record, *qwen3, steps, P, T, N, timed=3, how=how)
+        record_phases(record, *qwen3, steps, P, T, N, timed=2, how=how)
         del steps
 
 

@@ -156,15 +156,22 @@ def held_bytes(work: Work, machine: Machine, layout: Layout) -> dict[str, float]
     copy = 0 if work.rollout_itemsize == 4 else 2 * s.parameters
     if not machine.cuda:  # packed for oneDNN, the head in float32; embeddings only where they change their type
         copy = work.rollout_itemsize * s.body() + 4 * s.head + (2 * s.head if work.rollout_itemsize == 2 else 0)
+    working = work.itemsize * s.body() if _rounded_once(work, machine, layout) and work.rollout_itemsize == 4 else 0
     teacher = t.head if work.offload else t.parameters
     local = not work.one_model and not layout.servers
     return {
         "student": 4 * s.parameters / layout.shards,
         "gradients and Adam": 12 * work.trained / layout.shards,
-        "sampling copy": copy,
+        "sampling copy": copy,  # which the passes compute with, too, where they round alike
+        "working copy": working,
         "teacher": work.teacher_itemsize * teacher / layout.shards if local else 0,
         "runtime": machine.efficiency.runtime_bytes,
     }
+
+
+def _rounded_once(work: Work, machine: Machine, layout: Layout) -> bool:
+    """Whether passes find their weights in half precision, instead of rounding them each time."""
+    return machine.cuda and work.itemsize < 4 and not work.lora_rank and layout.shards == 1
 
 
 def _wave_bytes(work: Work, machine: Machine) -> WaveBytes:
@@ -207,7 +214,7 @@ def peak_bytes(work: Work, machine: Machine, layout: Layout, held: dict[str, flo
     # The weight's gradient beside the buffers first, beside its scaled copies then.
     head = 4 * gradient + max(rows * s.vocab_size * column, (6 if half else 4) * gradient)
     head += K * s.hidden_size * (4 + 2 * work.itemsize) + (2 * s.head if half else 0)
-    if half:  # the weights as the products take them, kept for the backward
+    if half and not _rounded_once(work, machine, layout):  # the weights as products take them, kept for the backward
         head += work.itemsize * s.body() / (s.num_hidden_layers / 2 if layout.shards > 1 else 1)
     extra = {
         "rollout": max(
@@ -291,8 +298,8 @@ def _update_seconds(work: Work, machine: Machine, layout: Layout) -> dict[str, f
     K = work.prompts * work.N * work.T
     forward = _forward(machine, s, tokens, work.pairs(max(work.prompts, parts)), itemsize, parts)
     body = forward * ((2.5 if work.lora_rank else 3) + work.checkpointing + (work.scores_first and parts > 1))
-    if itemsize < 4:
-        body += parts * machine.moving(6 * s.body())  # the weights' cast
+    if itemsize < 4:  # the weights' cast
+        body += (1 if _rounded_once(work, machine, layout) else parts) * machine.moving(6 * s.body())
     columns = s.hidden_size * (2 if work.lora_rank else 3) + (0 if layout.servers else t.hidden_size)
     columns += (s.hidden_size + t.hidden_size) if work.scores_first else 0
     head = machine.busy(2 * K * s.vocab_size * columns, itemsize, reached.head)
