@@ -265,6 +265,7 @@ def test_qwen3_on_a_gpu(B: int, record, absent) -> None:
         return
     group = group.replace(f"{GPU_T} tokens each", f"{GPU_STOCK_T} tokens each")
     short = engine.variant(seed=1, max_new_tokens=GPU_STOCK_T)
+    native(short, prompt_ids, GPU_N)
     stock(model, prompt_ids, GPU_N, tokens=4)
     ways = {
         "ours": functools.partial(native, short, prompt_ids, GPU_N),

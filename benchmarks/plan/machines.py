@@ -1,7 +1,7 @@
 """What a machine can do: public peak figures of GPUs, or limits measured here; and how much of them the parts reach.
 
 Peaks are NVIDIA's, dense (no sparsity), of the SXM boards where there are several; memory is what the driver reports.
-The efficiencies were set once, to points that were measured (measured.py): on a CPU, and on one H100, whose processor
+The efficiencies were set once, to points that were measured (measured.py): on a CPU, and on one H200, whose processor
 launched slowly. Other GPUs, more than one of them and other models are taken to reach the same.
 """
 
@@ -24,12 +24,12 @@ class Efficiency(NamedTuple):
     attention: float  # of the products' peak, in attention
     copying: float  # of the bandwidth, where weights and keys are read and activations passed on
     rows: float  # of the bandwidth, in the fused head's row function and in the sampler
-    layer_seconds: float  # to launch one layer's forward; a backward takes twice that
+    layer_seconds: float  # to launch one layer's forward, while a GPU computes; a backward takes twice that
     decode_layer_seconds: float  # to launch one layer of a decode step
     runtime_bytes: int  # interpreter and libraries, or the CUDA context
 
 
-GPU = Efficiency(0.7, 0.5, 0.4, 0.75, 0.6, 8e-4, 8e-5, GIB)
+GPU = Efficiency(0.7, 0.5, 0.4, 0.75, 0.6, 1.55e-3, 7.5e-5, GIB)
 CPU = Efficiency(0.95, 0.95, 0.3, 0.8, 0.3, 1e-3, 8e-4, int(0.55 * GIB))
 
 

@@ -24,7 +24,7 @@ from distill.runtime import read_json_lines
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
-H100 = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb"
+H200 = ROOT / "benchmarks" / "results" / "nvidia-h200-141gb"
 TINY = Shape(256, 1024, 8, 4, 2, 64, 8192, False)  # test_rollout's
 SMOLLM2 = known("SmolLM2-135M")
 PRUNED = replace(SMOLLM2, num_hidden_layers=28)
@@ -92,19 +92,23 @@ def points(folder: Path = RESULTS) -> list[Point]:
     return found
 
 
-def gpu_points(folder: Path = H100) -> list[Point]:
-    """The rollouts and the phases of a step on an H100 with plain layers."""
+def gpu_points(folder: Path = H200) -> list[Point]:
+    """The rollouts and the phases of a step on an H200 with plain layers."""
     student, teacher, found = known("Qwen3-0.6B"), known("Qwen3-4B"), []
     for row in _rows(folder):
         half = {"itemsize": 2, "rollout_itemsize": 2, "teacher_itemsize": 2}
         if row.name == "ours" and (sizes := re.match(r"rollouts, Qwen3-0.6B, bfloat16: (.*) each", row.group)):
             B, P, N, T = map(int, re.findall(r"\d+", sizes[1]))
-            plan = predict(Work(student, teacher, P, T, N, B, B, **half), GPUS["h100"])
+            plan = predict(Work(student, teacher, P, T, N, B, B, **half, micro_batch="auto"), GPUS["h200"])
             what = f"rollouts of Qwen3-0.6B, bfloat16, prompts: {B}, P = {P}, T = {T}, N = {N}"
             found.append(Point(what, "rollout", row.seconds, plan.phase("rollout")))
-        elif row.group.startswith("Qwen3-0.6B from 4B") and not row.group.endswith("compiled") and row.name in PHASES:
+        elif (
+            row.group.startswith("Qwen3-0.6B from 4B")
+            and not row.group.endswith(("compiled", "autocast"))
+            and row.name in PHASES
+        ):
             n = _numbers(row)
-            plan = predict(Work(student, teacher, n["P"], n["T"], n["N"], **half), GPUS["h100"])
+            plan = predict(Work(student, teacher, n["P"], n["T"], n["N"], **half, micro_batch="auto"), GPUS["h200"])
             found.append(Point(row.group, row.name, row.seconds, plan.phase(row.name)))
     return found
 

@@ -230,12 +230,13 @@ def _forward(machine: Machine, shape: Shape, tokens: float, pairs: float, itemsi
     """Seconds of one forward without the head, in so many parts."""
     reached = machine.efficiency
     attention = 4 * pairs * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
-    return (
+    computing = (
         machine.busy(2 * shape.active * tokens, itemsize, reached.body, parts * itemsize * shape.body())
         + machine.busy(attention, itemsize, reached.attention)
         + machine.moving(2 * tokens * shape.num_hidden_layers * shape.activation_bytes(itemsize))
-        + parts * shape.num_hidden_layers * reached.layer_seconds
     )
+    launching = parts * shape.num_hidden_layers * reached.layer_seconds
+    return max(computing, launching) if machine.cuda else computing + launching
 
 
 def _collective(layout: Layout, machine: Machine, moved: float) -> float:

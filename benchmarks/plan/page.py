@@ -15,7 +15,7 @@ from distill.config import ConfigError, load_config
 ROOT = Path(__file__).parents[2]
 MARKERS = "<!-- plan -->", "<!-- end of plan -->"
 UNVERIFIED = (
-    "Predicted. Peaks are the vendor's, the part of them that is reached was measured on one H100 with Qwen3-0.6B from "
+    "Predicted. Peaks are the vendor's, the part of them that is reached was measured on one H200 with Qwen3-0.6B from "
     "4B; other GPUs, other models and more than one GPU are not verified (benchmarks/plan/machines.py)."
 )
 PAIRS = {"0.6B": ("4B", "235B-A22B"), "1.7B": ("8B",), "4B": ("32B", "235B-A22B"), "8B": ("32B", "235B-A22B")}
@@ -129,8 +129,8 @@ the run itself, and N beyond one wave is sampled in several.
 
 On the machine of [`performance.md`](performance.md), by the limits measured there ({cpu.flops[4] / 1e9:.0f} GFLOP/s in
 float32, {cpu.bandwidth / 1e9:.0f} GB/s), from the files in `benchmarks/results/{cpu.name}`. The efficiencies of this
-processor were set by hand to fit these figures. The last lines are those of an H100
-(`benchmarks/results/{measured.H100.name}`), whose limits are the vendor's and whose efficiencies were set to fit, too.
+processor were set by hand to fit these figures. The last lines are those of an H200
+(`benchmarks/results/{measured.H200.name}`), whose limits are the vendor's and whose efficiencies were set to fit, too.
 `tests/test_plan.py` holds every time to a factor of 1.5 and all memory to 25 %.
 
 {markdown(["what", "figure", "predicted", "measured", "ratio"], beside())}

@@ -12,14 +12,27 @@ from torch import Tensor
 from distill_kernels import backend
 from distill_kernels.prefix_layout import Cut, PrefixLayout, Shared
 
+# Not a `custom_op`, which takes as long on the host as the launch does: every layer of every pass merges once.
+MERGE = "distill_kernels::merge_attention"
+torch.library.define(MERGE, "(Tensor(a!) out, Tensor(b!) lse, Tensor other_out, Tensor other_lse) -> ()")
 
-@torch.library.custom_op("distill_kernels::merge_attention", mutates_args=("out", "lse"))
+
+@torch.library.impl(MERGE, "CompositeExplicitAutograd")
+def _merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    backend.implementation("merge", out.device).merge(out, lse, other_out, other_lse)
+
+
+@torch.library.register_fake(MERGE)
+def _(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    pass
+
+
 def merge_attention(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
     """Adds a second set of keys to attention over a first, in place: out [M, h, d], lse [M, h] float32.
 
     The last stride of `out` and `other_out` must be 1, the others are free. No gradients.
     """
-    backend.implementation("merge", out.device).merge(out, lse, other_out, other_lse)
+    torch.ops.distill_kernels.merge_attention(out, lse, other_out, other_lse)
 
 
 def _spans(layout: PrefixLayout) -> tuple[slice, slice]:
