@@ -80,7 +80,7 @@ for part in "${parts[@]}"; do
     rollout) bench 120 rollout benchmarks/test_rollout.py -k on_a_gpu ;;
     step) bench 120 step benchmarks/test_command.py -k qwen3 ;;
     attention) bench 60 attention benchmarks/test_prefix_attention.py ;;
-    compiled) bench 120 compiled benchmarks/test_step.py -k compiled_on_a_gpu ;;
+    compiled) bench 150 compiled benchmarks/test_step.py -k compiled_on_a_gpu ;;
     trl) bench 150 trl benchmarks/test_step.py -k beside_trl_on_a_gpu ;;
     train) bench 150 train benchmarks/test_command.py -k recipe ;;
   esac

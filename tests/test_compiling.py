@@ -4,10 +4,14 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from distill.config import Config, ConfigError
 from distill.forward import completion_hidden
 from distill.forward import hidden as forward_hidden
-from distill.models import compile_layers, join_siblings
+from distill.loss import ModelParts
+from distill.models import compile_layers, join_siblings, split_head
 from distill.rollout import SamplingOptions, local_engine
+from distill.run.compiling import WORTHWHILE_STEPS, compile_parts, wants_compiling
+from distill.training import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +83,53 @@ def test_a_compiled_layer_makes_one_product_of_siblings():
     compile_layers(model, backend="eager")
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
     assert 0 < graphs() < LAYERS
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_the_compiler_takes_is_compiled_before_the_first_step(trained):
+    model = tiny_model("qwen3", num_hidden_layers=LAYERS).requires_grad_(trained)
+    parts = ModelParts(*split_head(model), torch.bfloat16)
+    assert compile_parts(parts, backend="eager") is None
+    made = graphs()
+    assert 0 < made < LAYERS
+    prompt_ids, said = torch.arange(3, 40)[None], torch.arange(3, 33).view(3, 10)
+    mask, index = torch.ones_like(prompt_ids, dtype=torch.bool), torch.zeros(3, dtype=torch.int64)
+    with torch.set_grad_enabled(trained):
+        parts.hidden(prompt_ids, mask, said, torch.tensor([10, 3, 8]), index)
+    assert graphs() == made, "compiled anew for other lengths"
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_what_the_compiler_fails_at_stays_as_it_was():
+    def failing(graph, inputs):
+        raise RuntimeError("no such operation")
+
+    model = tiny_model("qwen3", num_hidden_layers=2)
+    parts = ModelParts(*split_head(model), torch.float32)
+    ids = torch.arange(3, 40)[None]
+    expected = model(ids, use_cache=False).logits
+    assert "no such operation" in compile_parts(parts, backend=failing)
+    torch._dynamo.reset()
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+    assert graphs() == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "prompts", "max_steps", "wanted"),
+    [
+        ("cuda", "auto", 2 * WORTHWHILE_STEPS, None, True),
+        ("cuda", "auto", 2 * WORTHWHILE_STEPS - 2, None, False),
+        ("cuda", "auto", 10**6, WORTHWHILE_STEPS - 1, False),
+        ("cpu", "auto", 10**6, None, False),
+        ("cuda", True, 1, None, True),
+        ("cuda", False, 10**6, None, False),
+    ],
+)
+def test_long_runs_on_a_gpu_are_compiled(device, asked, prompts, max_steps, wanted):
+    model = {"model": "somewhere/model"}
+    training = {"compile": asked, "prompts_per_step": 2, "max_steps": max_steps}
+    config = Config(student=model, teacher=model, prompts={"train": "prompts.txt"}, training=training)
+    assert wants_compiling(config, torch.device(device), Ranks(), prompts) is wanted
+    if asked is True:
+        with pytest.raises(ConfigError, match="it is for a GPU"):
+            wants_compiling(config, torch.device("cpu"), Ranks(), prompts)

@@ -215,9 +215,9 @@ class TrainingConfig(Section):
     (not with `parallel: shard`); else 8192."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    compile: bool = False
-    """Compile the decoder layers of student and teachers (`torch.compile`; on a GPU only). The first steps take about a
-    minute longer, all others less."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the decoder layers of student and teachers (`torch.compile`; on a GPU only). It takes about a minute at
+    the start, and every step less. `auto`: in runs of 500 optimizer steps or more; a line says so if it fails."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:INDEX`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -21,9 +21,10 @@ def make_engine(
     limits: MemoryLimits,
     ranks: Ranks | None = None,
     working: WorkingCopy | None = None,
+    compiled: bool = False,
 ) -> RolloutEngine | VllmEngine | RankedVllmEngine:
     """What samples from `model` as `rollout` says, in a precision that may be decided already; `working` is a copy that
-    there is of it, whose weights it shares."""
+    there is of it, whose weights it shares, and `compiled` has it compile its layers."""
     rollout = config.rollout
     common = {
         "sampling": SamplingOptions(
@@ -49,7 +50,7 @@ def make_engine(
         precision=precision,
         engine=rollout.engine,
         memory_budget_bytes=None if rollout.memory_gib is None else int(rollout.memory_gib * 2**30),
-        compiled=config.training.compile,
+        compiled=compiled,
         limits=limits,
         working=working,
     )

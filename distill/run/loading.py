@@ -116,10 +116,3 @@ def choose_dtype(requested: str, device: torch.device) -> torch.dtype:
     if requested == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, requested)
-
-
-def check_compile(config: Config, device: torch.device, ranks: Ranks) -> None:
-    """Raises `ConfigError` where `training.compile` is asked for and cannot be had."""
-    if config.training.compile and (device.type != "cuda" or ranks.sharded):
-        found = "training.parallel: shard" if ranks.sharded else f"training.device: {device.type}"
-        raise ConfigError(f"training.compile: found true with {found}; it is for a GPU that holds its models whole")

@@ -8,13 +8,14 @@ from rich.console import Console
 
 from distill.config import Config
 from distill.loss import LossOptions, ModelParts, check_sharing
-from distill.models import compile_layers, describe, split_head
+from distill.models import describe, split_head
 from distill.prompts import epoch_batches, epoch_order, left_pad
 from distill.rollout import choose_dtype as choose_rollout_dtype
 from distill.run.checkpoint import Checkpoint, accept
+from distill.run.compiling import compile_parts, wants_compiling
 from distill.run.engines import make_engine
 from distill.run.layer_choice import choose_layers
-from distill.run.loading import Pair, check_compile, choose_dtype, load_pair, make_student, make_working_copy, on_copy
+from distill.run.loading import Pair, choose_dtype, load_pair, make_student, make_working_copy, on_copy
 from distill.run.prompt_sets import load_prompt_sets
 from distill.runtime import MemoryLimits
 from distill.training import Ranks, Trainer, check_against_itself
@@ -32,7 +33,7 @@ class RunParts:
         """
         self.config, self.ranks, self._console = config, ranks, console
         self.device, self.dtype = device, choose_dtype(config.training.precision, device)
-        check_compile(config, device, ranks)
+        wants_compiling(config, device, ranks, prompts=0)  # where it cannot be had, before all is loaded
         pair = load_pair(config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         teachers = [teacher.parts for teacher in pair.teachers]
@@ -57,15 +58,20 @@ class RunParts:
         if start:
             accept(start, config, self.prompts.student.digest, self.student)
         self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded, device=device)
+        compiled = wants_compiling(config, device, ranks, len(self.prompts.student)) and self._compile()
         self.engine = make_engine(
-            self.student, config, self.tokenizer, self.vocab_size, self._precision(start), self.limits, ranks, working
+            self.student,
+            config,
+            self.tokenizer,
+            self.vocab_size,
+            self._precision(start),
+            self.limits,
+            ranks,
+            working,
+            compiled,
         )
         if config.rollout.engine == "auto" and (reason := self.engine.fallback):
             self.notices.append(("engine", f"rollouts come from transformers' own loop, as {reason}"))
-        if config.training.compile:
-            trained = self.student if working is None else working.model
-            for model in (trained, *(teacher.model for teacher in pair.teachers if teacher.model)):
-                compile_layers(model)
         if config.rollout.server and ranks.rank == 0:
             self.servers.append(self.engine.server)
         self.trainer = self._make_trainer()
@@ -87,6 +93,16 @@ class RunParts:
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
         }
+
+    def _compile(self) -> bool:
+        """Compiles the layers of all models here; whether the compiler took the student's."""
+        reasons = {}
+        for who, parts in (*(("teacher", teacher) for teacher in self.teachers), ("student", self.student_parts)):
+            if not parts.sampled_only and (reason := compile_parts(parts)):
+                reasons[who] = reason
+        for who, reason in reasons.items():
+            self.notices.append(("compile", f"the {who}'s layers are not compiled, as the compiler fails: {reason}"))
+        return "student" not in reasons
 
     def _choose_layers(self, pair: Pair, start: Checkpoint | None) -> Sequence[int]:
         """The layers to drop: as configured, as the checkpoint's run found them, or found now."""
