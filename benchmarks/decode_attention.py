@@ -54,6 +54,7 @@ def inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
     sizes = {"query": (R, Hq, D)}
     sizes |= dict.fromkeys(("keys", "values"), (R, Hkv, T, D))
     sizes |= dict.fromkeys(("prompt_keys", "prompt_values"), (B, Hkv, P, D))
+    sizes |= dict.fromkeys(("new_keys", "new_values"), (R, Hkv, D))
     made = {name: torch.randn(size, device=device, dtype=dtype) for name, size in sizes.items()}
     made |= {"position": torch.tensor([seen - 1], device=device), "scale": D**-0.5, "rows_a_prompt": N}
     made |= {"row_start": torch.arange(0, R + 1, N, device=device)}
@@ -87,7 +88,7 @@ def seconds_each(calls: list[Callable[[], object]], rounds: int = 7) -> float:
 
 def error_of(output: Tensor, layer: dict, N: int) -> float:
     """Relative to the first prompt's rows in float64."""
-    own = {name: layer[name][:N].double() for name in ("query", "keys", "values")}
+    own = {name: layer[name][:N].double() for name in ("query", "keys", "values", "new_keys", "new_values")}
     own |= {f"prompt_{name}": layer[f"prompt_{name}"][:1].double() for name in ("keys", "values")}
     row_start = layer["row_start"][:2]
     truth = reference.decode_attention(**own, position=layer["position"], scale=layer["scale"], row_start=row_start)
