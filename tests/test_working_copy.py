@@ -104,3 +104,23 @@ def test_a_layer_that_computes_in_float32_is_noticed():
     assert computes_alike(plain, on_copy(plain, WorkingCopy(student, torch.bfloat16)))
     student.model.layers[0].mlp.up_proj.forward = MethodType(in_float32, student.model.layers[0].mlp.up_proj)
     assert not computes_alike(plain, on_copy(plain, WorkingCopy(student, torch.bfloat16)))
+
+
+def test_memory_that_runs_out_while_a_gradient_is_handed_on_leaves_nothing(monkeypatch):
+    student = tiny_model("llama")
+    working = WorkingCopy(student, torch.bfloat16)
+    parts = on_copy(ModelParts(*split_head(student), torch.bfloat16), working)
+    expected = gradients(student, parts)
+    student.zero_grad()
+    mask, index = torch.ones_like(PROMPTS, dtype=torch.bool), torch.arange(4) // 2
+    loss = parts.hidden(PROMPTS, mask, SAID, torch.tensor([7, 3, 5, 6]), index).float().sum()
+
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            loss.backward()
+    for name, gradient in gradients(student, parts).items():
+        assert torch.equal(gradient, expected[name])

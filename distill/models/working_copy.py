@@ -49,8 +49,8 @@ class WorkingCopy:
 
 def _hand_on(source: nn.Parameter, copy: nn.Parameter) -> None:
     """Adds what a backward pass has left at the copy to the source's gradient."""
+    gradient, copy.grad = copy.grad, None  # first: where memory runs out below, nothing is left for the next attempt
     if source.grad is None:
-        source.grad = copy.grad.to(source.dtype)
+        source.grad = gradient.to(source.dtype)
     else:
-        source.grad += copy.grad
-    copy.grad = None
+        source.grad += gradient
