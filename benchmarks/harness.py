@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.models import compile_layers
+from distill.models import compile_layers, uncompile_layers
 from distill_kernels import cpu_product
 
 DRY = os.environ.get("DRY") == "1"
@@ -219,8 +219,8 @@ def compiled(*models: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in (module for model in models for module in model.modules()):
-            module._compiled_call_impl = None
+        for model in models:
+            uncompile_layers(model)
 
 
 def ratios(rows: Sequence[Row]) -> dict[tuple[str, str], float]:

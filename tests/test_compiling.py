@@ -129,7 +129,7 @@ def test_long_runs_on_a_gpu_are_compiled(device, asked, prompts, max_steps, want
     model = {"model": "somewhere/model"}
     training = {"compile": asked, "prompts_per_step": 2, "max_steps": max_steps}
     config = Config(student=model, teacher=model, prompts={"train": "prompts.txt"}, training=training)
-    assert wants_compiling(config, torch.device(device), Ranks(), prompts) is wanted
+    assert wants_compiling(config, torch.device(device), Ranks(), config.training.total_steps([prompts])) is wanted
     if asked is True:
         with pytest.raises(ConfigError, match="it is for a GPU"):
-            wants_compiling(config, torch.device("cpu"), Ranks(), prompts)
+            wants_compiling(config, torch.device("cpu"), Ranks())

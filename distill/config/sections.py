@@ -5,6 +5,7 @@ The docstring under a field is its help text.
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -245,6 +246,11 @@ class TrainingConfig(Section):
     """`auto` continues from the newest checkpoint in output_dir, `never` starts over, else a checkpoint's folder."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     """Experiment trackers that are told every step and evaluation."""
+
+    def total_steps(self, batch_sizes: Iterable[int]) -> int:
+        """Optimizer steps of a run whose epochs have batches of so many prompts."""
+        steps = self.num_epochs * sum(math.ceil(size / self.prompts_per_step) for size in batch_sizes)
+        return min(steps, self.max_steps or steps)
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""

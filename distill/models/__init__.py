@@ -7,7 +7,7 @@ from distill.models.abilities import fits_capture, native_refusal, sharing_refus
 from distill.models.agreement import check_pair, eos_ids
 from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
-from distill.models.compiling import compile_layers
+from distill.models.compiling import compile_layers, uncompile_layers
 from distill.models.composite import auto_class, other_parameters, save_model
 from distill.models.gradient_probe import gradients_differ
 from distill.models.loading import load_model, load_tokenizer
@@ -60,6 +60,7 @@ __all__ = [
     "take_keys",
     "tensors_of",
     "text_model",
+    "uncompile_layers",
     "unpacked_rows",
     "whole",
     "windowed_layers",

@@ -16,3 +16,9 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True, backend=backend)
+
+
+def uncompile_layers(model: nn.Module) -> None:
+    """Undoes `compile_layers`."""
+    for module in model.modules():
+        module._compiled_call_impl = None

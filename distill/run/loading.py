@@ -91,10 +91,15 @@ def on_copy(parts: ModelParts, working: WorkingCopy) -> ModelParts:
 @torch.no_grad()
 def computes_alike(one: ModelParts, other: ModelParts) -> bool:
     """Whether both give the same hidden states of some tokens, to the last bit."""
-    V, device = one.head.weight.shape[0], one.head.weight.device
-    prompt, said = ((torch.arange(length, device=device) % V)[None] for length in (5, 8))
-    given = prompt, torch.ones(1, 5, dtype=torch.bool), said, torch.tensor([8]), torch.tensor([0])
-    return torch.equal(one.hidden(*given), other.hidden(*given))
+    return torch.equal(one.hidden(*some_rows(one)), other.hidden(*some_rows(one)))
+
+
+def some_rows(parts: ModelParts) -> tuple[torch.Tensor, ...]:
+    """A prompt and two completions of it, as `ModelParts.hidden` takes them, to try a model with."""
+    V, device = parts.head.weight.shape[0], parts.head.weight.device
+    prompt, said = (torch.arange(count, device=device) % V for count in (9, 14))
+    mask, lengths = torch.ones(1, 9, dtype=torch.bool), torch.tensor([5, 7])
+    return prompt[None], mask, said.view(2, 7), lengths, torch.zeros(2, dtype=torch.int64)
 
 
 def choose_device(requested: str, ranks: Ranks | None = None) -> torch.device:

@@ -33,7 +33,7 @@ class RunParts:
         """
         self.config, self.ranks, self._console = config, ranks, console
         self.device, self.dtype = device, choose_dtype(config.training.precision, device)
-        wants_compiling(config, device, ranks, prompts=0)  # where it cannot be had, before all is loaded
+        wants_compiling(config, device, ranks)  # which raises where it cannot be had, before all is loaded
         pair = load_pair(config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         teachers = [teacher.parts for teacher in pair.teachers]
@@ -58,7 +58,8 @@ class RunParts:
         if start:
             accept(start, config, self.prompts.student.digest, self.student)
         self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded, device=device)
-        compiled = wants_compiling(config, device, ranks, len(self.prompts.student)) and self._compile()
+        steps = config.training.total_steps(map(len, self._batches(0)))
+        compiled = wants_compiling(config, device, ranks, steps) and self._compile()
         self.engine = make_engine(
             self.student,
             config,
@@ -124,15 +125,20 @@ class RunParts:
             precision = self.ranks.of_first(str(choose_rollout_dtype(self.student, precision))[len("torch.") :])
         return precision
 
+    def _batches(self, epoch: int) -> Sequence[Sequence[int]]:
+        """An epoch's batches of prompt indices."""
+        config, count = self.config, len(self.prompts.student)
+        order = epoch_order(count=count, seed=config.training.seed, shuffle=config.prompts.shuffle, epoch=epoch)
+        return epoch_batches(order, config.prompts_per_batch)
+
     def _make_trainer(self) -> Trainer:
         config, training, (prompts, seen) = self.config, self.config.training, self.prompts
-        order = {"count": len(prompts), "seed": training.seed, "shuffle": config.prompts.shuffle}
         return Trainer(
             self.student,
             self.student_parts,
             self.teachers,
             self.engine,
-            lambda epoch: epoch_batches(epoch_order(epoch=epoch, **order), config.prompts_per_batch),
+            self._batches,
             lambda indices: left_pad([prompts.token_ids[i] for i in indices], self.tokenizer.pad_token_id),
             training,
             LossOptions(**config.loss.model_dump(), mask_truncated=config.rollout.mask_truncated),

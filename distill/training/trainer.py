@@ -101,9 +101,7 @@ class Trainer:
         self.ahead: Future[Rollouts] | None = None
         self.sampled_at, self.ahead_sampled_at = 0, 0
         # Batches have the same sizes in every epoch, so the first one's tell how many steps there are.
-        sizes = [len(batch) for batch in prompt_batches(0)]
-        steps = options.num_epochs * sum(math.ceil(size / options.prompts_per_step) for size in sizes)
-        self.total_steps = min(steps, options.max_steps or steps)
+        self.total_steps = options.total_steps(map(len, prompt_batches(0)))
 
     def steps(self) -> Iterator[StepResult]:
         """Trains from `position` to the end, handing out each optimizer step's result.

@@ -49,17 +49,12 @@ def record(
     ended: Tensor,
     ends: Tensor,
     pad_token_id: int,
-    token_ids: Tensor,
-    lengths: Tensor,
-    logprob: Tensor,
-    sampling_logprob: Tensor,
-    finished: Tensor,
+    *out: Tensor,
 ) -> Tensor:
-    """See `record_draw`."""
+    """See `record_draw`, whose buffers are `out`."""
     R, go_on = ended.shape[0], torch.empty_like(drawn.token_ids)
     if R > 0:
         given = *(vector.contiguous() for vector in drawn), step, rows.contiguous(), ended, ends.contiguous()
-        out = token_ids, lengths, logprob, sampling_logprob, finished, go_on
-        numbers = R, ends.shape[0], token_ids.shape[1], pad_token_id
-        _record_kernel[(triton.cdiv(R, BLOCK),)](*given, *out, *numbers, BLOCK=BLOCK, num_warps=WARPS, **FUSION)
+        numbers = R, ends.shape[0], out[0].shape[1], pad_token_id
+        _record_kernel[(triton.cdiv(R, BLOCK),)](*given, *out, go_on, *numbers, BLOCK=BLOCK, num_warps=WARPS, **FUSION)
     return go_on

@@ -12,13 +12,10 @@ def record(
     ended: Tensor,
     ends: Tensor,
     pad_token_id: int,
-    token_ids: Tensor,
-    lengths: Tensor,
-    logprob: Tensor,
-    sampling_logprob: Tensor,
-    finished: Tensor,
+    *out: Tensor,
 ) -> Tensor:
-    """See `record_draw`."""
+    """See `record_draw`, whose buffers are `out`."""
+    token_ids, lengths, logprob, sampling_logprob, finished = out
     go_on = drawn.token_ids.masked_fill(ended, pad_token_id)
     token_ids[rows, step] = go_on
     logprob[rows, step] = drawn.logprob.masked_fill(ended, 0.0)
