@@ -1,6 +1,7 @@
 """Activation checkpointing for the length of a call: each decoder layer keeps only its input, and is computed again.
 
 A layer that fills a cache keeps what the cache held before, too, and fills a copy of that when it is computed again.
+What is compiled of a layer stays within what is checkpointed: the compiler does not take the contexts here.
 """
 
 import contextlib
@@ -29,19 +30,14 @@ def checkpointed(
     layers = [layer for layer in layers if id(layer) not in within]
     if not layers:
         raise ValueError(f"model type {body.config.model_type!r} has no layers that support checkpointing")
-    # The layer itself asks for training mode; its submodules, where dropout lives, keep theirs.
-    ours = {
-        "gradient_checkpointing": True,
-        "training": True,
-        "_can_checkpoint_with_cache": True,  # else it would be given none
-        "_gradient_checkpointing_func": functools.partial(
-            _checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recomputing())
-        ),
-    }
-    before = [{name: vars(layer).get(name, MISSING) for name in ours} for layer in layers]
+    run = functools.partial(
+        _checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), recomputing())
+    )
+    ours = [_settings(layer, run) for layer in layers]
+    before = [{name: vars(layer).get(name, MISSING) for name in new} for layer, new in zip(layers, ours, strict=True)]
     try:
-        for layer in layers:
-            vars(layer).update(ours)
+        for layer, new in zip(layers, ours, strict=True):
+            vars(layer).update(new)
         yield
     finally:
         for layer, values in zip(layers, before, strict=True):
@@ -50,6 +46,20 @@ def checkpointed(
                     del vars(layer)[name]
                 else:
                     vars(layer)[name] = value
+
+
+def _settings(layer: nn.Module, run: Callable) -> dict[str, Any]:
+    """What of a layer has each of its calls go through `run`."""
+    compiled = layer._compiled_call_impl
+    if compiled is not None:
+        return {"_compiled_call_impl": lambda *inputs, **named: run(functools.partial(compiled, **named), *inputs)}
+    # The layer itself asks for training mode; its submodules, where dropout lives, keep theirs.
+    return {
+        "gradient_checkpointing": True,
+        "training": True,
+        "_can_checkpoint_with_cache": True,  # else it would be given none
+        "_gradient_checkpointing_func": run,
+    }
 
 
 def _checkpoint(function: functools.partial, *inputs: Any, **options: Any) -> Any:
