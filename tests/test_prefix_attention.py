@@ -1,6 +1,7 @@
 """Packed attention with shared keys against a masked softmax over all packed tokens, in float64."""
 
 import sys
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -210,19 +211,80 @@ def flash_backward_here(grad_out, query, key, value, out, lse, *arguments, scale
     return tuple(grads)
 
 
-@pytest.mark.parametrize("shortest", [1, 2, 6, 512])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_the_flash_way_and_its_cut_prompts_equal_a_masked_softmax(monkeypatch, shortest, groups, sinks):
-    """With a stand-in for the flash kernels, which there are none of on a CPU."""
-    monkeypatch.setattr(prefix_layout, "SHORTEST_PIECE", shortest)
+@pytest.fixture
+def flash_here(monkeypatch):
+    """A stand-in for the flash kernels, which there are none of on a CPU."""
     monkeypatch.setattr(sys.modules["distill_kernels.prefix_attention"], "_has_flash", lambda *_: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward_here)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward_here)
+
+
+@pytest.mark.parametrize("shortest", [1, 2, 6, 512])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.usefixtures("flash_here")
+def test_the_flash_way_and_its_cut_prompts_equal_a_masked_softmax(monkeypatch, shortest, groups, sinks):
+    monkeypatch.setattr(prefix_layout, "SHORTEST_PIECE", shortest)
     for place in (layout(), random_layout(1), random_layout(2), random_layout(3)):
         inputs, upstream, exact = inputs_and_exact(4, groups, 8, 8, place, sinks=sinks)
         assert max(errors(prefix_attention, inputs, upstream, place, exact)) < 1e-12
         assert (place.cut(4) is None) == (max(s.query_length for s in place.shared) < 2 * shortest)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_what_a_compiler_is_told_of_the_ops_is_so(request, flash, heads_first):
+    """Shapes, strides, dtypes and what is an alias of what."""
+    if flash:
+        request.getfixturevalue("flash_here")
+    place = layout()
+    inputs, upstream, _ = inputs_and_exact(4, 2, 8, 8, place)
+    inputs = [each.detach() for each in inputs]
+    if heads_first:
+        inputs = [each.transpose(0, 1).contiguous().transpose(0, 1) for each in inputs]
+    ops, options, tests = (
+        torch.ops.distill_kernels,
+        (place.handle(), SCALE, None, None),
+        ("test_schema", "test_faketensor"),
+    )
+    torch.library.opcheck(ops.prefix_attention.default, (*inputs, *options), test_utils=tests)
+    results = ops.prefix_attention(*inputs, *options)
+    backward = ops.prefix_attention_backward.default
+    torch.library.opcheck(backward, (upstream, *inputs, *results, *options), test_utils=tests)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_compiler_takes_it_whole_once_for_all_layouts(request, flash, sinks):
+    torch._dynamo.reset()
+    # Some of what it imports at first use has to see the kernels that the stand-in replaces.
+    torch.compile(torch.sin, backend="aot_eager")(torch.zeros(1))
+    if flash:
+        request.getfixturevalue("flash_here")
+    compiled = torch.compile(prefix_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for place in (layout(), random_layout(1), random_layout(2)):
+            inputs, upstream, _ = inputs_and_exact(4, 2, 8, 8, place, sinks=sinks)
+            inputs = [each.requires_grad_() for each in inputs]
+            pairs = []
+            for function, given in ((prefix_attention, place), (compiled, place.handle())):
+                out = attend(function, inputs, given)
+                pairs.append([out, *torch.autograd.grad(out, inputs, upstream)])
+            assert all(map(torch.equal, *pairs))
+
+
+def test_a_layout_lives_as_long_as_a_backward_may_need_it():
+    inputs, upstream, _ = inputs_and_exact(4, 2, 8, 8, layout())
+    compiled = torch.compile(prefix_attention, backend="aot_eager", fullgraph=True)
+    for function in (prefix_attention, compiled):
+        place = layout()
+        handle, alive = place.handle(), weakref.ref(place)
+        out = attend(function, [each.requires_grad_() for each in inputs], handle)
+        del place, handle
+        assert alive() is not None
+        torch.autograd.grad(out, inputs, upstream)
+        del out
+        assert alive() is None
 
 
 def test_gradients_of_copied_keys_are_rounded_once():

@@ -48,12 +48,11 @@ PLAIN_ARGUMENTS = frozenset(
 
 @dataclass
 class Sharing:
-    """What the layers of a model are told in a pass that shares prompts, and what they say back."""
+    """What the layers of a model are told in a pass that shares prompts."""
 
     layout: PrefixLayout
     longest_row: int  # tokens of the longest prompt and completion together
-    calls: int = 0  # attention layers that have used the layout
-    windows: int = 0  # those of them that see a window of the row
+    handle: Tensor | None = None  # the layout's, for compiled layers
 
 
 class NotShareableError(Exception):
@@ -126,7 +125,7 @@ def shared_hidden(
     packed = pack(rows, prompt_ids.shape[1], completion_ids.shape[1])
     source, positions, states = (to_device(each, device) for each in packed[:3])
     layout = PrefixLayout(packed.segments, packed.shared, functools.partial(to_device, device=device))
-    sharing = Sharing(layout, rows.longest())
+    sharing = Sharing(layout, rows.longest(), layout.handle())
     token_ids = torch.cat([prompt_ids.reshape(-1), completion_ids.reshape(-1)])
     ours = functools.partial(attention_as, body, ATTENTION)
     with ours(), checkpointed(body, ours) if checkpointing else _nothing():
@@ -137,11 +136,12 @@ def shared_hidden(
             shared_prefix=sharing,
         ).last_hidden_state
     config = body.config.get_text_config()
-    if sharing.calls != config.num_hidden_layers:
-        raise NotShareableError(f"its {config.num_hidden_layers} layers called attention {sharing.calls} times")
+    if layout.calls != config.num_hidden_layers:
+        raise NotShareableError(f"its {config.num_hidden_layers} layers called attention {layout.calls} times")
     windows = len(windowed_layers(config))
-    if sharing.windows < windows and config.sliding_window < sharing.longest_row:
-        raise NotShareableError(f"{windows} of its layers have a window, and {sharing.windows} tell their attention so")
+    told = layout.windowed_calls
+    if told < windows and config.sliding_window < sharing.longest_row:
+        raise NotShareableError(f"{windows} of its layers have a window, and {told} tell their attention so")
     return hidden[0][states]
 
 
@@ -191,7 +191,6 @@ def refuse_like(body: nn.Module, other: nn.Module) -> None:
         _REFUSED[other] = _REFUSED[body]
 
 
-@torch.compiler.disable
 def _shared_prefix_attention(
     module: nn.Module,
     query: Tensor,
@@ -223,15 +222,14 @@ def _shared_prefix_attention(
         extra += [name for name, given in options.items() if given is not None]
     if extra:
         raise NotShareableError(f"its attention takes {', '.join(extra)}")
-    shared_prefix.calls += 1
-    shared_prefix.windows += bool(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kind = query.device.type
     # Rotary embeddings may leave query and key in another precision than value, above all under autocast.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    layout = shared_prefix.handle if torch.compiler.is_compiling() else shared_prefix.layout
     packed = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
     with torch.autocast(kind, enabled=False):
-        return prefix_attention(*packed, shared_prefix.layout, scale, **options)[None], None
+        return prefix_attention(*packed, layout, scale, **options)[None], None
 
 
 AttentionInterface.register(ATTENTION, _shared_prefix_attention)

@@ -1,7 +1,8 @@
 """Decoder layers as compiled regions: what lies between two products becomes a few kernels, on a GPU.
 
 A layer is compiled at its first call, once for all lengths, and layers that differ in their weights alone share what
-was compiled. Whatever is marked `torch.compiler.disable`, such as our attention and our caches, stays as it is.
+was compiled. Packed attention is one operation within; whatever is marked `torch.compiler.disable`, such as decode
+attention and our caches, stays as it is.
 """
 
 import torch

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distill_kernels.flash_prefix import flash_backward, flash_forward
-from distill_kernels.prefix_layout import Bucket, Prefix, PrefixLayout
+from distill_kernels.prefix_layout import Bucket, Prefix, PrefixLayout, layout_of
 from distill_kernels.twin_merge import merge
 
 
@@ -27,7 +27,7 @@ def prefix_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: PrefixLayout,
+    layout: PrefixLayout | Tensor,
     scale: float,
     *,
     window: int | None = None,
@@ -38,14 +38,14 @@ def prefix_attention(
 
     A token sees itself and the `window` - 1 tokens before it, its prompt's counted. `softcap` bounds the scaled scores:
     softcap * tanh(score / softcap). `sinks` [h] are logits that take part in the softmax, and nothing of the output.
+    A layout's handle stands for it where `torch.compile` traces, to which the whole is one operation then.
     """
-    return _PrefixAttention.apply(query, key, value, sinks, _Options(layout, scale, window, softcap))
+    return _PrefixAttention.apply(query, key, value, sinks, layout, _Options(scale, window, softcap))
 
 
 class _Options(NamedTuple):
-    """What a call is given beside tensors with gradients."""
+    """What a call is given beside tensors and their layout."""
 
-    layout: PrefixLayout
     scale: float
     window: int | None
     softcap: float | None
@@ -53,33 +53,68 @@ class _Options(NamedTuple):
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, options: _Options) -> Tensor:
-        ctx.options, ctx.flash = options, _has_flash(query, value, options)
-        if ctx.flash:
-            out, lse = flash_forward(query, key, value, options.layout, options.scale)
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        layout: PrefixLayout | Tensor,
+        options: _Options,
+    ) -> Tensor:
+        if isinstance(layout, Tensor):
+            out, lse = torch.ops.distill_kernels.prefix_attention(query, key, value, layout, *options)
         else:
-            out, lse = _dense_forward(query, key, value, options)
+            out, lse = _forward(query, key, value, layout, options)
         if sinks is not None:
-            L = len(query)
-            _merge_sinks(out[:L], lse.t() if ctx.flash else lse[:L], sinks)
+            _merge_sinks(out, _by_token(lse, query, value, options), sinks)
+        ctx.layout, ctx.options = layout, options
         ctx.save_for_backward(query, key, value, sinks, out, lse)
-        return out[: len(query)]
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, lse = ctx.saved_tensors
         tensors = (grad_out, query, key, value, out, lse)
-        if ctx.flash:
-            grads = flash_backward(*tensors, ctx.options.layout, ctx.options.scale)
+        if isinstance(ctx.layout, Tensor):
+            grads = torch.ops.distill_kernels.prefix_attention_backward(*tensors, ctx.layout, *ctx.options)
         else:
-            grads = _dense_backward(*tensors, ctx.options)
+            grads = _backward(*tensors, ctx.layout, ctx.options)
         grad_sinks = None
         if ctx.needs_input_grad[3]:
-            L = len(query)
-            share = (sinks - (lse.t() if ctx.flash else lse[:L])).exp()
-            grad_sinks = -(share * (grad_out * out[:L]).sum(-1, dtype=share.dtype)).sum(0).to(sinks.dtype)
-        return *grads, grad_sinks, None
+            share = (sinks - _by_token(lse, query, value, ctx.options)).exp()
+            grad_sinks = -(share * (grad_out * out).sum(-1, dtype=share.dtype)).sum(0).to(sinks.dtype)
+        return *grads, grad_sinks, None, None
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, options: _Options
+) -> tuple[Tensor, Tensor]:
+    """Output [L, h, dv] and log-sum-exp: [h, L] of flash kernels, else [L + 1, h], whose last row is padding's."""
+    layout.calls += 1
+    layout.windowed_calls += options.window is not None
+    if _has_flash(query, value, options):
+        return flash_forward(query, key, value, layout, options.scale)
+    out, lse = _dense_forward(query, key, value, layout, options)
+    return out[: len(query)], lse
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: PrefixLayout,
+    options: _Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to query, key and value, from what `_forward` gave."""
+    tensors = (grad_out, query, key, value, out, lse)
+    if _has_flash(query, value, options):
+        return flash_backward(*tensors, layout, options.scale)
+    return _dense_backward(*tensors, layout, options)
 
 
 def _has_flash(query: Tensor, value: Tensor, options: _Options) -> bool:
@@ -91,10 +126,58 @@ def _has_flash(query: Tensor, value: Tensor, options: _Options) -> bool:
     return query.is_cuda and half and head == value.shape[-1] and head % 8 == 0 and head <= 256
 
 
+def _by_token(lse: Tensor, query: Tensor, value: Tensor, options: _Options) -> Tensor:
+    """`_forward`'s log-sum-exp as [L, h]."""
+    return lse.t() if _has_flash(query, value, options) else lse[: len(query)]
+
+
 def _merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """Adds a key of logit `sinks` [h] and of value 0, in place: out [L, h, d], lse [L, h] float32."""
     out.copy_(out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None])
-    torch.logaddexp(lse, sinks.to(lse.dtype), out=lse)
+    lse.copy_(torch.logaddexp(lse, sinks.to(lse.dtype)))  # a compiler takes no transposed `out`
+
+
+# --- the same two as ops, which a compiler does not look into: a layout's handle [1] in place of the layout ---
+
+FORWARD, BACKWARD = "distill_kernels::prefix_attention", "distill_kernels::prefix_attention_backward"
+OPTIONS = "Tensor layout, float scale, SymInt? window, float? softcap"
+STRIDES = torch.Tag.needs_exact_strides  # those of the results follow from them
+torch.library.define(
+    FORWARD, f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> (Tensor, Tensor)", tags=(STRIDES,)
+)
+torch.library.define(
+    BACKWARD,
+    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"{OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    tags=(STRIDES,),
+)
+
+
+@torch.library.impl(FORWARD, "CompositeExplicitAutograd")
+def _(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, *options: float | None) -> tuple[Tensor, Tensor]:
+    return _forward(query, key, value, layout_of(layout), _Options(*options))
+
+
+@torch.library.impl(BACKWARD, "CompositeExplicitAutograd")
+def _(*arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(*arguments[:6], layout_of(arguments[6]), _Options(*arguments[7:]))
+
+
+@torch.library.register_fake(FORWARD)
+def _(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, *options: float | None) -> tuple[Tensor, Tensor]:
+    L, h, _ = query.shape
+    precision = torch.promote_types(query.dtype, torch.float32)
+    if _has_flash(query, value, _Options(*options)):
+        return torch.empty_like(query), query.new_empty(h, L, dtype=precision)
+    return query.new_empty(L, h, value.shape[-1]), query.new_empty(L + 1, h, dtype=precision)
+
+
+@torch.library.register_fake(BACKWARD)
+def _(grad_out: Tensor, *arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = arguments[:3]
+    if _has_flash(query, value, _Options(*arguments[6:])):  # whose kernels lay gradients out as what they are of
+        return tuple(torch.empty_like(each) for each in (query, key, value))
+    return tuple(each.new_empty(each.shape) for each in (query, key, value))
 
 
 # --- dense calls (CPU, and whatever the flash kernels do not take): one a bucket, one a shared prompt ---
@@ -117,20 +200,22 @@ class _Scores(NamedTuple):
         return cls(options.scale, options.softcap, True, seen)
 
 
-def _dense_forward(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+def _dense_forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, options: _Options
+) -> tuple[Tensor, Tensor]:
     """Output [L + 1, h, dv] and log-sum-exp [L + 1, h] float32 (float64 for float64); the last row takes padding."""
     L, h, _ = query.shape
     g = h // key.shape[1]
     out = query.new_empty(L + 1, h, value.shape[-1])
     lse = torch.empty(L + 1, h, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    for bucket in options.layout.buckets:
+    for bucket in layout.buckets:
         q, k, v = (bucket.take(each, bucket.read) for each in (query, key, value))
         part, part_lse = _attend(q, _repeat(k, g), _repeat(v, g), _Scores.within(bucket, options, q.device))
         bucket.put(out, part)
         bucket.put(lse, part_lse)
     # Padding's log-sum-exp: with it, a padded query has weight exp(-inf) = 0 in the backward.
     lse[L] = torch.inf
-    for prefix in options.layout.prefixes(options.window):
+    for prefix in layout.prefixes(options.window):
         k, v = (each[prefix.keys].transpose(0, 1)[None] for each in (key, value))
         q, whole, whole_lse = (each[prefix.queries] for each in (query, out, lse))
         part, part_lse = _attend(_fold(q, g), k, v, _Scores(options.scale, options.softcap, False, _of(prefix, g)))
@@ -141,12 +226,19 @@ def _dense_forward(query: Tensor, key: Tensor, value: Tensor, options: _Options)
 
 
 def _dense_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: _Options
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: PrefixLayout,
+    options: _Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     L = len(query)
     g = query.shape[1] // key.shape[1]
     grad_query, grad_key, grad_value = (each.new_empty(L + 1, *each.shape[1:]) for each in (query, key, value))
-    for bucket in options.layout.buckets:
+    for bucket in layout.buckets:
         q, k, v, o, go = (bucket.take(each, bucket.read) for each in (query, key, value, out, grad_out))
         stats = bucket.take(lse, bucket.write)
         scores = _Scores.within(bucket, options, q.device)
@@ -154,7 +246,7 @@ def _dense_backward(
         bucket.put(grad_query, parts[0])
         bucket.put(grad_key, parts[1].unflatten(1, (-1, g)).sum(2) if g > 1 else parts[1])
         bucket.put(grad_value, parts[2].unflatten(1, (-1, g)).sum(2) if g > 1 else parts[2])
-    for prefix in options.layout.prefixes(options.window):
+    for prefix in layout.prefixes(options.window):
         q, o, go, stats = (_fold(each[prefix.queries], g) for each in (query, out, grad_out, lse))
         k, v = (each[prefix.keys].transpose(0, 1)[None] for each in (key, value))
         scores = _Scores(options.scale, options.softcap, False, _of(prefix, g))

@@ -3,10 +3,12 @@
 Left out on purpose: how index tensors come to a device without making the host wait, which the caller knows.
 """
 
+import itertools
+import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -87,8 +89,21 @@ class PrefixLayout:
     segments: list[int]
     shared: list[Shared]
     to_device: Callable[[Tensor], Tensor]  # brings index tensors from the host to where the tokens are
+    calls: int = 0  # of attention's forward with this layout
+    windowed_calls: int = 0  # those of them through a window
     _prefixes: dict[int | None, list[Prefix]] = field(default_factory=dict)
     _cuts: dict[int, Cut | None] = field(default_factory=dict)
+
+    def handle(self) -> Tensor:
+        """What stands for the layout among the tensors of an op: [1] int64 on the host.
+
+        Its memory keeps the layout alive: whatever saves the handle for a backward has saved the layout, too. The
+        layout must not hold it in turn.
+        """
+        number = next(_numbers)
+        memory = _Memory(number.to_bytes(8, sys.byteorder))
+        memory.layout = _living[number] = self
+        return torch.frombuffer(memory, dtype=torch.int64)
 
     @cached_property
     def starts(self) -> list[int]:
@@ -166,10 +181,25 @@ class PrefixLayout:
         for prompt, count in zip(self.shared, pieces, strict=True):
             keys.append(torch.arange(prompt.key_start, prompt.key_start + prompt.key_length).repeat(count))
             ends = [prompt.query_length * i // count for i in range(count + 1)]
-            query_lengths += [end - begin for begin, end in pairwise(ends)]
+            query_lengths += [end - begin for begin, end in itertools.pairwise(ends)]
             key_lengths += [prompt.key_length] * count
         ends = self._ends(query_lengths), self._ends(key_lengths)
         return Cut(pieces, self.to_device(torch.cat(keys)), (*ends, max(query_lengths), max(key_lengths)))
+
+
+class _Memory(bytearray):
+    """A handle's."""
+
+    layout: PrefixLayout
+
+
+_numbers = itertools.count()
+_living: weakref.WeakValueDictionary[int, PrefixLayout] = weakref.WeakValueDictionary()
+
+
+def layout_of(handle: Tensor) -> PrefixLayout:
+    """The layout that a handle stands for."""
+    return _living[handle.item()]
 
 
 def pieces_of(shared: list[Shared], heads: int) -> list[int]:
