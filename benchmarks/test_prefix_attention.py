@@ -1,62 +1,101 @@
-"""Attention of a micro-batch's packed tokens on a GPU, at Qwen3-0.6B's sizes, one layer: what merging prefix and own
-attention takes beside PyTorch's operations, and the backward whole and with prompts' queries cut into pieces.
+"""Attention of a micro-batch's packed tokens on a GPU, one layer, at the sizes of Qwen3-0.6B (128 a head), SmolLM2 (64)
+and Gemma (256), forward and with its backward beside PyTorch's variable-length flash kernels, which take rows that each repeat
+their prompt.
 
-With DRY=1 at toy sizes on a CPU, where neither the kernel nor the cut is.
+With DRY=1 at toy sizes on a CPU, where PyTorch has another kernel for rows.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.harness import DRY, Row, copy_bandwidth, gpu_or_cpu, interleave
-from distill_kernels import PrefixLayout, Shared, prefix_attention, prefix_layout, twin_merge
-from distill_kernels.flash_prefix import merge_attention
+from benchmarks.harness import DRY, Row, gemm_rate, gpu_or_cpu, interleave
+from distill_kernels import PrefixLayout, Shared, prefix_attention
 
-Hq, Hkv, D = (4, 2, 16) if DRY else (16, 8, 128)
 P, T, N = (16, 8, 4) if DRY else (256, 512, 16)
-CALLS = 1 if DRY else 20  # that one sample times, one after the other
+HEADS = {16: (4, 2)} if DRY else {128: (16, 8), 64: (9, 3), 256: (8, 4)}
+CALLS = 1 if DRY else 20  # that one sample times, as one graph: without what the host takes
 DTYPE = torch.float32 if DRY else torch.bfloat16
 
 
-def repeated(call) -> None:
-    for _ in range(CALLS):
-        call()
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """CALLS calls one after the other: as a graph on a GPU."""
+
+    def repeated() -> None:
+        for _ in range(CALLS):
+            call()
+
+    if gpu_or_cpu().type == "cpu":
+        return repeated
+    repeated()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        repeated()
+    return graph.replay
+
+
+def tokens(length: int, D: int) -> list[Tensor]:
+    """Query, key and value [length, heads, D]."""
+    heads, kv_heads = HEADS[D]
+    made = (torch.randn(length, h, D, device=gpu_or_cpu(), dtype=DTYPE) for h in (heads, kv_heads, kv_heads))
+    return [each.requires_grad_() for each in made]
+
+
+def flash_over_rows(query: Tensor, key: Tensor, value: Tensor, D: int) -> Tensor:
+    """Causal attention of N rows of P + T - 1 tokens, one after the other."""
+    length = P + T - 1
+    if DRY:
+        rows = (each.unflatten(0, (N, length)).transpose(1, 2) for each in (query, key, value))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(*rows, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+    ends = torch.arange(0, N * length + 1, length, device=query.device, dtype=torch.int32)
+    flash = torch.ops.aten._flash_attention_forward
+    return flash(query, key, value, ends, ends, length, length, 0.0, True, False, scale=D**-0.5)[0]
+
+
+def pairs() -> int:
+    """Of a query and a key that it sees, of packed tokens."""
+    return P * (P + 1) // 2 + N * (T - 1) * P + N * (T - 1) * T // 2
 
 
 @pytest.mark.cuda
-def test_merge_on_a_gpu(record) -> None:
+@pytest.mark.parametrize("D", HEADS)
+def test_packed_attention_on_a_gpu(D: int, record) -> None:
+    """The fractions are of a product's rate, for the 2 products forward and 5 backward that each pair needs."""
     device = gpu_or_cpu()
-    out, other = torch.randn(2, N * T, Hq, D, device=device, dtype=DTYPE)
-    lse, other_lse = torch.randn(2, Hq, N * T, device=device).transpose(1, 2)
-    moved = 3 * (out.nbytes + lse.nbytes)
-    ways = {"ours": merge_attention, "PyTorch's operations": twin_merge.merge}
-    calls = {name: partial(repeated, partial(way, out, lse, other, other_lse)) for name, way in ways.items()}
-    timings, limit = interleave(calls, device=device), moved / copy_bandwidth(device)
-    for name, timing in timings.items():
-        seconds = timing.median / CALLS
-        group = f"merge of two attentions, [{N * T}, {Hq}, {D}]"
-        record(Row(group, name, seconds, timing.spread, bytes=moved, fraction=limit / seconds))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("prompts", [1, 2])
-def test_backward_by_pieces_on_a_gpu(prompts: int, monkeypatch, record) -> None:
-    """`ours` is cut as it chooses; with 0 programs nothing is cut."""
-    device, fed = gpu_or_cpu(), T - 1
-    shared = [Shared(P * i, P, P * prompts + i * N * fed, N * fed) for i in range(prompts)]
-    segments = [P] * prompts + [fed] * (N * prompts)
-    query, key, value = (
-        torch.randn(sum(segments), heads, D, device=device, dtype=DTYPE, requires_grad=True) for heads in (Hq, Hkv, Hkv)
+    layout = PrefixLayout(
+        [P] + [T - 1] * N, [Shared(0, P, P, N * (T - 1))], lambda index: index.to(device, non_blocking=True)
     )
-    gradient, calls = torch.randn_like(query), {}
-    for name, programs in (("ours", prefix_layout.PROGRAMS), ("whole", 0), ("twice the pieces", 264)):
-        monkeypatch.setattr(prefix_layout, "PROGRAMS", programs)
-        layout = PrefixLayout(segments, shared, lambda index: index.to(device))
-        layout.cut(Hq)  # planned now, and for good
-        out = prefix_attention(query, key, value, layout, D**-0.5)
-        backward = partial(torch.autograd.grad, out, (query, key, value), gradient, retain_graph=True)
-        calls[name] = partial(repeated, backward)
-    group = f"backward of prefix attention, {prompts} prompts of {P} tokens, {N} rollouts of {T} tokens each"
-    for name, timing in interleave(calls, device=device).items():
-        record(Row(group, name, timing.median / CALLS, timing.spread))
+    ways = {
+        "ours": (tokens(P + N * (T - 1), D), lambda *packed: prefix_attention(*packed, layout, D**-0.5)),
+        "PyTorch's flash kernels, rows that repeat their prompt": (
+            tokens(N * (P + T - 1), D),
+            partial(flash_over_rows, D=D),
+        ),
+    }
+    forward, both = {}, {}
+    for name, (inputs, attend) in ways.items():
+        upstream = torch.randn_like(attend(*inputs).detach())
+        forward[name] = captured(lambda inputs=inputs, attend=attend: attend(*(each.detach() for each in inputs)))
+        both[name] = captured(
+            lambda inputs=inputs, attend=attend, upstream=upstream: torch.autograd.grad(
+                attend(*inputs), inputs, upstream
+            )
+        )
+    side = 64 if DRY else 8192
+    rate = gemm_rate(side, side, side, dtype=DTYPE, device=device)
+    sizes = f"heads of {D}, {N} rollouts of {T} tokens of a prompt of {P}"
+    for kind, calls, products in (("forward", forward, 2), ("forward and backward", both, 7)):
+        flops = products * 2 * D * HEADS[D][0] * pairs()
+        for name, timing in interleave(calls, device=device).items():
+            seconds = timing.median / CALLS
+            of_limit = flops / rate / seconds
+            record(
+                Row(
+                    f"{kind} of packed attention, {sizes}", name, seconds, timing.spread, flops=flops, fraction=of_limit
+                )
+            )

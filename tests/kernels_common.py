@@ -48,12 +48,21 @@ def running(implementation: str, block: int = 256) -> Iterator[torch.device]:
 
 
 def _set_blocks(patch: pytest.MonkeyPatch, block: int) -> None:
-    from distill_kernels import triton_math, triton_sample, triton_student_product
+    from distill_kernels import (
+        triton_math,
+        triton_prefix_attention,
+        triton_prefix_blocks,
+        triton_sample,
+        triton_student_product,
+    )
 
     patch.setattr(triton_math, "BLOCK", block)
     for name in ("BLOCK", "RACE_BLOCK"):
         patch.setattr(triton_sample, name, block)
     columns = min(max(block // 4, 32), 1024)
+    few = triton_prefix_blocks.Blocks(16, 16, 1, 1)
+    patch.setattr(triton_prefix_attention, "blocks", lambda d, device: (few, few, few))
+    patch.setattr(triton_prefix_attention, "SUMMED", 4)
     patch.setattr(triton_student_product, "TILE", triton_student_product.Tile(16, columns, 16, 1, 1))
 
 

@@ -15,16 +15,21 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from distill_kernels import (
+    PrefixLayout,
     Sample,
+    Shared,
     backend,
     chunks,
     linear_distill_loss,
+    prefix_attention,
     record_draw,
     sample,
     student_product,
     triton_decode_attention,
     triton_math,
-    triton_merge,
+    triton_prefix_attention,
+    triton_prefix_blocks,
+    triton_prefix_gradients,
     triton_product_rows,
     triton_record_draw,
     triton_reverse_kl,
@@ -90,17 +95,49 @@ def compile_kernel(kernel, warps: int, **constants) -> list[str]:
     return made
 
 
-def compile_merge() -> None:
-    """16 bytes at once, and nothing is written before every thread has read."""
-    for D in (64, 80, 128, 256):
-        constants = {"HEADS": 16, "D": D, **triton_merge.blocks(D)}
-        for ptx in compile_kernel(triton_merge._merge_kernel, triton_merge.WARPS, **constants):
-            steps = re.findall(r"ld\.global|st\.global|bar\.sync", ptx)
-            last_read = max(i for i, step in enumerate(steps) if step == "ld.global")
-            first_written = steps.index("st.global")
-            assert "bar.sync" in steps[last_read:first_written], steps
-            assert not re.search(r"(ld|st)\.global(\.v2)?\.b(16|64)", ptx), "loads narrower than 16 bytes"
-            assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(re.findall(r"(?:ld|st)\.global\S+", ptx))
+def compile_prefix_attention() -> None:
+    """What every card's memory holds, with numbers in registers; on Hopper the matrix instructions overlap."""
+    module, gradients = triton_prefix_blocks, triton_prefix_gradients
+    kernels = triton_prefix_attention._forward_kernel, gradients.query_kernel, gradients.key_kernel
+    plain, whole = ({"WINDOW": extra, "CAP": extra, "SINKS": extra} for extra in (False, True))
+    for (capability, table, memory), (D, DV), extras in product(
+        ((80, module.LARGE, 163), (90, module.LARGE, 227), (100, module.LARGE, 227), (89, module.SMALL, 99)),
+        ((64, 64), (128, 128), (256, 256)),
+        (plain, whole),
+    ):
+        if extras is whole and capability != 90:  # the same memory
+            continue
+        chosen = next(found for most, found in table.items() if most >= D)
+        for kernel, block in zip(kernels, chosen, strict=True):
+            names = [parameter.name for parameter in kernel.params]
+            constants = {
+                "HEADS": 16, "KV_HEADS": 8, "GROUP": 2, "D": D, "BLOCK_D": triton.next_power_of_2(D), "DV": DV,
+                "BLOCK_DV": triton.next_power_of_2(DV), **extras, "PRECISION": "ieee", **module.sizes(block),
+            }  # fmt: skip
+            options = {"num_warps": constants.pop("num_warps"), **triton_math.FUSION}
+            constants = {name: value for name, value in constants.items() if name in names}
+            signature = {n: "constexpr" if n in constants else prefix_type_of(n) for n in names}
+            aligned = [n for n, kind in signature.items() if kind[0] in "*i" and n not in ("L", "window")]
+            compiled = triton.compile(
+                ASTSource(
+                    fn=kernel, signature=signature,
+                    constexprs={(names.index(name),): value for name, value in constants.items()},
+                    attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+                ),
+                target=GPUTarget("cuda", capability, 32), options=options,
+            )  # fmt: skip
+            registers, stack = resources(compiled.asm["cubin"])
+            used = f"{registers} registers, {stack} bytes of stack, {compiled.metadata.shared} of shared memory"
+            print(f"compiled {kernel.__name__} for {capability}: D {D}, {block}, {extras}, {used}")
+            assert compiled.metadata.shared <= memory * 1024, used
+
+
+def prefix_type_of(name: str) -> str:
+    floats = dict.fromkeys(("sinks", "lse", "delta", "key_parts", "value_parts"), FLOATS)
+    integers = dict.fromkeys(("tiles", "jobs", "places", "sums"), "*i32")
+    halves = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
+    kinds = {**floats, **integers, **dict.fromkeys(halves, "*bf16")}
+    return kinds.get(name) or ("fp32" if name.startswith(("scale", "cap")) else "i32")
 
 
 def compile_product() -> None:
@@ -166,10 +203,16 @@ def sample_of(rows: int) -> None:
     sample(torch.randn(rows, 96), temperature=0.7, top_k=rows, seed=rows, step=rows)
 
 
-def merge_of(rows: int) -> None:
-    """Of tokens that are not the first, as completions are."""
-    (out, other_out), (lse, other_lse) = torch.empty(2, rows + 1, 2, 16)[:, 1:], torch.empty(2, 2, rows + 3)[:, :, 3:]
-    triton_merge.merge(out, lse.t(), other_out, other_lse.t())
+def attention_of(rows: int, **options) -> None:
+    """Of `rows` completions of 5 tokens, with gradients."""
+    segments, shared = [3] + [5] * rows, [Shared(0, 3, 3, 5 * rows)]
+    query, key, value = (torch.zeros(3 + 5 * rows, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    layout = PrefixLayout(segments, shared, lambda index: index)
+    prefix_attention(query, key, value, layout, 0.25, **options).sum().backward()
+
+
+def windowed_attention_of(rows: int) -> None:
+    attention_of(rows, window=rows, softcap=0.5)
 
 
 def draw_of(rows: int) -> None:
@@ -193,12 +236,13 @@ def check_specialisations() -> None:
         triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._threshold_kernel,
         triton_sample._race_kernel, triton_sample._merge_kernel,
         triton_student_product._references_kernel, triton_student_product._product_kernel,
-        triton_product_rows._finish_kernel, triton_product_rows._target_kernel, triton_merge._merge_kernel,
-        triton_record_draw._record_kernel,
+        triton_product_rows._finish_kernel, triton_product_rows._target_kernel, triton_record_draw._record_kernel,
+        triton_prefix_attention._forward_kernel, triton_prefix_gradients.query_kernel,
+        triton_prefix_gradients.key_kernel, triton_prefix_gradients.sum_kernel,
     )  # fmt: skip
     chunks.ROW_ALIGNMENT["cpu"] = 64
     student_product.STUDENT_PRODUCT = False
-    for launch in loss_of, product_of, statistics_of, sample_of, merge_of, draw_of:
+    for launch in loss_of, product_of, statistics_of, sample_of, draw_of, attention_of, windowed_attention_of:
         for kernel in kernels:
             bind = create_function_from_signature(kernel.signature, kernel.params, target)
             kernel.run = partial(record, bind, seen[launch.__name__, kernel.__name__])
@@ -300,7 +344,7 @@ def main() -> None:
             )  # fmt: skip
     compile_product()
     compile_product_rows()
-    compile_merge()
+    compile_prefix_attention()
     compile_kernel(triton_reverse_kl._backward_kernel, warps, BLOCK=block)
     for top_k, top_p, min_p in ((True, True, True), (False, True, False)):
         compile_kernel(

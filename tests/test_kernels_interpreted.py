@@ -13,7 +13,7 @@ import torch
 
 NAMES = (
     "reverse_kl", "linear", "student_product", "products", "sample", "decode_attention", "decode_write", "record_draw",
-    "merge", "contract",
+    "prefix_attention", "contract",
 )  # fmt: skip
 FILES = tuple(f"test_kernels_{name}.py" for name in NAMES)
 

@@ -218,8 +218,6 @@ def _shared_prefix_attention(
     window = sliding_window if sliding_window and sliding_window < shared_prefix.longest_row else None
     extra = [name for name, given in arguments.items() if given is not None and name not in PLAIN_ARGUMENTS]
     options = {"window": window, "softcap": softcap, "sinks": s_aux}
-    if query.is_cuda:  # where no card has yet measured whether sharing pays with these
-        extra += [name for name, given in options.items() if given is not None]
     if extra:
         raise NotShareableError(f"its attention takes {', '.join(extra)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -41,9 +41,6 @@ def sharing_refusal(body: nn.Module, longest_row: int) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - KNOWN_LAYERS or getattr(config, "attention_chunk_size", None):
         return f"its layers are {', '.join(sorted(kinds)) or 'chunked'}"
-    # On CUDA the dense way would stand in for flash kernels: no card has yet measured whether that pays.
-    if body.device.type == "cuda" and windowed_layers(config) and config.sliding_window < longest_row:
-        return f"its attention window of {config.sliding_window} tokens is shorter than a row"
     return None
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 # Segments of one dense call: none is padded by more than this share of the longest.
 BUCKET_SPREAD = 0.25
 
-# A flash backward has a program for this many keys of a prompt and a head (for half as many where heads are larger than
-# 128), which goes over all of the prompt's queries.
-PROGRAM_KEYS = 128
-PROGRAMS = 132  # one for every multiprocessor of an H100
-SHORTEST_PIECE = 512  # queries, for which one more copy of the keys is little
+# A backward has a program for a block of keys, which goes over the queries that see them: those of all completions of a
+# prompt, where other keys have those of one segment. They are cut into parts of about so many queries, but no more than
+# fill a large card, as each takes float32 of its own.
+QUERIES_A_PART = 1024
+PROGRAMS = 4 * 132  # four for every multiprocessor of an H100
 
 
 class Shared(NamedTuple):
@@ -31,6 +31,12 @@ class Shared(NamedTuple):
     key_length: int
     query_start: int
     query_length: int
+
+    def pieces(self, programs: int) -> list[tuple[int, int]]:
+        """First query and number of queries of the parts that a backward takes, which has `programs` for each."""
+        count = min(-(-self.query_length // QUERIES_A_PART), max(1, -(-PROGRAMS // programs)))
+        ends = [self.query_start + self.query_length * i // count for i in range(count + 1)]
+        return [(begin, end - begin) for begin, end in itertools.pairwise(ends)]
 
 
 class Prefix(NamedTuple):
@@ -44,12 +50,16 @@ class Prefix(NamedTuple):
     seen: Tensor | None = None
 
 
-class Cut(NamedTuple):
-    """Prompts whose queries a backward takes in several `pieces` a prompt, each with a copy of the prompt's keys."""
+class KeyJobs(NamedTuple):
+    """What the kernel does that gives gradients to keys, a line of int32 a program."""
 
-    pieces: list[int]
-    keys: Tensor  # [copied keys] int64, where each lies among the packed tokens; a prompt's copies in a row
-    lengths: tuple[Tensor, Tensor, int, int]  # cumulative of queries and of keys, int32, and the longest of both
+    jobs: Tensor
+    """[n, 5]: first key, keys, first query, queries, and where its part is written, -1 for the gradient itself."""
+    sums: Tensor
+    """[m, 5]: first key, keys, their first part, rows from one part to the next, and number of parts."""
+    places: Tensor | None
+    """[L] a token's position in its row, for a window."""
+    part_rows: int
 
 
 class Bucket(NamedTuple):
@@ -92,7 +102,8 @@ class PrefixLayout:
     calls: int = 0  # of attention's forward with this layout
     windowed_calls: int = 0  # those of them through a window
     _prefixes: dict[int | None, list[Prefix]] = field(default_factory=dict)
-    _cuts: dict[int, Cut | None] = field(default_factory=dict)
+    _tiles: dict[int, Tensor] = field(default_factory=dict)
+    _jobs: dict[tuple, KeyJobs] = field(default_factory=dict)
 
     def handle(self) -> Tensor:
         """What stands for the layout among the tensors of an op: [1] int64 on the host.
@@ -161,30 +172,60 @@ class PrefixLayout:
         return Prefix(slice(keys.stop - count, keys.stop), queries, self.to_device(seen))
 
     @cached_property
-    def offsets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Cumulative lengths, int32: of the segments, of the sharing queries, of the shared keys."""
-        lengths = (self.segments, [s.query_length for s in self.shared], [s.key_length for s in self.shared])
-        return tuple(self._ends(each) for each in lengths)
+    def prompts(self) -> list[Shared | None]:
+        """The prompt of each segment that shares one."""
+        found, at = [], 0
+        for start in self.starts:
+            while at < len(self.shared) and start >= self.shared[at].query_start + self.shared[at].query_length:
+                at += 1
+            inside = at < len(self.shared) and start >= self.shared[at].query_start
+            found.append(self.shared[at] if inside else None)
+        return found
 
-    def _ends(self, lengths: list[int]) -> Tensor:
-        return self.to_device(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+    def tiles(self, size: int) -> Tensor:
+        """[n, 5] int32, a line for `size` queries of a segment or the rest of them: the segment's first token, its
+        length, the first query in it, its prompt's first token and length. Those that see most come first."""
+        if size not in self._tiles:
+            lines = []
+            for start, length, prompt in zip(self.starts, self.segments, self.prompts, strict=True):
+                seen = (prompt.key_start, prompt.key_length) if prompt else (0, 0)
+                lines += [(start, length, first, *seen) for first in range(0, length, size)]
+            lines.sort(key=lambda line: -line[2] - line[4])
+            self._tiles[size] = self.to_device(torch.tensor(lines, dtype=torch.int32).reshape(-1, 5))
+        return self._tiles[size]
 
-    def cut(self, heads: int) -> Cut | None:
-        """How prompts are cut up for a backward of so many query heads, None if not at all; planned once a number."""
-        if heads not in self._cuts:
-            pieces = pieces_of(self.shared, heads)
-            self._cuts[heads] = self._cut(pieces) if max(pieces, default=1) > 1 else None
-        return self._cuts[heads]
+    def jobs(self, size: int, kv_heads: int, window: int | None) -> KeyJobs:
+        """For `size` keys of a segment at once, of so many heads; planned once a window."""
+        if (size, kv_heads, window) not in self._jobs:
+            self._jobs[size, kv_heads, window] = self._key_jobs(size, kv_heads, window)
+        return self._jobs[size, kv_heads, window]
 
-    def _cut(self, pieces: list[int]) -> Cut:
-        keys, query_lengths, key_lengths = [], [], []
-        for prompt, count in zip(self.shared, pieces, strict=True):
-            keys.append(torch.arange(prompt.key_start, prompt.key_start + prompt.key_length).repeat(count))
-            ends = [prompt.query_length * i // count for i in range(count + 1)]
-            query_lengths += [end - begin for begin, end in itertools.pairwise(ends)]
-            key_lengths += [prompt.key_length] * count
-        ends = self._ends(query_lengths), self._ends(key_lengths)
-        return Cut(pieces, self.to_device(torch.cat(keys)), (*ends, max(query_lengths), max(key_lengths)))
+    def _key_jobs(self, size: int, kv_heads: int, window: int | None) -> KeyJobs:
+        jobs, sums, rows = [], [], 0
+        shared = {prompt.key_start: prompt for prompt in self.shared}
+        for start, length in zip(self.starts, self.segments, strict=True):
+            prompt, blocks = shared.get(start), range(0, length, size)
+            pieces = [] if prompt is None else prompt.pieces(len(blocks) * kv_heads)
+            for first in blocks:
+                count = min(size, length - first)
+                jobs.append((start + first, count, start + first, length - first, rows + first if prompt else -1))
+                # Completions begin where the prompt ends, and see its last window - 1 tokens.
+                seen = window is None or length - (first + count - 1) < window
+                for i, (query, queries) in enumerate(pieces if seen else ()):
+                    jobs.append((start + first, count, query, queries, rows + (i + 1) * length + first))
+                if prompt:
+                    sums.append((start + first, count, rows + first, length, 1 + len(pieces) * seen))
+            rows += length * (1 + len(pieces)) if prompt else 0
+        jobs.sort(key=lambda job: -job[3])
+        tables = (torch.tensor(lines, dtype=torch.int32).reshape(-1, 5) for lines in (jobs, sums))
+        return KeyJobs(*map(self.to_device, tables), None if window is None else self.places, rows)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[L] int32, each token's position in its row: a completion's go on from its prompt's."""
+        first = [prompt.key_length if prompt else 0 for prompt in self.prompts]
+        rows = [torch.arange(at, at + n, dtype=torch.int32) for at, n in zip(first, self.segments, strict=True)]
+        return self.to_device(torch.cat(rows))
 
 
 class _Memory(bytearray):
@@ -200,11 +241,3 @@ _living: weakref.WeakValueDictionary[int, PrefixLayout] = weakref.WeakValueDicti
 def layout_of(handle: Tensor) -> PrefixLayout:
     """The layout that a handle stands for."""
     return _living[handle.item()]
-
-
-def pieces_of(shared: list[Shared], heads: int) -> list[int]:
-    """Into how many pieces each prompt's queries are cut, so that few prompts keep a large card busy, too."""
-    programs = max(1, heads * sum(-(-prompt.key_length // PROGRAM_KEYS) for prompt in shared))
-    # So many that they all run at once, or in two turns; with two pieces most multiprocessors would run both.
-    wanted = next((count for turns in (1, 2) if (count := turns * PROGRAMS // programs) > 2), 1)
-    return [min(wanted, max(1, prompt.query_length // SHORTEST_PIECE)) for prompt in shared]

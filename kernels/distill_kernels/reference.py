@@ -205,14 +205,7 @@ def prefix_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """A masked softmax over all packed tokens [L, h, d], and over the sinks."""
-    group, position = query.shape[1] // key.shape[1], _positions(layout).to(query.device)
-    distance = position[:, None] - position
-    lengths = torch.tensor(layout.segments, device=query.device)
-    segment = torch.arange(len(lengths), device=query.device).repeat_interleave(lengths)
-    seen = segment[:, None] == segment
-    for start, keys, first, queries in layout.shared:
-        seen[first : first + queries, start : start + keys] = True
-    seen &= (distance >= 0) & (distance < (len(query) + 1 if window is None else window))
+    group, seen = query.shape[1] // key.shape[1], seen_keys(layout, window).to(query.device)
     scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(group, 1)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -221,6 +214,18 @@ def prefix_attention(
         scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], -1)
     weights = scores.softmax(-1)[..., : len(key)]
     return torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(group, 1))
+
+
+def seen_keys(layout: PrefixLayout, window: int | None) -> Tensor:
+    """[L, L] bool, true where a packed token sees another."""
+    position = _positions(layout)
+    distance = position[:, None] - position
+    lengths = torch.tensor(layout.segments)
+    segment = torch.arange(len(lengths)).repeat_interleave(lengths)
+    seen = segment[:, None] == segment
+    for start, keys, first, queries in layout.shared:
+        seen[first : first + queries, start : start + keys] = True
+    return seen & (distance >= 0) & (distance < (len(position) + 1 if window is None else window))
 
 
 def _positions(layout: PrefixLayout) -> Tensor:
