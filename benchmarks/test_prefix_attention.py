@@ -1,6 +1,6 @@
 """Attention of a micro-batch's packed tokens on a GPU, one layer, at the sizes of Qwen3-0.6B (128 a head), SmolLM2 (64)
-and Gemma (256), forward and with its backward beside PyTorch's variable-length flash kernels, which take rows that each repeat
-their prompt.
+and Gemma (256), forward and with its backward, beside PyTorch's variable-length flash kernels, which take rows that
+each repeat their prompt. And a model whose layers see a window, its prompt shared and repeated.
 
 With DRY=1 at toy sizes on a CPU, where PyTorch has another kernel for rows.
 """
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import DRY, Row, gemm_rate, gpu_or_cpu, interleave
+from benchmarks.make_models import SMALL, random_model
+from distill.forward.hidden import padded_hidden, shared_hidden
+from distill.forward.packing import Rows
 from distill_kernels import PrefixLayout, Shared, prefix_attention
 
 P, T, N = (16, 8, 4) if DRY else (256, 512, 16)
@@ -99,3 +102,28 @@ def test_packed_attention_on_a_gpu(D: int, record) -> None:
                     f"{kind} of packed attention, {sizes}", name, seconds, timing.spread, flops=flops, fraction=of_limit
                 )
             )
+
+
+@pytest.mark.cuda
+def test_sharing_through_a_window_on_a_gpu(record) -> None:
+    """Forward and backward under autocast of 8 layers of Qwen3-0.6B's sizes, with a window of 256 tokens."""
+    device, layers, window = gpu_or_cpu(), 2 if DRY else 8, 12 if DRY else 256
+    seen = {"use_sliding_window": True, "sliding_window": window, "layer_types": ["sliding_attention"] * layers}
+    body = random_model({**SMALL, "num_hidden_layers": layers, **seen}).base_model
+    rows = Rows([P], [T] * N, [0] * N)
+    token_ids = [torch.randint(5, 200, shape, device=device) for shape in ((1, P), (N, T))]
+
+    def run(way: Callable[..., Tensor]) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            hidden = way(body, *token_ids, rows)
+        body.zero_grad()
+        hidden.float().square().mean().backward()
+        return hidden.detach()
+
+    ways = {"ours": shared_hidden, "rows that repeat their prompt": padded_hidden}
+    shared, repeated = map(run, ways.values())
+    assert (shared - repeated).norm() <= 0.05 * repeated.norm()
+    calls = {name: partial(run, way) for name, way in ways.items()}
+    for name, timing in interleave(calls, device=device, memory=True).items():
+        group = f"{layers} layers with a window of {window}, {N} rollouts of {T} tokens of a prompt of {P}"
+        record(Row(group, name, timing.median, timing.spread, peak_bytes=timing.peak_bytes, tokens=N * T))
