@@ -8,7 +8,7 @@
 #   rollout  the engine at Qwen3-0.6B's sizes beside stock `generate`; a decode step against the bytes it must read
 #   step     the command at the sizes of Qwen3-0.6B from 4B, on random models made here
 #   train    the default recipe on real weights where the cache (DISTILL_CACHE) has them
-#   attention merge and backward of packed attention, beside PyTorch's operations and undivided
+#   attention packed attention forward and backward, beside PyTorch's flash kernels over rows that repeat their prompt
 #   compiled phases of a step of the same sizes with compiled layers
 #   trl      a step of the same sizes by phases, and beside TRL where it is installed
 #
@@ -69,8 +69,8 @@ bench() { # bench SECONDS PART PYTEST_ARGUMENT...: a part that is a benchmark
   run "$@" --benchmark-disable --results "$out/$part.json"
 }
 
-cuda_tests=(tests/test_kernels_*.py tests/test_{decode,trainer,rollout,prefix_attention,teachers}.py)
-if [ "${DRY:-}" = 1 ]; then cuda_tests=(tests/test_decode.py tests/test_prefix_attention.py); fi
+cuda_tests=(tests/test_kernels_*.py tests/test_{decode,trainer,rollout,teachers}.py)
+if [ "${DRY:-}" = 1 ]; then cuda_tests=(tests/test_decode.py tests/test_kernels_prefix_attention.py); fi
 if "$PYTHON" -c 'import xdist' 2>/dev/null && [ "${DRY:-}" != 1 ]; then cuda_tests+=(-n 6); fi
 
 for part in "${parts[@]}"; do

@@ -3,19 +3,17 @@
 Every model is one of a real family, tiny and random, with a window shorter than prompts and completions.
 """
 
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY_SIZES
 from test_forward import gradients, padded_logprobs, random_rows, valid_tokens
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.forward import completion_hidden
 from distill.forward import hidden as ways
 from distill.forward.packing import host_rows
-from distill.models import sharing_refusal, split_head
+from distill.models import split_head
 from distill.models.attention import prefer
 from distill.rollout import SamplingOptions, local_engine
 
@@ -151,20 +149,3 @@ def test_within_a_window_nothing_is_special_and_a_key_that_no_layer_reads_is_non
     model = model_of("qwen2_moe", SWITCHED_ON | {"sliding_window": 24, "num_experts": 4, "moe_intermediate_size": 16})
     assert_trained_alike(model)
     assert_trained_alike(model_of("llama", EVERYWHERE))
-
-
-def test_on_a_gpu_rows_stay_plain_where_nothing_was_measured():
-    """Windows, soft caps and sinks; a window that no row leaves is none."""
-    body = SimpleNamespace(device=torch.device("cuda"), _supports_attention_backend=True)
-    body.config = AutoConfig.for_model("mistral", **(SIZES | EVERYWHERE))
-    assert sharing_refusal(body, WINDOW) is None
-    assert "window of 5 tokens is shorter than a row" in sharing_refusal(body, WINDOW + 1)
-    body.device = torch.device("cpu")
-    assert sharing_refusal(body, WINDOW + 1) is None
-    with FakeTensorMode():
-        states = [torch.empty(1, 4, 8, 8, device="cuda") for _ in range(3)]
-        sinks = torch.empty(4, device="cuda")
-        for option in ({"softcap": 2.0}, {"s_aux": sinks}, {"sliding_window": WINDOW}):
-            sharing = ways.Sharing(layout=None, longest_row=WINDOW + 1)
-            with pytest.raises(ways.NotShareableError, match="its attention takes"):
-                ways._shared_prefix_attention(SimpleNamespace(), *states, None, shared_prefix=sharing, **option)

@@ -23,7 +23,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 GUARD = """#include <c10/core/impl/FakeGuardImpl.h>
 namespace c10 { C10_REGISTER_GUARD_IMPL(CUDA, impl::FakeGuardImpl<kCUDA>); }"""
-B, N, P, T, H, LAYERS = 2, 16, 256, 512, 1024, 3  # as Qwen3-0.6B, but for the layers
+B, N, P, T, H, HEADS, LAYERS = 2, 16, 256, 512, 1024, 16, 3  # as Qwen3-0.6B, but for the layers
 integers = partial(torch.zeros, dtype=torch.long, device="cuda")
 
 
@@ -57,12 +57,29 @@ class Card(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Launches:
+    """A kernel that counts its launches by their grid, and looks where its tensors are."""
+
+    def __init__(self, seen: Counter) -> None:
+        self.seen = seen
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def launch(*args, **kwargs) -> None:
+            self.seen[grid] += 1
+            assert {leaf.device.type for leaf in args if isinstance(leaf, torch.Tensor)} == {"cuda"}
+
+        return launch
+
+
 def decode_and_score() -> None:
     """An engine's prefill and four tokens a row in steps of fixed shape; a teacher's pass over ragged completions."""
     from distill.forward import completion_hidden, hidden
     from distill.rollout import SamplingOptions, decode, native
     from distill.runtime import clock
+    from distill_kernels import triton_prefix_attention
+    from distill_kernels.triton_prefix_blocks import LARGE
 
+    attention = sys.modules["distill_kernels.prefix_attention"]  # whose function has the module's name in the package
     clock._pinned, decode.capture = lambda tensor, device: tensor, lambda step, *_: step() or step
     native.NativeEngine._generate = lambda self, *prompts, custom_generate: custom_generate(self, *prompts, None, None)
     kept = {"sampling": SamplingOptions(4), "eos_token_ids": [2], "pad_token_id": 0, "seed": 0}
@@ -76,12 +93,16 @@ def decode_and_score() -> None:
     for each, dtype in ((found.completion_ids, torch.long), (found.logprob, torch.float32)):
         assert (each.shape, each.dtype, each.device.type) == ((B * N, 4), dtype, "cuda")
 
+    launched = Counter()
+    attention._is_recent, triton_prefix_attention.blocks = lambda device: True, lambda d, device: LARGE[128]
+    triton_prefix_attention._forward_kernel = Launches(launched)
     index, lengths = [row // N for row in range(B * N)], [T - row for row in range(B * N)]
     hidden.host_rows = lambda *_: hidden.Rows([P] * B, lengths, index)
     with Card() as card:
         ids = integers(B, P), None, integers(B * N, T)
         found = completion_hidden(model_in(torch.bfloat16).model, *ids, lengths, index)
-    assert card.seen["aten::_flash_attention_forward"] == 2 * LAYERS
+    tiles = B * -(-P // 64) + sum(-(-(length - 1) // 64) for length in lengths)
+    assert launched == {(tiles * HEADS,): LAYERS}
     assert (found.shape, found.dtype, found.device.type) == ((sum(lengths), H), torch.bfloat16, "cuda")
 
 
@@ -89,7 +110,7 @@ def model_in(dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     sizes = {"hidden_size": H, "intermediate_size": 3072, "vocab_size": 151_936, "num_hidden_layers": LAYERS}
-    config = Qwen3Config(**sizes, num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True)
+    config = Qwen3Config(**sizes, num_attention_heads=HEADS, num_key_value_heads=8, tie_word_embeddings=True)
     with torch.device("cuda"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
 

@@ -182,7 +182,9 @@ class Trainer:
                 self.limits, "update", group, own, lambda parts: self._gradients(teacher_hidden, group, parts, own)
             )
             result = self.ranks.sum_of(result, group, own, self.width, self.parameters.values())
-            grad_norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm))
+            grad_norm = whole(nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
+            # The gradient is clipped as Adam's fused step reads it, which saves a pass over memory.
+            self.optimizer.grad_scale = ((grad_norm + 1e-6) / self.options.max_grad_norm).clamp(min=1)
             # Where this is 1, Adam's fused step leaves everything as it was, without the host having to look.
             self.optimizer.found_inf = 1 - (result.loss.isfinite() & grad_norm.isfinite()).float()
             for settings in self.optimizer.param_groups:
