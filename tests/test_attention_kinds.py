@@ -3,7 +3,6 @@
 Every model is one of a real family, tiny and random, with a window shorter than prompts and completions.
 """
 
-
 import pytest
 import torch
 from conftest import TINY_SIZES
