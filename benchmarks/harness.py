@@ -74,6 +74,8 @@ class Row:
     """Memory beyond what was held before."""
     tokens: int | None = None
     """Tokens handled in `seconds`."""
+    error: float | None = None
+    """Relative, of gradients from bfloat16 inputs where student and teacher are close."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -255,6 +257,7 @@ def columns(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
             "GFLOP": [_show(row.flops, "{:.1f}", 1e9) for row in members],
             "of limit": [_show(row.fraction, "{:.0%}") for row in members],
             "peak MiB": [_show(row.peak_bytes, "{:.0f}", 2**20) for row in members],
+            "error": [_show(row.error, "{:.2%}") for row in members],
         }
         shown[group] = {name: values for name, values in cells.items() if any(values)}
     return shown

@@ -10,13 +10,23 @@ memory, is noted and left out.
 
 import gc
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 
 from benchmarks.harness import DRY, Row, Timing, copy_bandwidth, gemm_rate, interleave
-from benchmarks.kernel_candidates import CROSS_ENTROPY, LINEAR, LOGITS, OBJECTIVES, SAMPLE, check_linear, make_head
+from benchmarks.kernel_candidates import (
+    CROSS_ENTROPY,
+    LINEAR,
+    LOGITS,
+    OBJECTIVES,
+    SAMPLE,
+    check_linear,
+    close_head,
+    gradient_error,
+    make_head,
+)
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -52,18 +62,26 @@ def linear_floor(K: int, V: int, Hs: int, Ht: int, device: torch.device) -> tupl
 def compare(benchmark, record, absent, device):
     """Times candidates in turn, records a row of each, and asserts that ours leads in time and memory.
 
-    `make` gives a candidate's call, or skips; `floor` is the limit in seconds.
+    `make` gives a candidate's call, or skips; `floor` is the limit in seconds; `error_of` a candidate's error.
     """
 
     def run(
-        group: str, candidates: Mapping[str, Callable], make: Callable, *, floor: float, rounds: int = ROUNDS, **counts
+        group: str,
+        candidates: Mapping[str, Callable],
+        make: Callable,
+        *,
+        floor: float,
+        rounds: int = ROUNDS,
+        error_of: Callable[[Callable], float | None] = lambda candidate: None,
+        **counts,
     ) -> dict[str, Timing]:
-        calls = {}
+        calls, errors = {}, {}
         for name, candidate in candidates.items():
             reason = ""
             try:
                 call = make(candidate)
                 call()  # warms up
+                errors[name] = error_of(candidate)
                 calls[name] = call
             except pytest.skip.Exception as error:
                 reason = str(error)
@@ -78,11 +96,8 @@ def compare(benchmark, record, absent, device):
         timings = interleave(calls, rounds=rounds, warmup=0, device=device, memory=True)
         for name, timing in timings.items():
             peak = timing.peak_bytes
-            record(
-                Row(
-                    group, name, timing.median, timing.spread, fraction=floor / timing.median, peak_bytes=peak, **counts
-                )
-            )
+            limit = {"fraction": floor / timing.median, "peak_bytes": peak, "error": errors[name]}
+            record(Row(group, name, timing.median, timing.spread, **limit, **counts))
             benchmark.extra_info[name] = {"seconds": timing.median, "peak_bytes": peak}
         benchmark.group = group
         benchmark.pedantic(next(iter(calls.values())), rounds=1)
@@ -105,9 +120,9 @@ def assert_leads(timings: dict[str, Timing]) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 def test_linear_distill_loss(compare, device, shape, objective):
-    """Forward and backward, both gradients."""
+    """Forward and backward, both gradients; their error where student and teacher are close is at most 0.25 %."""
     K, V, Hs, Ht = shape
-    head = make_head(K, V, Hs, Ht, device, DTYPE)
+    head, close = make_head(K, V, Hs, Ht, device, DTYPE), close_head(V, Hs, device)
 
     def make(candidate):
         call = candidate(head, objective)
@@ -118,7 +133,10 @@ def test_linear_distill_loss(compare, device, shape, objective):
     group = f"linear_distill_loss {objective} K {K} V {V} H {Hs}/{Ht} {DTYPE}"
     # Weights, hidden states and both gradients, each once: what no chunking can avoid.
     least = DTYPE.itemsize * (V * (2 * Hs + Ht) + K * (2 * Hs + Ht))
-    assert_leads(compare(group, LINEAR, make, flops=flops, bytes=least, floor=floor))
+    counts = {"flops": flops, "bytes": least, "floor": floor}
+    error_of = partial(gradient_error, head=close, objective=objective)
+    assert_leads(compare(group, LINEAR, make, error_of=error_of, **counts))
+    assert gradient_error(LINEAR["ours"], close, objective) <= 2.5e-3
 
 
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
