@@ -19,6 +19,7 @@ from benchmarks.plan.shapes import KNOWN, Shape, known, shape_of
 from benchmarks.plan.work import best, layouts, servers_for, work_of
 from distill.config import load_config
 from distill.forward import completion_hidden
+from distill.models import fuse_norms
 from distill.runtime.micro_batches import micro_batches
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,7 @@ def test_activations_are_what_autograd_keeps(family, itemsize):
     def bytes_of(layers: int) -> int:
         options = {"vocab_size": 97, "head_dim": 16, "num_hidden_layers": layers, "pad_token_id": 0}
         body = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **options)).eval().base_model
+        fuse_norms(body)  # as models are loaded
         own = {parameter.untyped_storage().data_ptr() for parameter in body.parameters()}
         kept.clear()
 
@@ -95,7 +97,7 @@ def test_activations_are_what_autograd_keeps(family, itemsize):
     shape = Shape(64, 192, 1, 4, 2, 16, 97, True, qk_norm=family == "qwen3")
     tokens = P + N * (T - 1)
     casts = 2 * shape.body() if itemsize == 2 else 0  # of the weights, which the plan counts once and not a token
-    assert shape.activation_bytes(itemsize) * tokens == pytest.approx(a_layer - casts, rel=0.12)
+    assert shape.activation_bytes(itemsize) * tokens == pytest.approx(a_layer - casts, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +157,10 @@ def test_the_largest_number_of_rollouts_fits_and_more_do_not():
 
 
 def test_micro_batches_are_halved_until_they_fit():
-    work = qwen("0.6B", "1.7B", micro_batch=16_384, N=64)
+    work = qwen("0.6B", "1.7B", micro_batch=32_768, N=128)
     small, large = (predict(work, GPUS[name]) for name in ("l40s", "h200"))
-    assert large.micro_batch == 16_384
-    assert small.micro_batch in (2048, 4096, 8192)
+    assert large.micro_batch == 32_768
+    assert small.micro_batch in (4096, 8192, 16_384)
     assert small.fits
     assert max(small.peak.values()) <= 45 * GIB
 

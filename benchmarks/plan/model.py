@@ -205,9 +205,10 @@ def peak_bytes(work: Work, machine: Machine, layout: Layout, held: dict[str, flo
         passing += 2 * work.teacher_itemsize * t.body() / t.num_hidden_layers
     elif work.offload:
         passing += work.teacher_itemsize * t.body()
-    kept = tokens * s.num_hidden_layers * s.activation_bytes(work.itemsize)
+    of_layer = s.activation_bytes(work.itemsize, cuda=machine.cuda)
+    kept = tokens * s.num_hidden_layers * of_layer
     if work.checkpointing:
-        kept = tokens * (4 * s.num_hidden_layers * s.hidden_size + s.activation_bytes(work.itemsize))
+        kept = tokens * (4 * s.num_hidden_layers * s.hidden_size + of_layer)
     half = work.itemsize < 4
     rows, column = work.chunk(K, machine)
     gradient = 0 if work.lora_rank else s.head
@@ -233,7 +234,7 @@ def _forward(machine: Machine, shape: Shape, tokens: float, pairs: float, itemsi
     computing = (
         machine.busy(2 * shape.active * tokens, itemsize, reached.body, parts * itemsize * shape.body())
         + machine.busy(attention, itemsize, reached.attention)
-        + machine.moving(2 * tokens * shape.num_hidden_layers * shape.activation_bytes(itemsize))
+        + machine.moving(2 * tokens * shape.num_hidden_layers * shape.activation_bytes(itemsize, cuda=machine.cuda))
     )
     launching = parts * shape.num_hidden_layers * reached.layer_seconds
     return max(computing, launching) if machine.cuda else computing + launching

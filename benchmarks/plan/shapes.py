@@ -58,13 +58,19 @@ class Shape:
         """Of one token's keys and values."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
 
-    def activation_bytes(self, itemsize: int) -> int:
-        """What autograd keeps of one token in one layer; the residual stream and the norms are always float32."""
+    def activation_bytes(self, itemsize: int, *, cuda: bool = False) -> int:
+        """What autograd keeps of one token in one layer, of plain layers in so many bytes a number.
+
+        Norms are float32, and keep what they are given; on a CPU what they divide, too. Under autocast each of the
+        five products that read a norm's result keeps a rounded copy of its own.
+        """
         heads = self.num_attention_heads + self.num_key_value_heads
-        norms = 6 * self.hidden_size + (2 * heads * self.head_dim if self.qk_norm else 0)
-        attention = (2 * self.num_attention_heads + heads + self.num_key_value_heads) * self.head_dim
-        cast = 2 * self.hidden_size if itemsize < 4 else 0  # the norms' results, as the products take them
-        return 4 * norms + itemsize * (cast + attention + 4 * self.intermediate_size * self.num_experts_per_tok)
+        norms = 2 * self.hidden_size + (heads * self.head_dim if self.qk_norm else 0)
+        inputs = (2 if itemsize == 4 else 5) * self.hidden_size
+        attention = 2 * heads * self.head_dim  # query, key, value, and what comes out
+        gated = 4 * self.intermediate_size * self.num_experts_per_tok
+        of_rows = self.num_attention_heads + 4  # log-sum-exps, and what norms divide by
+        return 4 * ((1 if cuda else 2) * norms + of_rows) + itemsize * (inputs + attention + gated)
 
 
 # hidden, intermediate, layers, heads, key-value heads, head size, vocabulary, tied, experts, experts a token.
