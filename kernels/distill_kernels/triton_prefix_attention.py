@@ -126,6 +126,7 @@ def forward(
     _forward_kernel[(len(tiles) * heads,)](
         query, key, value, given_or(sinks, lse), out, lse, tiles, *strides_of(query, key, value, out), L,
         *call.numbers(), HEADS=heads, SINKS=sinks is not None, **call.constants(query, key, value), **sizes(block),
+        **FUSION,
     )  # fmt: skip
     return out, lse
 
@@ -155,20 +156,20 @@ def backward(
     query_kernel[(len(tiles) * heads,)](
         grad_out, query, key, value, out, lse, tiles, grad_query, delta,
         *strides_of(grad_out, query, key, value, out, grad_query), L, scale, *call.numbers(),
-        HEADS=heads, **constants, **sizes(block),
+        HEADS=heads, **constants, **sizes(block), **FUSION,
     )  # fmt: skip
     plan = layout.jobs(key_block.keys, kv_heads, window)
     parts = [each.new_empty(plan.part_rows, *each.shape[1:], dtype=torch.float32) for each in (key, value)]
     key_kernel[(len(plan.jobs) * kv_heads,)](
         grad_out, query, key, value, lse, delta, plan.jobs, given_or(plan.places, plan.jobs), grad_key, grad_value,
         *parts, *strides_of(grad_out, query, key, value, grad_key, grad_value), L, scale, *call.numbers(),
-        KV_HEADS=kv_heads, **constants, **sizes(key_block),
+        KV_HEADS=kv_heads, **constants, **sizes(key_block), **FUSION,
     )  # fmt: skip
     if plan.part_rows:
-        sizes_of_keys = {name: constants[name] for name in ("D", "BLOCK_D", "DV", "BLOCK_DV", *FUSION)}
+        of_heads = {name: constants[name] for name in ("D", "BLOCK_D", "DV", "BLOCK_DV")}
         sum_kernel[(len(plan.sums) * kv_heads, triton.cdiv(key_block.keys, SUMMED))](
             *parts, plan.sums, grad_key, grad_value, *strides_of(grad_key, grad_value), KV_HEADS=kv_heads, N=SUMMED,
-            num_warps=4, **sizes_of_keys,
+            num_warps=4, **of_heads, **FUSION,
         )  # fmt: skip
     if sinks is None:
         return grad_query, grad_key, grad_value, None

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.triton_math import FUSION
-
 LOG2_E = 1.4426950408889634
 
 
@@ -72,7 +70,6 @@ class Call(NamedTuple):
             "WINDOW": self.window is not None,
             "CAP": self.softcap is not None,
             "PRECISION": "ieee",
-            **FUSION,
         }
 
 
