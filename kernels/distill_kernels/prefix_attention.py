@@ -88,12 +88,17 @@ def _forward(
     _, window, _ = options
     layout.calls += 1
     layout.windowed_calls += window is not None
-    return _implementation(query, value).forward(query, key, value, sinks, layout, *options)
+    return _implementation(query, value).forward(*_with_rows(query, key, value), sinks, layout, *options)
 
 
 def _backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     """Gradients to query, key, value and sinks; `rest` are sinks, what `_forward` gave, the layout and the options."""
-    return _implementation(query, value).backward(grad_out, query, key, value, *rest)
+    return _implementation(query, value).backward(*_with_rows(grad_out, query, key, value), *rest)
+
+
+def _with_rows(*tensors: Tensor) -> list[Tensor]:
+    """With a last stride of 1, which the kernels of both implementations take for granted."""
+    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
 # --- the same two as ops, which a compiler does not look into: a layout's handle [1] in place of the layout ---

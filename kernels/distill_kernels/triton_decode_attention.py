@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.triton_decode_piece import attend_piece, load_rows, newest, nothing, store_piece
+from distill_kernels.triton_decode_piece import attend_piece, newest, nothing, store_piece
+from distill_kernels.triton_heads import load_rows
 from distill_kernels.triton_math import FUSION, given_or, offset_of
 
 PROGRAMS = 256  # about two for every multiprocessor of a large card: fewer are cut into more pieces

@@ -14,20 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from distill_kernels.prefix_layout import PrefixLayout
-from distill_kernels.triton_decode_piece import tanh
+from distill_kernels.triton_heads import load_rows, store_rows, tanh
 from distill_kernels.triton_math import FUSION, given_or, offset_of
 from distill_kernels.triton_prefix_blocks import (
     SUMMED,
     Call,
     blocks,
-    load,
+    line_of,
     seen_by,
     seen_keys,
     sizes,
-    store,
     strides_of,
-    tile_of,
-    with_rows,
 )
 from distill_kernels.triton_prefix_gradients import key_kernel, query_kernel, sum_kernel
 
@@ -41,7 +38,7 @@ def _attend(
     """Goes on with the keys at positions first..end from `peak`, `total` and `acc`."""
     for start in tl.range(first, end, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
-        k = load(keys, n, key_row, n < end, D, BLOCK_D)
+        k = load_rows(keys, n, key_row, n < end, D, BLOCK_D)
         scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale_log2
         if CAP:
             scores = tanh(scores) * cap_log2
@@ -50,7 +47,7 @@ def _attend(
         weights = tl.exp2(scores - new[:, None])
         move = tl.exp2(peak - new)
         total = total * move + tl.sum(weights, 1)
-        v = load(values, n, value_row, n < end, DV, BLOCK_DV)
+        v = load_rows(values, n, value_row, n < end, DV, BLOCK_DV)
         acc = tl.dot(weights.to(v.dtype), v, acc * move[:, None], input_precision=PRECISION)
         peak = new
     return peak, total, acc
@@ -66,11 +63,11 @@ def _forward_kernel(
     SINKS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % HEADS
-    segment, length, first, prompt, prompt_length = tile_of(tiles + tl.program_id(0) // HEADS * 5)
+    segment, length, first, prompt, prompt_length = line_of(tiles, tl.program_id(0) // HEADS)
     place = first + tl.arange(0, M)
     there = place < length
     query += offset_of(segment, query_row) + head * query_head
-    q = load(query, place, query_row, there, D, BLOCK_D)
+    q = load_rows(query, place, query_row, there, D, BLOCK_D)
     key += head // GROUP * key_head
     value += head // GROUP * value_head
     own_keys, own_values = key + offset_of(segment, key_row), value + offset_of(segment, value_row)
@@ -96,7 +93,7 @@ def _forward_kernel(
         acc *= move[:, None]
         peak = new
     out += offset_of(segment, out_row) + head * out_head
-    store(out, place, out_row, there, acc / total[:, None], DV, BLOCK_DV)
+    store_rows(out, place, out_row, there, acc / total[:, None], DV, BLOCK_DV)
     tl.store(lse + offset_of(head, L) + segment + place, (peak + tl.log2(total)) * 0.6931471805599453, mask=there)
 
 
@@ -117,7 +114,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [L, h, dv] and log-sum-exp [h, L] float32; see `prefix_attention`."""
     call = Call(scale, window, softcap)
-    query, key, value = with_rows(query, key, value)
     L, heads, d = query.shape
     out = query.new_empty(L, heads, value.shape[-1])
     lse = torch.empty(heads, L, dtype=torch.float32, device=query.device)
@@ -146,7 +142,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients to query, key, value and sinks, from what `forward` gave."""
     call = Call(scale, window, softcap)
-    grad_out, query, key, value = with_rows(grad_out, query, key, value)
     L, heads, d = query.shape
     constants, kv_heads = call.constants(query, key, value), key.shape[1]
     grad_query, grad_key, grad_value = (each.new_empty(each.shape) for each in (query, key, value))

@@ -82,34 +82,11 @@ def strides_of(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
-def with_rows(*tensors: Tensor) -> list[Tensor]:
-    """With a last stride of 1."""
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
-
-
 @triton.jit
-def load(base, rows, row_stride, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of a matrix whose last stride is 1: 0 past column D and in rows that are not `there`."""
-    d = tl.arange(0, BLOCK_D)
-    mask = there[:, None]
-    if BLOCK_D != D:
-        mask = mask & (d < D)[None, :]
-    return tl.load(base + rows[:, None] * row_stride + d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store(base, rows, row_stride, there, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    mask = there[:, None]
-    if BLOCK_D != D:
-        mask = mask & (d < D)[None, :]
-    tl.store(base + rows[:, None] * row_stride + d[None, :], values.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def tile_of(tiles):
-    """A line of `PrefixLayout.tiles`: where a segment begins, how long it is, its first query here, and its prompt."""
-    return tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2), tl.load(tiles + 3), tl.load(tiles + 4)
+def line_of(table, number):
+    """The five numbers of a line of `PrefixLayout.tiles`, or of its `jobs` or `sums`."""
+    line = table + number * 5
+    return tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3), tl.load(line + 4)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ own; the sum kernel adds the parts in their order, so that the same tensors give
 import triton
 import triton.language as tl
 
-from distill_kernels.triton_decode_piece import tanh
+from distill_kernels.triton_heads import load_rows, store_rows, tanh
 from distill_kernels.triton_math import offset_of
-from distill_kernels.triton_prefix_blocks import load, seen_by, seen_keys, store, tile_of
+from distill_kernels.triton_prefix_blocks import line_of, seen_by, seen_keys
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def _to_query(
     """What the keys at positions first..end add to the gradient of a tile's queries."""
     for start in tl.range(first, end, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
-        k = load(keys, n, key_row, n < end, D, BLOCK_D)
-        v = load(values, n, value_row, n < end, DV, BLOCK_DV)
+        k = load_rows(keys, n, key_row, n < end, D, BLOCK_D)
+        v = load_rows(values, n, value_row, n < end, DV, BLOCK_DV)
         scores = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         weights, slope = _weights(scores, lse_log2[:, None], scale_log2, cap_log2, CAP)
         weights = tl.where(seen_by(place, n, end, window, WINDOW), weights, 0.0)
@@ -54,14 +54,14 @@ def query_kernel(
 ):  # fmt: skip
     """The gradient to a tile's queries, and `delta`: what each query's output and its gradient come to, multiplied."""
     head = tl.program_id(0) % HEADS
-    segment, length, first, prompt, prompt_length = tile_of(tiles + tl.program_id(0) // HEADS * 5)
+    segment, length, first, prompt, prompt_length = line_of(tiles, tl.program_id(0) // HEADS)
     place = first + tl.arange(0, M)
     there = place < length
-    q = load(query + offset_of(segment, query_row) + head * query_head, place, query_row, there, D, BLOCK_D)
+    q = load_rows(query + offset_of(segment, query_row) + head * query_head, place, query_row, there, D, BLOCK_D)
     grad_out += offset_of(segment, grad_row) + head * grad_head
     out += offset_of(segment, out_row) + head * out_head
-    grad = load(grad_out, place, grad_row, there, DV, BLOCK_DV)
-    o = load(out, place, out_row, there, DV, BLOCK_DV)
+    grad = load_rows(grad_out, place, grad_row, there, DV, BLOCK_DV)
+    o = load_rows(out, place, out_row, there, DV, BLOCK_DV)
     of_query = offset_of(head, L) + segment + place
     offset = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + of_query, offset, mask=there)
@@ -82,7 +82,7 @@ def query_kernel(
         lse_log2, offset, acc, scale_log2, cap_log2, D, BLOCK_D, DV, BLOCK_DV, N, WINDOW, CAP, PRECISION, STAGES,
     )  # fmt: skip
     grad_query += offset_of(segment, to_row) + head * to_head
-    store(grad_query, place, to_row, there, acc * scale, D, BLOCK_D)
+    store_rows(grad_query, place, to_row, there, acc * scale, D, BLOCK_D)
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def _to_keys(
     for start in tl.range(0, end, M, num_stages=STAGES):
         m = start + tl.arange(0, M)
         there = m < end
-        q = load(queries, m, query_row, there, D, BLOCK_D)
+        q = load_rows(queries, m, query_row, there, D, BLOCK_D)
         lse_log2 = tl.load(lse + m, mask=there, other=float("inf")) * 1.4426950408889634  # its weight is exp(-inf)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         weights, slope = _weights(scores, lse_log2[None, :], scale_log2, cap_log2, CAP)
@@ -104,7 +104,7 @@ def _to_keys(
         if WINDOW:
             apart = tl.load(places + m, mask=there, other=0)[None, :] - key_places[:, None]
             weights = tl.where(apart < window, weights, 0.0)
-        grad = load(grads, m, grad_row, there, DV, BLOCK_DV)
+        grad = load_rows(grads, m, grad_row, there, DV, BLOCK_DV)
         grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
         offset = tl.load(delta + m, mask=there, other=0.0)
         to_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
@@ -124,14 +124,11 @@ def key_kernel(
 ):  # fmt: skip
     """The gradients to a block of keys and values, or that part of them which some of their queries give."""
     kv_head = tl.program_id(0) % KV_HEADS
-    jobs += tl.program_id(0) // KV_HEADS * 5
-    key_first, key_count, query_first, query_count, part = (
-        tl.load(jobs), tl.load(jobs + 1), tl.load(jobs + 2), tl.load(jobs + 3), tl.load(jobs + 4)
-    )  # fmt: skip
+    key_first, key_count, query_first, query_count, part = line_of(jobs, tl.program_id(0) // KV_HEADS)
     n = tl.arange(0, N)
     there = n < key_count
-    k = load(key + offset_of(key_first, key_row) + kv_head * key_head, n, key_row, there, D, BLOCK_D)
-    v = load(value + offset_of(key_first, value_row) + kv_head * value_head, n, value_row, there, DV, BLOCK_DV)
+    k = load_rows(key + offset_of(key_first, key_row) + kv_head * key_head, n, key_row, there, D, BLOCK_D)
+    v = load_rows(value + offset_of(key_first, value_row) + kv_head * value_head, n, value_row, there, DV, BLOCK_DV)
     key_places = n
     if WINDOW:
         key_places = tl.load(places + key_first + n, mask=there, other=0)
@@ -155,13 +152,13 @@ def key_kernel(
     if part < 0:
         grad_key += offset_of(key_first, to_key_row) + kv_head * to_key_head
         grad_value += offset_of(key_first, to_value_row) + kv_head * to_value_head
-        store(grad_key, n, to_key_row, there, to_key, D, BLOCK_D)
-        store(grad_value, n, to_value_row, there, to_value, DV, BLOCK_DV)
+        store_rows(grad_key, n, to_key_row, there, to_key, D, BLOCK_D)
+        store_rows(grad_value, n, to_value_row, there, to_value, DV, BLOCK_DV)
     else:
         key_parts += (offset_of(part, KV_HEADS) + kv_head) * D
         value_parts += (offset_of(part, KV_HEADS) + kv_head) * DV
-        store(key_parts, n, KV_HEADS * D, there, to_key, D, BLOCK_D)
-        store(value_parts, n, KV_HEADS * DV, there, to_value, DV, BLOCK_DV)
+        store_rows(key_parts, n, KV_HEADS * D, there, to_key, D, BLOCK_D)
+        store_rows(value_parts, n, KV_HEADS * DV, there, to_value, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -169,7 +166,7 @@ def _sum(parts, part, stride, number, n, there, KV_HEADS: tl.constexpr, D: tl.co
     """[n, BLOCK_D] of as many parts, one after the other."""
     total = tl.zeros([n.shape[0], BLOCK_D], tl.float32)
     for i in range(number):
-        total += load(parts + offset_of(part + i * stride, KV_HEADS) * D, n, KV_HEADS * D, there, D, BLOCK_D)
+        total += load_rows(parts + offset_of(part + i * stride, KV_HEADS) * D, n, KV_HEADS * D, there, D, BLOCK_D)
     return total
 
 
@@ -181,15 +178,12 @@ def sum_kernel(
 ):  # fmt: skip
     """The gradients to N of a block of a prompt's keys and values: the sum of what its parts give."""
     kv_head = tl.program_id(0) % KV_HEADS
-    sums += tl.program_id(0) // KV_HEADS * 5
-    key_first, count, part, stride, number = (
-        tl.load(sums), tl.load(sums + 1), tl.load(sums + 2), tl.load(sums + 3), tl.load(sums + 4)
-    )  # fmt: skip
+    key_first, count, part, stride, number = line_of(sums, tl.program_id(0) // KV_HEADS)
     n = tl.program_id(1) * N + tl.arange(0, N)
     there = n < count
     to_key = _sum(key_parts + kv_head * D, part, stride, number, n, there, KV_HEADS, D, BLOCK_D)
     to_value = _sum(value_parts + kv_head * DV, part, stride, number, n, there, KV_HEADS, DV, BLOCK_DV)
     grad_key += offset_of(key_first, to_key_row) + kv_head * to_key_head
     grad_value += offset_of(key_first, to_value_row) + kv_head * to_value_head
-    store(grad_key, n, to_key_row, there, to_key, D, BLOCK_D)
-    store(grad_value, n, to_value_row, there, to_value, DV, BLOCK_DV)
+    store_rows(grad_key, n, to_key_row, there, to_key, D, BLOCK_D)
+    store_rows(grad_value, n, to_value_row, there, to_value, DV, BLOCK_DV)

@@ -30,8 +30,8 @@ def forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Output [L, h, dv] and log-sum-exp [L + 1, h] float32 (float64 for float64); see `prefix_attention`."""
-    L, given = len(query), _rows(query, key, value)
-    out, lse = _forward(*given, layout, _Options(scale, window, softcap))
+    L = len(query)
+    out, lse = _forward(query, key, value, layout, _Options(scale, window, softcap))
     if sinks is not None:
         _merge_sinks(out[:L], lse[:L], sinks)
     return out[:L], lse
@@ -52,16 +52,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients to query, key, value and sinks, from what `forward` gave."""
     options = _Options(scale, window, softcap)
-    grads = _backward(*_rows(grad_out, query, key, value), out, lse, layout, options)
+    grads = _backward(grad_out, query, key, value, out, lse, layout, options)
     if sinks is None:
         return *grads, None
     share = (sinks - lse[: len(query)]).exp()
     return *grads, -(share * (grad_out * out).sum(-1, dtype=share.dtype)).sum(0).to(sinks.dtype)
-
-
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """With a last stride of 1, which PyTorch's flash kernel for CPUs takes for granted."""
-    return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
 def _merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
