@@ -102,7 +102,7 @@ def _hidden(
         _REFUSED[body] = gradients_differ(
             body, *(functools.partial(_of_one_prompt, way) for way in (padded_hidden, shared))
         )
-    reason = why_plain(body, rows.longest())
+    reason = why_plain(body)
     if stateful and one_call and reason is None:
         reason = "ranks that share its weights out call it once, and states take two calls"
     if reason is None:
@@ -175,9 +175,9 @@ def _of_one_prompt(hidden_of: Callable[..., Tensor], body: nn.Module, prompt_ids
     return hidden_of(body, prompt_ids, said, Rows([prompt_ids.shape[1]], [T] * R, [0] * R))
 
 
-def why_plain(body: nn.Module, longest_row: int) -> str | None:
-    """Why each row of at most `longest_row` tokens computes its own prompt, as far as is known; None if it does not."""
-    return _REFUSED.get(body) or sharing_refusal(body, longest_row)
+def why_plain(body: nn.Module) -> str | None:
+    """Why each row computes its own prompt, as far as is known; None if it does not."""
+    return _REFUSED.get(body) or sharing_refusal(body)
 
 
 def refuse(body: nn.Module, reason: str) -> None:

@@ -34,4 +34,4 @@ def check_sharing(model: ModelParts) -> str | None:
     error = float((once - each).norm() / each.norm())
     if not error < (TOLERANCE if model.dtype == torch.float32 else ROUNDED_TOLERANCE):
         refuse(model.body, f"its hidden states are {error:.1e} off where a prompt is computed once")
-    return why_plain(model.body, PROMPT + TOKENS)
+    return why_plain(model.body)

@@ -31,8 +31,8 @@ def native_refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
-def sharing_refusal(body: nn.Module, longest_row: int) -> str | None:
-    """Why a prompt cannot be computed once for all of its rows, of at most `longest_row` tokens, or None."""
+def sharing_refusal(body: nn.Module) -> str | None:
+    """Why a prompt cannot be computed once for all of its rows, or None."""
     config = body.config.get_text_config()
     if keeps_states(config):  # nothing here is replaced; whether gradients enter a prompt's state is tried out
         return None
