@@ -65,25 +65,35 @@ def type_of(name: str) -> str:
     return "i32" if name in INTEGERS or name.endswith(("stride", "step")) else "fp32"
 
 
+def build(kernel, capability: int, types, constants: dict, aligned=lambda name, kind: False, **options):
+    """A kernel whose parameters have `types(name)` but for the constants; 16 divides those that are `aligned`."""
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else types(name) for name in names}
+    source = ASTSource(
+        fn=kernel, signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, (name, kind) in enumerate(signature.items())
+               if kind != "constexpr" and aligned(name, kind)},
+    )  # fmt: skip
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={**options, **triton_math.FUSION})
+
+
+def counted(compiled, *instructions: str) -> list[int]:
+    return [len(re.findall(name, compiled.asm["sass"])) for name in instructions]
+
+
 def compile_kernel(kernel, warps: int, **constants) -> list[str]:
     """As a launch on contiguous logits with a number of columns that 16 divides compiles it: steps of 1 are constants,
     and pointers and strides that are specialised are known to be aligned. The PTX for each of the CAPABILITIES."""
     names = [parameter.name for parameter in kernel.params]
     specialised = [parameter for parameter in kernel.params if not parameter.do_not_specialize]
     constants |= {p.name: 1 for p in specialised if p.name.endswith("_step")}
-    signature = {name: "constexpr" if name in constants else type_of(name) for name in names}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    aligned = [p for p in specialised if not p.do_not_specialize_on_alignment and signature[p.name][0] in "*i"]
+    aligned = [p.name for p in specialised if not p.do_not_specialize_on_alignment]
+    divides = lambda name, kind: name in aligned and kind[0] in "*i"  # noqa: E731
     made = []
     for capability in CAPABILITIES:
-        compiled = triton.compile(
-            ASTSource(
-                fn=kernel, signature=signature, constexprs=values,
-                attrs={(names.index(p.name),): [["tt.divisibility", 16]] for p in aligned},
-            ),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": warps, **triton_math.FUSION},
-        )  # fmt: skip
+        compiled = build(kernel, capability, type_of, constants, divides, num_warps=warps)
         registers, stack = resources(compiled.asm["cubin"])
         used = f"{registers} registers, {stack} bytes of stack"
         assert registers * 32 * warps <= REGISTERS, f"{kernel.__name__}: {used}"
@@ -96,40 +106,35 @@ def compile_kernel(kernel, warps: int, **constants) -> list[str]:
 
 
 def compile_prefix_attention() -> None:
-    """What every card's memory holds, with numbers in registers; on Hopper the matrix instructions overlap."""
+    """The memory of each kind of card holds what a program needs; on Hopper its matrix instructions overlap."""
     module, gradients = triton_prefix_blocks, triton_prefix_gradients
     kernels = triton_prefix_attention._forward_kernel, gradients.query_kernel, gradients.key_kernel
     plain, whole = ({"WINDOW": extra, "CAP": extra, "SINKS": extra} for extra in (False, True))
-    for (capability, table, memory), (D, DV), extras in product(
+    for (capability, table, memory), D, extras in product(
         ((80, module.LARGE, 163), (90, module.LARGE, 227), (100, module.LARGE, 227), (89, module.SMALL, 99)),
-        ((64, 64), (128, 128), (256, 256)),
+        (64, 128, 256),
         (plain, whole),
     ):
         if extras is whole and capability != 90:  # the same memory
             continue
         chosen = next(found for most, found in table.items() if most >= D)
         for kernel, block in zip(kernels, chosen, strict=True):
-            names = [parameter.name for parameter in kernel.params]
             constants = {
-                "HEADS": 16, "KV_HEADS": 8, "GROUP": 2, "D": D, "BLOCK_D": triton.next_power_of_2(D), "DV": DV,
-                "BLOCK_DV": triton.next_power_of_2(DV), **extras, "PRECISION": "ieee", **module.sizes(block),
+                "HEADS": 16, "KV_HEADS": 8, "GROUP": 2, "D": D, "BLOCK_D": D, "DV": D, "BLOCK_DV": D, **extras,
+                "PRECISION": "ieee", **module.sizes(block),
             }  # fmt: skip
-            options = {"num_warps": constants.pop("num_warps"), **triton_math.FUSION}
+            warps, names = constants.pop("num_warps"), [parameter.name for parameter in kernel.params]
             constants = {name: value for name, value in constants.items() if name in names}
-            signature = {n: "constexpr" if n in constants else prefix_type_of(n) for n in names}
-            aligned = [n for n, kind in signature.items() if kind[0] in "*i" and n not in ("L", "window")]
-            compiled = triton.compile(
-                ASTSource(
-                    fn=kernel, signature=signature,
-                    constexprs={(names.index(name),): value for name, value in constants.items()},
-                    attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-                ),
-                target=GPUTarget("cuda", capability, 32), options=options,
-            )  # fmt: skip
-            registers, stack = resources(compiled.asm["cubin"])
-            used = f"{registers} registers, {stack} bytes of stack, {compiled.metadata.shared} of shared memory"
+            divides = lambda name, kind: kind[0] in "*i" and name not in ("L", "window")  # noqa: E731
+            compiled = build(kernel, capability, prefix_type_of, constants, divides, num_warps=warps)
+            used = f"{compiled.metadata.shared} bytes of shared memory"
             print(f"compiled {kernel.__name__} for {capability}: D {D}, {block}, {extras}, {used}")
             assert compiled.metadata.shared <= memory * 1024, used
+            if capability == 90:  # as many waits as products would run them one after another
+                products, waits = (
+                    len(re.findall(name, compiled.asm["sass"])) for name in ("HGMMA", r"WARPGROUP\.DEPBAR")
+                )
+                assert waits <= max(8, products // 8), f"{kernel.__name__}: {waits} waits for {products} products"
 
 
 def prefix_type_of(name: str) -> str:
@@ -151,15 +156,10 @@ def compile_product() -> None:
         "e_desc": f"tensordesc<bf16[{part}]>",
     }
     constants = {"STEPS": 16, "GROUP": 16, "PROGRAMS": 132, "BM": tile.rows, "BN": tile.columns, "BK": tile.inner}
-    names = [parameter.name for parameter in kernel.params]
-    signature = {n: "constexpr" if n in constants else descriptors.get(n) or type_of(n) for n in names}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **triton_math.FUSION}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    types = lambda name: descriptors.get(name) or type_of(name)  # noqa: E731
+    compiled = build(kernel, 90, types, constants, num_warps=tile.warps, num_stages=tile.stages)
     assert compiled.metadata.shared <= SHARED_MEMORY, f"{compiled.metadata.shared} bytes of shared memory"
-    sass = compiled.asm["sass"]
-    products, waits, spilled = (len(re.findall(name, sass)) for name in ("HGMMA", r"WARPGROUP\.DEPBAR", "STL"))
+    products, waits, spilled = counted(compiled, "HGMMA", r"WARPGROUP\.DEPBAR", "STL")
     assert products == tile.inner // 16, f"{products} matrix instructions in the loop"
     assert waits <= 3, f"{waits} waits: more than one a step, which runs the matrix instructions one after another"
     assert spilled < 64, f"{spilled} registers stored; a few are addresses, once before the loop, 128 hold the tile"
@@ -274,21 +274,10 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_attention(kernel, floats: str, most_registers: int, warps: int = 4, stages: int = 3, **constants) -> None:
-    names = [parameter.name for parameter in kernel.params]
-    signature = {n: "constexpr" if n in constants else attention_type_of(n, floats) for n in names}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    aligned = [
-        name
-        for name, kind in signature.items()
-        if kind.startswith("*") or name.endswith(("row", "head", "slot"))  # pointers and strides
-    ]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    types = partial(attention_type_of, floats=floats)
+    divides = lambda name, kind: kind[0] == "*" or name.endswith(("row", "head", "slot"))  # noqa: E731 # or a stride
     for capability in CAPABILITIES:
-        compiled = triton.compile(
-            ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes),
-            target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": warps, "num_stages": stages, **triton_math.FUSION},
-        )
+        compiled = build(kernel, capability, types, constants, divides, num_warps=warps, num_stages=stages)
         registers, stack = resources(compiled.asm["cubin"])
         shared = compiled.metadata.shared
         used = f"{registers} registers, {stack} bytes of stack, {shared} of shared memory"
