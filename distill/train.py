@@ -91,6 +91,14 @@ def fit(config: Config, *, should_stop: Callable[[], bool] = lambda: False) -> "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status; a rank of several ends there."""
+    status = _status(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        _end_now(status)
+    return status
+
+
+def _status(argv: Sequence[str] | None) -> int:
     try:
         config = parse_command_line(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
@@ -150,8 +158,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _given_up(error: RuntimeError) -> NoReturn:
     """Ends this process now: what it exchanges with a rank that is gone could not be waited for."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(1)
+    print(f"error: {error}", file=sys.stderr)
+    _end_now(1)
+
+
+def _end_now(status: int) -> NoReturn:
+    """Without the interpreter's own end, during which a thread of the exchange that lets go of a tensor aborts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

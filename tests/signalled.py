@@ -1,9 +1,9 @@
 """The command, which sends itself a signal between two steps: from outside it may come after the last of them.
 
 `python tests/signalled.py SIGNAL RANK LINES FOLDER ...`: the words after it are the command's. SIGNAL comes to RANK
-where FOLDER has LINES lines of metrics; under torchrun in its first attempt only.
-"""
+where X"""
 
+import atexit
 import os
 import signal
 import sys
@@ -32,6 +32,7 @@ def signal_itself(name: str, after: int, metrics: Path) -> None:
 
 
 if __name__ == "__main__":
+    atexit.register(os.abort)
     name, rank, after, folder, *words = sys.argv[1:]
     if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (rank, "0"):
         signal_itself(name, int(after), Path(folder) / "metrics.jsonl")

@@ -65,7 +65,12 @@ class Processes:
         return ranks
 
     def leave(self) -> None:
+        """Ends the exchange, and the threads of its groups, which end with the last reference to them.
+
+        One that still lets go of a tensor while the interpreter ends would abort the process.
+        """
         if self.size > 1:
+            self._meeting = self._group = None
             distributed.destroy_process_group()
 
     def meet(self, patience: float = 1 / 3) -> None:
