@@ -147,7 +147,7 @@ def test_linear_distill_loss(compare, device, shape, objective):
 
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
 def test_cross_entropy(compare, device, shape):
-    """Beside the fused cross entropies, which have no teacher: less work, shown for orientation."""
+    """Beside the fused cross entropies: the loss of tokens that are taken as right, without a teacher."""
     K, V, H, _ = shape
     head = make_head(K, V, H, H, device, DTYPE)
 

@@ -36,6 +36,7 @@ from distill_kernels import (
     triton_rows,
     triton_sample,
     triton_student_product,
+    triton_student_rows,
 )
 
 FLOATS = "*fp32"
@@ -183,6 +184,14 @@ def loss_of(rows: int) -> None:
     linear_distill_loss(*arguments, torch.ones(rows), workspace_bytes=16 * 10 * 128, **options)
 
 
+def student_loss_of(rows: int) -> None:
+    """`loss_of` with a teacher elsewhere."""
+    hidden, weight, vectors = torch.randn(rows, 8), torch.randn(96, 8), torch.zeros(3, rows + 1)[:, 1:]
+    said = dict(zip(("teacher_logprob", "sampling_logprob", "advantage"), vectors, strict=True))
+    arguments = hidden.requires_grad_(), weight, None, None, torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    linear_distill_loss(*arguments, workspace_bytes=16 * 6 * 128, **said)
+
+
 def product_of(rows: int) -> None:
     """`loss_of` through the student's product."""
     student_product.STUDENT_PRODUCT = True
@@ -233,8 +242,8 @@ def check_specialisations() -> None:
     backend._interpreting = True  # the launchers of CUDA, for tensors on a CPU
     target, seen = make_backend(GPUTarget("cuda", 90, 32)), defaultdict(set)
     kernels = (
-        triton_rows._rows_kernel, triton_reverse_kl._backward_kernel, triton_sample._threshold_kernel,
-        triton_sample._race_kernel, triton_sample._merge_kernel,
+        triton_rows._rows_kernel, triton_student_rows._student_rows_kernel, triton_reverse_kl._backward_kernel,
+        triton_sample._threshold_kernel, triton_sample._race_kernel, triton_sample._merge_kernel,
         triton_student_product._references_kernel, triton_student_product._product_kernel,
         triton_product_rows._finish_kernel, triton_product_rows._target_kernel, triton_record_draw._record_kernel,
         triton_prefix_attention._forward_kernel, triton_prefix_gradients.query_kernel,
@@ -242,7 +251,9 @@ def check_specialisations() -> None:
     )  # fmt: skip
     chunks.ROW_ALIGNMENT["cpu"] = 64
     student_product.STUDENT_PRODUCT = False
-    for launch in loss_of, product_of, statistics_of, sample_of, draw_of, attention_of, windowed_attention_of:
+    for launch in (
+        loss_of, student_loss_of, product_of, statistics_of, sample_of, draw_of, attention_of, windowed_attention_of
+    ):  # fmt: skip
         for kernel in kernels:
             bind = create_function_from_signature(kernel.signature, kernel.params, target)
             kernel.run = partial(record, bind, seen[launch.__name__, kernel.__name__])
@@ -250,7 +261,7 @@ def check_specialisations() -> None:
             launch(rows)
     for kernel in kernels:
         del kernel.run
-    assert sum(map(len, seen.values())) >= 9
+    assert sum(map(len, seen.values())) >= 10
     for key, kinds in seen.items():
         assert len(kinds) <= 1, f"{key}: compiled {len(kinds)} times\n" + "\n".join(sorted(kinds))
 
@@ -331,6 +342,11 @@ def main() -> None:
                 IMPORTANCE=extras and objective == 0, ADVANTAGE=extras and objective == 0, WEIGHT=objective >= 0,
                 NORMALISERS=objective == -1,
             )  # fmt: skip
+    for extras in (False, True):
+        compile_kernel(
+            triton_student_rows._student_rows_kernel, warps, BLOCK=block, GRADIENT=True, STUDENT_BIAS=extras,
+            STUDENT_CAP=extras, TEACHER=extras, IMPORTANCE=extras, ADVANTAGE=True, WEIGHT=True,
+        )  # fmt: skip
     compile_product()
     compile_product_rows()
     compile_prefix_attention()

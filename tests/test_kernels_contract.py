@@ -113,6 +113,27 @@ def test_errors_of_options(options, words):
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"teacher_weight": torch.randn(9, 5)}, ["teacher_hidden", "teacher_weight alone"]),
+        ({"teacher_logprob": None}, ["teacher_logprob or advantage"]),
+        ({"teacher_logprob": torch.zeros(3)}, ["teacher_logprob", "[4]", "[3]"]),
+        ({"objective": "reverse_kl"}, ["sampled_reverse_kl only", "'reverse_kl'"]),
+        ({"teacher_scale": 2.0}, ["teacher_scale", "teacher_hidden"]),
+        ({"teacher_hidden": torch.randn(4, 5), "teacher_weight": torch.randn(9, 5)}, ["teacher_logprob", "None"]),
+        ({"vocab_size": 10}, ["vocab_size", "10"]),
+    ],
+)
+def test_errors_without_a_teacher(change, words):
+    student_hidden, student_weight, _, _, ids, token_weight = linear_arguments()
+    teacher = [change.pop(name, None) for name in ("teacher_hidden", "teacher_weight")]
+    options = {"teacher_logprob": torch.zeros(4)} | change
+    with pytest.raises(ValueError, match=r"teacher|vocab_size") as raised:
+        linear_distill_loss(student_hidden, student_weight, *teacher, ids, token_weight, **options)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"temperature": 0},
@@ -165,7 +186,11 @@ def test_compile_whole_graphs(implementation):
 
         def linear(hidden, weight):
             loss, stats = linear_distill_loss(hidden * 2, weight, *arguments[2:], objective="jsd")
-            return loss + linear_reverse_kl(hidden, weight, *arguments[2:5]).reverse_kl.sum() + stats.reward.sum()
+            alone, _ = linear_distill_loss(
+                hidden, weight, None, None, *arguments[4:], teacher_logprob=stats.teacher_logprob
+            )
+            scores = linear_reverse_kl(hidden, weight, *arguments[2:5])
+            return loss + alone + scores.reverse_kl.sum() + stats.reward.sum()
 
         def from_logits(logits):
             stats = reverse_kl(logits * 1.5, teacher, ids, temperature=0.7)
@@ -203,6 +228,12 @@ def test_registration(implementation):
         options = (None, None, needed, 1, None, 0.5, 1.0, 9, None, None, 1.0, 1.0, None, True)
         torch.library.opcheck(
             ops.linear_distill_loss.default, (*student_side, *teacher_side, None, ids, token_weight, *options)
+        )
+        alone = (None, None, token_weight, needed, None, 1.0, 9, None, 1.0, None, True)
+        # Without the check that traces: what is not known is NaN, which equals nothing. The test above compiles it.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(
+            ops.linear_student_loss.default, (*student_side, ids, token_weight, *alone), test_utils=checks
         )
         scoring = (*linear_arguments(device=device)[:5], None, None, None, None, 1.0, 1.0, 1.0, 9, None, False)
         torch.library.opcheck(ops.linear_reverse_kl.default, scoring)

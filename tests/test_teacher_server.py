@@ -149,11 +149,11 @@ def test_other_vocabularies_are_refused(server, tmp_path):
     client = Server(server.url, "teacher.server", timeout_seconds=9, retries=0)
     server.tokenizer.add_tokens(["Paris"])
     with pytest.raises(ServerError, match="has another vocabulary"):
-        connect(client, "x", tokenizer, torch.device("cpu"))
+        connect(client, "x", tokenizer)
     server.tokenizer = tiny_tokenizer()
     server.model = tiny_model("qwen3", vocab_size=200)  # too small for the probe's last token
     with pytest.raises(ServerError, match="out of vocabulary"):
-        connect(client, "x", tokenizer, torch.device("cpu"))
+        connect(client, "x", tokenizer)
 
 
 def test_a_short_context_limits_the_prompts(server, write_config, capsys):

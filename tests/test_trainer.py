@@ -182,7 +182,7 @@ def test_the_watch_sees_what_is_sent():
 def test_a_step_waits_for_its_metrics_only(trainer, loss, monkeypatch):
     """The metrics' one read: the figures of the line, and each rollout's divergence; nor is anything sent unpinned."""
     # What only tensors on a CPU are asked, as these are.
-    monkeypatch.setattr(sys.modules["distill_kernels.linear_distill_loss"], "_known_to_be_one", lambda upstream: False)
+    monkeypatch.setattr(sys.modules["distill_kernels.head_gradients"], "_known_to_be_one", lambda upstream: False)
     made = trainer(**loss)
     made._sample(0, [[0, 1]], 0)
     rollouts = made.rollouts

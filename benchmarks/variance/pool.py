@@ -26,7 +26,7 @@ from distill.prompts import left_pad
 from distill.run import choose_device
 from distill.run.parts import RunParts
 from distill.training import Ranks
-from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
+from distill_kernels import TokenStats
 
 SKETCH_SIZE = 65_536
 SIGNS_SEED = 20_240_601
@@ -179,7 +179,7 @@ def rollout_gradients(
     with torch.no_grad(), teacher.present():
         teacher_hidden = teacher.hidden(*group.for_teachers.inputs(rows))
     heads = HeadPair(student, teacher, 1.0, vocab_size)
-    stats = linear_reverse_kl(*heads.inputs(hidden.detach(), teacher_hidden), ids, **heads.options())
+    stats = heads.statistics(hidden.detach(), teacher_hidden, ids)
 
     def gradients() -> Iterator[tuple[str, Sequence[Tensor], Tensor]]:
         for name, options in vectors.items():
@@ -187,14 +187,14 @@ def rollout_gradients(
                 advantage, options = torch.ones_like(stats.reward), LossOptions()
             else:
                 advantage = advantages(stats, lengths, rows * 0, options) if needs_scores(options) else None
-            loss, _ = linear_distill_loss(
-                *heads.inputs(hidden, teacher_hidden),
+            loss, _ = heads.loss(
+                hidden,
+                teacher_hidden,
                 ids,
                 token_weights(lengths, options.reduction).to(hidden.device),
                 objective=options.objective,
                 advantage=advantage,
                 beta=options.beta,
-                **heads.options(),
             )
             *of_parameters, of_hidden = torch.autograd.grad(loss, (*parameters, hidden), retain_graph=True)
             yield name, of_parameters, of_hidden.sum(0)

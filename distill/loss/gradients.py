@@ -17,7 +17,7 @@ from distill.loss.head_pair import HeadPair
 from distill.loss.model_parts import ModelParts
 from distill.loss.options import LossOptions
 from distill.runtime import to_device
-from distill_kernels import TokenStats, linear_distill_loss
+from distill_kernels import TokenStats
 
 
 class GroupGradient(NamedTuple):
@@ -93,10 +93,9 @@ def accumulate_gradients(
         device, heads = hidden.device, pairs[group.teacher_of(rows)]
         theirs, ids = heads.theirs(teacher_hidden, rows, hidden), group.valid(group.completion_ids, rows)
         credit = None if advantage is None else advantage[to_device(tokens, device)]
-        if credit is None and heads.teacher.sampled_only:
-            credit = heads.statistics(hidden.detach(), theirs, ids).reward
-        loss, stats = linear_distill_loss(
-            *heads.inputs(hidden, theirs),
+        loss, stats = heads.loss(
+            hidden,
+            theirs,
             ids,
             to_device(weights[tokens], device),
             objective=options.objective,
@@ -104,14 +103,13 @@ def accumulate_gradients(
             importance_clip=None if ratio_to is None else options.importance_clip,
             advantage=credit,
             beta=options.beta,
-            **heads.options(),
         )
         agreement = heads.agreement(hidden.detach(), theirs)[: None if own is None or own[rows[0]] else 0]
         if hidden.requires_grad:
             hidden.retain_grad()
         loss.backward()
         shifts = _row_sums(hidden.grad, group.completion_lengths[rows])
-        found.append((loss.detach(), heads.completed(stats, theirs), shifts, agreement))
+        found.append((loss.detach(), stats, shifts, agreement))
         hidden = None
     return _summed(found, group, micro_batches)
 

@@ -1,7 +1,7 @@
 """Two models' heads over the same tokens: what every call of a fused operation on their hidden states shares.
 
-A teacher on a server says log q(y) of the sampled tokens and no more: its head is one column of zeros, so that the
-operations see equal logits, and `completed` puts what it said in their place.
+A teacher on a server says log q(y) of the sampled tokens and no more: it has no head here, and what it said takes the
+place of its hidden states.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.loss.model_parts import ModelParts
-from distill_kernels import TokenStats, linear_reverse_kl
+from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
 
 AGREEMENT_TOKENS = 32  # of a micro-batch whose likeliest tokens are compared
 
@@ -24,35 +24,34 @@ class HeadPair(NamedTuple):
     temperature: float
     vocab_size: int | None
 
-    def inputs(self, student_hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return student_hidden, self.student.head.weight, teacher_hidden, self.teacher.head.weight
-
     def theirs(self, teacher_hidden: Sequence[Tensor | None], rows: Tensor, student_hidden: Tensor) -> Tensor:
         """[k, Ht] of what `score` gave; 0 for a row that is computed only to take part, and counts for nothing."""
         if teacher_hidden[rows[0]] is None:
-            return student_hidden.new_zeros(len(student_hidden), self.teacher.head.weight.shape[1])
+            width = 1 if self.teacher.sampled_only else self.teacher.head.weight.shape[1]
+            return student_hidden.new_zeros(len(student_hidden), width)
         return torch.cat([teacher_hidden[row] for row in rows])
 
     def statistics(self, student_hidden: Tensor, teacher_hidden: Tensor, token_ids: Tensor) -> TokenStats:
-        """Of K tokens, without gradients."""
-        stats = linear_reverse_kl(*self.inputs(student_hidden, teacher_hidden), token_ids, **self.options())
-        return self.completed(stats, teacher_hidden)
+        """Of K tokens, without gradients; NaN where the teacher does not say."""
+        teacher, options = self._teacher(teacher_hidden)
+        return linear_reverse_kl(student_hidden, self.student.head.weight, *teacher, token_ids, **options)
 
-    def completed(self, stats: TokenStats, teacher_hidden: Tensor) -> TokenStats:
-        """Statistics with what a teacher said that knows the sampled tokens only, whose head gives equal logits.
+    def loss(
+        self, student_hidden: Tensor, teacher_hidden: Tensor, token_ids: Tensor, token_weight: Tensor, **objective
+    ) -> tuple[Tensor, TokenStats]:
+        """`linear_distill_loss` of K tokens with the options of its `objective`, and the detached statistics."""
+        teacher, options = self._teacher(teacher_hidden)
+        inputs = student_hidden, self.student.head.weight, *teacher, token_ids, token_weight
+        return linear_distill_loss(*inputs, **objective, **options)
 
-        What it cannot say, the exact reverse KL and its entropy, is NaN.
-        """
-        if not self.teacher.sampled_only:
-            return stats
-        logprob, unknown = teacher_hidden[:, 0], torch.full_like(stats.reward, torch.nan)
-        reward = logprob - stats.student_logprob
-        return stats._replace(teacher_logprob=logprob, reward=reward, reverse_kl=unknown, teacher_entropy=unknown)
-
-    def options(self) -> dict:
-        heads = self.student.head_arguments("student") | self.teacher.head_arguments("teacher")
+    def _teacher(self, teacher_hidden: Tensor) -> tuple[tuple[Tensor | None, Tensor | None], dict]:
+        """The teacher's two tensors as a fused operation takes them, and the options of both heads."""
         # Float32 weights are multiplied in the hidden states' precision; their gradient is float32 all the way.
-        return {"temperature": self.temperature, "vocab_size": self.vocab_size, "cast_weights": True, **heads}
+        options = {"temperature": self.temperature, "vocab_size": self.vocab_size, "cast_weights": True}
+        options |= self.student.head_arguments("student")
+        if self.teacher.sampled_only:
+            return (None, None), options | {"teacher_logprob": teacher_hidden[:, 0]}
+        return (teacher_hidden, self.teacher.head.weight), options | self.teacher.head_arguments("teacher")
 
     @torch.no_grad()
     def agreement(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ class ModelParts(NamedTuple):
     """A model as it is computed with: body, head (a `models.Head`), and the precision of the arithmetic."""
 
     body: nn.Module
-    head: NamedTuple
+    head: tuple | None
+    """None of a model that is elsewhere, which is `sampled_only`."""
     dtype: torch.dtype
     present: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     """Surrounds a phase in which the body computes: it may live elsewhere the rest of the time."""

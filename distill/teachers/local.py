@@ -32,7 +32,7 @@ def load_teachers(
         reference, trusted = _origin(config.model, config, student)
         tokenizer = load_tokenizer(reference, trust_remote_code=trusted)
         server = Server(config.server, "teacher.server", timeout_seconds=config.timeout_seconds, retries=config.retries)
-        parts, context = connect(server, reference, tokenizer, device)
+        parts, context = connect(server, reference, tokenizer)
         return [Teacher(None, None, parts, tokenizer, context)]
     if config.offload and device.type == "cpu":
         raise ModelError("teacher.offload: on a CPU the teacher is in host memory anyway; leave the key out")

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distill.loss import ModelParts
-from distill.models import Head
 from distill.servers import PROBE, PromptScores, Server, in_parallel
 
 
@@ -33,9 +32,7 @@ class ServedTeacher(ModelParts):
         return torch.tensor(found, device=completion_ids.device)[:, None]
 
 
-def connect(
-    server: Server, reference: str, tokenizer: PreTrainedTokenizerBase, device: torch.device
-) -> tuple[ServedTeacher, int | None]:
+def connect(server: Server, reference: str, tokenizer: PreTrainedTokenizerBase) -> tuple[ServedTeacher, int | None]:
     """The teacher on a server, checked as far as it can be, and the tokens that it can take.
 
     Raises `ServerError` for one that scores no prompts, or that has another vocabulary than `tokenizer`.
@@ -47,5 +44,4 @@ def connect(
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     # With the last token of the vocabulary, which a smaller one does not have.
     scores.settle([*token_ids, vocab_size - 1])
-    nothing = Head(torch.zeros(vocab_size, 1, device=device), None, None, 1.0)
-    return ServedTeacher(scores, nothing, torch.float32), about.get("max_model_len")
+    return ServedTeacher(scores, None, torch.float32), about.get("max_model_len")

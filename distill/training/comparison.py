@@ -10,7 +10,6 @@ from distill.loss import AGREEMENT_TOKENS, Group, HeadPair
 from distill.runtime import MemoryLimits
 from distill.training.clusters import ClusterSums
 from distill.training.evaluation import clusters_of
-from distill_kernels import linear_reverse_kl
 
 
 class Figure(NamedTuple):
@@ -40,8 +39,8 @@ def compare(heads: HeadPair, group: Group, limits: MemoryLimits) -> dict[str, Fi
         for rows in parts:
             inputs, ids = group.inputs(rows), group.valid(group.completion_ids, rows)
             ours, theirs = heads.student.hidden(*inputs), heads.teacher.hidden(*inputs)
-            stats = linear_reverse_kl(*heads.inputs(ours, theirs), ids, **heads.options())
-            forward = linear_reverse_kl(*swapped.inputs(theirs, ours), ids, **swapped.options())
+            stats = heads.statistics(ours, theirs, ids)
+            forward = swapped.statistics(theirs, ours, ids)
             tokens = zip(ours.split(AGREEMENT_TOKENS), theirs.split(AGREEMENT_TOKENS), strict=True)
             for name, values in {
                 "reverse_kl": stats.reverse_kl,

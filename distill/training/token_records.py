@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from distill.loss import Group, HeadPair, ModelParts
-from distill_kernels import reverse_kl
 
 MAX_TOKENS = 128  # of a completion that are kept
 TOP = 3  # likeliest tokens of each model
@@ -57,13 +56,14 @@ def _row(
     view |= {name: [] for name in (*names, "student_top", "teacher_top")}
     for start in range(0, count, CHUNK):
         part = slice(start, start + CHUNK)
-        logits = [m.head.logits(h[part])[:, :vocab_size] for m, h in zip((student, teacher), hidden, strict=True)]
-        stats = HeadPair(student, teacher, 1.0, vocab_size).completed(reverse_kl(*logits, ids[part]), hidden[1][part])
+        states = [of_model[part] for of_model in hidden]
+        stats = HeadPair(student, teacher, 1.0, vocab_size).statistics(*states, ids[part])
         for name in names:
             view[name] += [_rounded(value) for value in getattr(stats, name).tolist()]
-        for name, values in zip(("student_top", "teacher_top"), logits, strict=True):
-            known = name == "student_top" or not teacher.sampled_only
-            view[name] += _likeliest(tokenizer, values, spelled, start) if known else [[] for _ in values]
+        for name, model, state in zip(("student_top", "teacher_top"), (student, teacher), states, strict=True):
+            known = not model.sampled_only
+            logits = model.head.logits(state)[:, :vocab_size] if known else state
+            view[name] += _likeliest(tokenizer, logits, spelled, start) if known else [[] for _ in state]
     return view
 
 

@@ -104,7 +104,7 @@ def check_positive(name: str, value: float | None) -> None:
 
 def check_linear(
     student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None] | None,
     token_ids: Tensor,
     vocab_size: int | None,
     *,
@@ -114,9 +114,9 @@ def check_linear(
     """Checks what the linear ops share, and gives the number of vocabulary columns.
 
     `student` and `teacher` are hidden states [K, H], weight [V, H] and bias [V] or None; `vectors` are [K], `numbers`
-    positive.
+    positive. Without a teacher the columns are the student's.
     """
-    sides = {"student": student, "teacher": teacher}
+    sides = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     floats = {
         f"{side}_{part}": tensor
         for side, tensors in sides.items()
@@ -132,10 +132,36 @@ def check_linear(
                 f"{list(hidden.shape)} and {list(weight.shape)}"
             )
         check_vector(f"{side}_bias", bias, weight.shape[0], f"{side}_weight {list(weight.shape)}")
-    check_same_rows("student_hidden", student[0], "teacher_hidden", teacher[0])
+    if teacher is not None:
+        check_same_rows("student_hidden", student[0], "teacher_hidden", teacher[0])
     check_integers("token_ids", token_ids, student[0].device)
     for name, vector in {"token_ids": token_ids, **vectors}.items():
         check_vector(name, vector, student[0].shape[0], f"student_hidden {list(student[0].shape)}")
     for name, number in numbers.items():
         check_positive(name, number)
-    return resolve_vocab_size(vocab_size, student[1].shape[0], teacher[1].shape[0])
+    return resolve_vocab_size(vocab_size, *(weight.shape[0] for _, weight, _ in (student, teacher or student)))
+
+
+def teacher_of(
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    logprob: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The teacher's side for `check_linear`, None where it has no head here; raises ValueError for half of one.
+
+    `logprob` [K] is what a teacher without a head says of the tokens.
+    """
+    if (hidden is None) != (weight is None):
+        given = "teacher_weight" if hidden is None else "teacher_hidden"
+        raise ValueError(f"teacher_hidden and teacher_weight go together: found {given} alone")
+    if hidden is not None:
+        if logprob is not None:
+            raise ValueError("teacher_logprob takes the place of teacher_hidden and teacher_weight: pass None for both")
+        return hidden, weight, bias
+    if bias is not None or softcap is not None or scale != 1:
+        raise ValueError("teacher_bias, teacher_softcap and teacher_scale need teacher_hidden and teacher_weight")
+    return None

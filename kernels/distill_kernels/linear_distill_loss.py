@@ -29,10 +29,9 @@ from torch import Tensor
 
 from distill_kernels import backend, checks, student_product
 from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
-from distill_kernels.linear_reverse_kl import shared_columns
+from distill_kernels.head_gradients import Gradients, keep_gradients, new_outputs, scaled_gradients, write_gradients
+from distill_kernels.linear_student_loss import linear_student_loss
 from distill_kernels.types import OBJECTIVES, Head, TokenStats
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("distill_kernels::linear_distill_loss", mutates_args=())
@@ -63,7 +62,8 @@ def _linear_distill_loss(
     """Loss [], statistics [6, K], and the `needed` gradients of student hidden states, weight and bias (else empty)."""
     checks.check_token_ids(token_ids, vocab_size)
     K, V = student_hidden.shape[0], vocab_size
-    outputs = _outputs(student_hidden, student_weight, teacher_hidden, teacher_weight, needed)
+    dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    outputs = new_outputs(student_hidden, student_weight, needed, dtype)
     _, stats, *gradients = outputs
     weights = token_weight.to(stats.dtype)
     losses, row_scale = stats.new_empty(2, K)
@@ -71,8 +71,8 @@ def _linear_distill_loss(
     teacher = HeadProducts(teacher_weight[:V], teacher_hidden, stats.dtype, cast_weights)
     gradients[1][V if K else 0 :].zero_(), gradients[2].zero_()  # the first chunk writes the weight's first V rows
     heads = {
-        "student_head": shared_columns(student_bias, student_softcap, student_scale, V),
-        "teacher_head": shared_columns(teacher_bias, teacher_softcap, teacher_scale, V),
+        "student_head": Head(student_bias, student_softcap, student_scale).first(V),
+        "teacher_head": Head(teacher_bias, teacher_softcap, teacher_scale).first(V),
     }
     buffers, distill = _way(student, student_hidden, heads, temperature, objective, any(needed), workspace_bytes)
     for part in chunks(K, len(buffers[0])):
@@ -99,7 +99,8 @@ def _linear_distill_loss(
             **weighted,
         )
         factor = row_scale[part] if weighted else weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
-        _write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
+        if grad is not None:
+            write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]
 
@@ -141,90 +142,21 @@ def _buffers(
     return logits, row_buffer(rows, V, dtype, device), grad if gradient else None
 
 
-def _write_gradients(
-    student: HeadProducts,
-    grad: Tensor | None,
-    student_hidden: Tensor,
-    part: slice,
-    factor: Tensor,
-    needed: list[bool],
-    gradients: list[Tensor],
-) -> None:
-    """A chunk's gradients of hidden states, weight and bias, by its logits' gradient factor [k] * grad [k, V].
-
-    The first chunk writes the weight's, the others add to it.
-    """
-    d_hidden, d_weight, d_bias = gradients
-    V = len(student.weight)
-    if needed[0]:
-        student.hidden_gradient(grad, d_hidden[part]).mul_(factor[:, None])
-    if needed[1]:
-        scaled = student_hidden[part] * factor[:, None]
-        student.weight_gradient(grad, scaled, d_weight[:V], first=part.start == 0)
-    if needed[2]:
-        student.bias_gradient(grad, factor, d_bias[:V])
-
-
-def _outputs(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    needed: list[bool],
-) -> Gradients:
-    """Outputs of the op in the dtype of the accumulation, uninitialised."""
-    K, (V, H) = student_hidden.shape[0], student_weight.shape
-    dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    shapes = ((), (6, K), (K, H) if needed[0] else (0,), (V, H) if needed[1] else (0,), (V,) if needed[2] else (0,))
-    return tuple(student_hidden.new_empty(shape, dtype=dtype) for shape in shapes)
-
-
 @_linear_distill_loss.register_fake
 def _(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, *rest) -> Gradients:
-    needed = rest[4]
-    return _outputs(student_hidden, student_weight, teacher_hidden, teacher_weight, needed)
+    dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    return new_outputs(student_hidden, student_weight, rest[4], dtype)
 
 
-def _keep_gradients(ctx, inputs, output) -> None:
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
-    ctx.needed = inputs[10]
-    ctx.save_for_backward(*output[2:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(
-        False
-    )  # else autograd makes zeros as large as the weight for the outputs without gradient
+def _keep(ctx, inputs, output) -> None:
+    keep_gradients(ctx, inputs[:3], inputs[10], output)
 
 
-def _scale_gradients(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    if upstream is None:  # without materialised zeros, of a loss that nothing depends on
-        return (None,) * 22
-    one = _known_to_be_one(upstream)
-    scaled = [
-        None if not needed else gradient.to(dtype) if one else _product(gradient, upstream, dtype)
-        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
-    ]
-    return *scaled, *[None] * 19
+def _scale(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    return *scaled_gradients(ctx, upstream), *[None] * 19
 
 
-def _product(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * upstream in `dtype`, in one pass and without a float32 tensor of the weight's size.
-
-    A new tensor even where the dtype stays: the saved one may be asked for again (`retain_graph`).
-    """
-    if upstream.requires_grad:  # of a backward pass that is itself differentiated, which takes no `out`
-        return (gradient * upstream).to(dtype)
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
-
-
-def _known_to_be_one(upstream: Tensor) -> bool:
-    """Whether to multiply by it would only copy the weight's gradient, as of a loss that is itself differentiated.
-
-    Not asked of a tensor elsewhere, whose answer would be waited for, nor of one that is only traced.
-    """
-    return upstream.device.type == "cpu" and type(upstream) is Tensor and upstream.item() == 1
-
-
-torch.library.register_autograd("distill_kernels::linear_distill_loss", _scale_gradients, setup_context=_keep_gradients)
+torch.library.register_autograd("distill_kernels::linear_distill_loss", _scale, setup_context=_keep)
 
 
 def _check_objective(
@@ -233,6 +165,8 @@ def _check_objective(
     importance_clip: float | None,
     advantage: Tensor | None,
     beta: float,
+    teacher: bool,
+    teacher_logprob: Tensor | None,
 ) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {objective!r}")
@@ -241,16 +175,21 @@ def _check_objective(
         raise ValueError(f"{', '.join(own)} belong to sampled_reverse_kl; found {objective!r}")
     if objective == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must lie between 0 and 1; found {beta}. Its limits are forward_kl and reverse_kl")
+    if not teacher and objective != "sampled_reverse_kl":
+        raise ValueError(f"without teacher_hidden there is sampled_reverse_kl only; found objective {objective!r}")
+    if not teacher and teacher_logprob is None and advantage is None:
+        raise ValueError("without teacher_hidden the loss needs teacher_logprob or advantage: pass one of them")
 
 
 def linear_distill_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     token_ids: Tensor,
     token_weight: Tensor,
     *,
+    teacher_logprob: Tensor | None = None,
     objective: str = "sampled_reverse_kl",
     sampling_logprob: Tensor | None = None,
     importance_clip: float | None = None,
@@ -283,16 +222,36 @@ def linear_distill_loss(
     lies between 0 and 1, both excluded: there it is forward_kl and reverse_kl, scaled to 0. `vocab_size` is the number
     of leading columns that both models share; columns past it have gradient 0. `workspace_bytes` bounds the buffers.
 
+    A teacher elsewhere: teacher_hidden and teacher_weight are None, teacher_logprob [K], nats, is what it says of the
+    tokens at this temperature. `sampled_reverse_kl` only; the statistics that nobody knows are NaN. An advantage may
+    take its place too: with 1 the loss is the tokens' cross entropy.
+
     A token whose divergence is infinite makes the loss infinite and has gradient 0.
     Raises ValueError and IndexError as `linear_reverse_kl` does.
     """
-    _check_objective(objective, sampling_logprob, importance_clip, advantage, beta)
+    teacher = checks.teacher_of(
+        teacher_hidden,
+        teacher_weight,
+        bias=teacher_bias,
+        softcap=teacher_softcap,
+        scale=teacher_scale,
+        logprob=teacher_logprob,
+    )
+    _check_objective(
+        objective, sampling_logprob, importance_clip, advantage, beta, teacher is not None, teacher_logprob
+    )
+    vectors = {
+        "token_weight": token_weight,
+        "teacher_logprob": teacher_logprob,
+        "sampling_logprob": sampling_logprob,
+        "advantage": advantage,
+    }
     V = checks.check_linear(
         (student_hidden, student_weight, student_bias),
-        (teacher_hidden, teacher_weight, teacher_bias),
+        teacher,
         token_ids,
         vocab_size,
-        vectors={"token_weight": token_weight, "sampling_logprob": sampling_logprob, "advantage": advantage},
+        vectors=vectors,
         numbers={
             "temperature": temperature,
             "student_softcap": student_softcap,
@@ -300,22 +259,19 @@ def linear_distill_loss(
             "importance_clip": importance_clip,
         },
     )
-    recording = torch.is_grad_enabled()
-    needed = [
-        recording and tensor is not None and tensor.requires_grad
-        for tensor in (student_hidden, student_weight, student_bias)
-    ]
+    student = (student_hidden, student_weight, student_bias)
+    needed = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in student]
+    weight, *given = (None if vector is None else vector.detach() for vector in vectors.values())
+    if teacher is None:
+        options = (importance_clip, temperature, V, student_softcap, student_scale, workspace_bytes, cast_weights)
+        loss, stats, *_ = linear_student_loss(*student, token_ids, weight, *given, needed, *options)
+        return loss, TokenStats(*stats.unbind(0))
     loss, stats, *_ = _linear_distill_loss(
-        student_hidden,
-        student_weight,
-        student_bias,
-        teacher_hidden.detach(),
-        teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
+        *student,
+        *(None if tensor is None else tensor.detach() for tensor in teacher),
         token_ids,
-        token_weight.detach(),
-        None if sampling_logprob is None else sampling_logprob.detach(),
-        None if advantage is None else advantage.detach(),
+        weight,
+        *given[1:],
         needed,
         OBJECTIVES.index(objective),
         importance_clip,

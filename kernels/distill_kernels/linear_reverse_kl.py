@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distill_kernels import backend, checks
 from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
+from distill_kernels.linear_student_loss import linear_student_loss
 from distill_kernels.types import Head, TokenStats
 
 
@@ -51,8 +52,8 @@ def _linear_reverse_kl(
             token_ids[part],
             stats[:, part],
             temperature=temperature,
-            student_head=shared_columns(student_bias, student_softcap, student_scale, V),
-            teacher_head=shared_columns(teacher_bias, teacher_softcap, teacher_scale, V),
+            student_head=Head(student_bias, student_softcap, student_scale).first(V),
+            teacher_head=Head(teacher_bias, teacher_softcap, teacher_scale).first(V),
         )
     return stats
 
@@ -63,18 +64,14 @@ def _(student_hidden, student_weight, teacher_hidden, teacher_weight, *_) -> Ten
     return student_hidden.new_empty((6, student_hidden.shape[0]), dtype=dtype)
 
 
-def shared_columns(bias: Tensor | None, softcap: float | None, scale: float, V: int) -> Head:
-    """The head's options on the first V columns."""
-    return Head(None if bias is None else bias[:V], softcap, scale)
-
-
 def linear_reverse_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     token_ids: Tensor,
     *,
+    teacher_logprob: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     student_bias: Tensor | None = None,
@@ -93,17 +90,26 @@ def linear_reverse_kl(
     `cast_weights` in the hidden states' dtype).
     token_ids [K] int64. `vocab_size` is the number of leading columns that both models share, and may be absent
     where Vs = Vt. logits = softcap(scale * (h W^T + bias)), bias [V]; all statistics are at logits / temperature.
-    `workspace_bytes` bounds the logits buffers.
+    `workspace_bytes` bounds the logits buffers. A teacher elsewhere: teacher_hidden and teacher_weight are None,
+    teacher_logprob [K], nats, is what it says of the tokens at this temperature, and what it cannot say is NaN.
 
     Raises ValueError for a wrong shape, dtype, device or number, IndexError for a token id out of range (on CUDA
     only after `checks.check_cuda_values(True)`).
     """
+    teacher = checks.teacher_of(
+        teacher_hidden,
+        teacher_weight,
+        bias=teacher_bias,
+        softcap=teacher_softcap,
+        scale=teacher_scale,
+        logprob=teacher_logprob,
+    )
     V = checks.check_linear(
         (student_hidden, student_weight, student_bias),
-        (teacher_hidden, teacher_weight, teacher_bias),
+        teacher,
         token_ids,
         vocab_size,
-        vectors={},
+        vectors={"teacher_logprob": teacher_logprob},
         numbers={
             "temperature": temperature,
             "student_softcap": student_softcap,
@@ -111,6 +117,14 @@ def linear_reverse_kl(
         },
     )
     with torch.no_grad():
+        if teacher is None:
+            student = (student_hidden, student_weight, student_bias)
+            weights = student_hidden.new_zeros(len(student_hidden))
+            options = (temperature, V, student_softcap, student_scale, workspace_bytes, cast_weights)
+            _, stats, *_ = linear_student_loss(
+                *student, token_ids, weights, teacher_logprob, None, None, [False] * 3, None, *options
+            )
+            return TokenStats(*stats.unbind(0))
         stats = _linear_reverse_kl(
             student_hidden,
             student_weight,

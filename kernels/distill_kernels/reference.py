@@ -32,10 +32,11 @@ def reverse_kl(
 def linear_reverse_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     token_ids: Tensor,
     *,
+    teacher_logprob: Tensor | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     student_bias: Tensor | None = None,
@@ -48,6 +49,8 @@ def linear_reverse_kl(
     """`reverse_kl` of the logits of two heads, without gradients."""
     with torch.no_grad():
         student_logits = _head(student_hidden, student_weight, student_bias, student_softcap, student_scale)
+        if teacher_hidden is None:
+            return _without_teacher(student_logits, teacher_logprob, token_ids, temperature, vocab_size)
         teacher_logits = _head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
         return reverse_kl(student_logits, teacher_logits, token_ids, temperature=temperature, vocab_size=vocab_size)
 
@@ -55,11 +58,12 @@ def linear_reverse_kl(
 def linear_distill_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     token_ids: Tensor,
     token_weight: Tensor,
     *,
+    teacher_logprob: Tensor | None = None,
     objective: str = "sampled_reverse_kl",
     sampling_logprob: Tensor | None = None,
     importance_clip: float | None = None,
@@ -78,10 +82,13 @@ def linear_distill_loss(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {objective!r}")
     student_logits = _head(student_hidden, student_weight, student_bias, student_softcap, student_scale)
-    with torch.no_grad():
-        teacher_logits = _head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
-    student, teacher = _logprobs(student_logits, teacher_logits, temperature, vocab_size)
-    stats = _token_stats(student, teacher, token_ids)
+    if teacher_hidden is None:
+        stats = _without_teacher(student_logits, teacher_logprob, token_ids, temperature, vocab_size)
+    else:
+        with torch.no_grad():
+            teacher_logits = _head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
+        student, teacher = _logprobs(student_logits, teacher_logits, temperature, vocab_size)
+        stats = _token_stats(student, teacher, token_ids)
     if objective == "sampled_reverse_kl":
         losses = _sampled(stats, sampling_logprob, importance_clip, advantage)
     elif objective == "reverse_kl":
@@ -254,6 +261,23 @@ def _logprobs(
     student = (student_logits[:, :V].to(dtype) / temperature).log_softmax(-1)
     teacher = (teacher_logits[:, :V].detach().to(dtype) / temperature).log_softmax(-1)
     return student, teacher
+
+
+def _without_teacher(
+    student_logits: Tensor,
+    teacher_logprob: Tensor | None,
+    token_ids: Tensor,
+    temperature: float,
+    vocab_size: int | None,
+) -> TokenStats:
+    """Statistics with what a teacher elsewhere said of the tokens, NaN for what is not known."""
+    student, _ = _logprobs(student_logits, student_logits, temperature, vocab_size)
+    stats = _token_stats(student, student.detach(), token_ids)
+    unknown = torch.full_like(stats.reward, math.nan)
+    said = unknown if teacher_logprob is None else teacher_logprob.to(unknown.dtype)
+    impossible = (stats.student_logprob == -math.inf) & (said == -math.inf)
+    reward = (said - stats.student_logprob).detach().masked_fill(impossible, 0)
+    return stats._replace(teacher_logprob=said, reward=reward, reverse_kl=unknown, teacher_entropy=unknown)
 
 
 def _token_stats(student: Tensor, teacher: Tensor, token_ids: Tensor) -> TokenStats:

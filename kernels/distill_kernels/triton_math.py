@@ -127,6 +127,27 @@ def row_sums(
 
 
 @triton.jit
+def row_sum(
+    row, step, V, bias, scale, softcap, inverse_temperature, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One read of one model's row: the largest logit and, with s the logits less that, sum e^s and sum e^s s."""
+    peak = float("-inf")
+    total = tl.zeros([BLOCK], tl.float32)
+    own = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x, _ = tempered_logits(row, step, cols, V, bias, scale, softcap, inverse_temperature, HAS_BIAS, HAS_CAP)
+        peak, new, old = _peak(peak, x)
+        move = new - old
+        shrink = tl.exp(-move)
+        e = tl.exp(x - new)
+        own = (own - total * move) * shrink + e * shifted(x, new)
+        total = total * shrink + e
+    return peak, tl.sum(total, 0), tl.sum(own, 0)
+
+
+@triton.jit
 def token_logprob(
     row, step, token_id, V, bias, scale, softcap, inverse_temperature, peak, log_sum,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
@@ -136,6 +157,21 @@ def token_logprob(
     column = tl.where(exists, token_id, V) + tl.arange(0, 1)
     x, _ = tempered_logits(row, step, column, V, bias, scale, softcap, inverse_temperature, HAS_BIAS, HAS_CAP)
     return tl.where(exists, tl.sum(x, 0) - peak - log_sum, float("nan"))
+
+
+@triton.jit
+def sampled_loss(
+    logprob, reward, at_sampling, advantage, importance_clip, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr
+):
+    """-rho A log p(y) of a row, and rho A; `at_sampling` and `advantage` point at the row's."""
+    ratio = 1.0
+    if IMPORTANCE:
+        ratio = tl.minimum(tl.exp(logprob - tl.load(at_sampling)), importance_clip)
+    credit = reward
+    if ADVANTAGE:
+        credit = tl.load(advantage).to(tl.float32)
+    factor = tl.where(ratio == 0, 0.0, ratio * credit)
+    return tl.where((factor == 0) | (logprob == 0), 0.0, -factor * logprob), factor
 
 
 @triton.jit

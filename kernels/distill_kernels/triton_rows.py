@@ -12,6 +12,7 @@ from distill_kernels.triton_math import (
     offset_of,
     power_and_part,
     row_sums,
+    sampled_loss,
     shifted,
     tempered_logits,
     token_logprob,
@@ -75,14 +76,9 @@ def _rows_kernel(
     if OBJECTIVE != _NONE:
         student_kl = kl
         if OBJECTIVE == _SAMPLED:
-            ratio = 1.0
-            if IMPORTANCE:
-                ratio = tl.minimum(tl.exp(logprob_s - tl.load(at_sampling_ptr + row)), importance_clip)
-            advantage = reward
-            if ADVANTAGE:
-                advantage = tl.load(advantage_ptr + row).to(tl.float32)
-            factor = tl.where(ratio == 0, 0.0, ratio * advantage)
-            loss = tl.where((factor == 0) | (logprob_s == 0), 0.0, -factor * logprob_s)
+            loss, factor = sampled_loss(
+                logprob_s, reward, at_sampling_ptr + row, advantage_ptr + row, importance_clip, IMPORTANCE, ADVANTAGE
+            )
         elif OBJECTIVE == _REVERSE:
             factor = 1.0
             loss = kl

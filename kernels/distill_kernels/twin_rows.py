@@ -24,7 +24,7 @@ _LOG2_E = 1 / math.log(2)
 _SLICE_BYTES = 2 * 2**20  # of one of the five [rows, V] buffers that a slice works in
 
 
-class _Softmax(NamedTuple):
+class Softmax(NamedTuple):
     """Of r rows: p = exps / total, log p = shifted - log_total."""
 
     shifted: Tensor  # [r, V]
@@ -51,7 +51,7 @@ def token_stats(
         s = softmax_of(student[part], exps_s, student_head, temperature)
         t = softmax_of(teacher[part], exps_t, teacher_head, temperature)
         torch.stack(row_sums(s, t, difference), out=sums[:, part])
-    write_stats(RowSums(*sums), _at(student, token_ids), _at(teacher, token_ids), stats)
+    write_stats(RowSums(*sums), at_tokens(student, token_ids), at_tokens(teacher, token_ids), stats)
 
 
 def distill_rows(
@@ -82,8 +82,8 @@ def distill_rows(
     for part, (exps_s, exps_t, work) in row_slices(student):
         s = softmax_of(student[part], exps_s, student_head, temperature)
         t = softmax_of(teacher[part], exps_t, teacher_head, temperature)
-        at_tokens = (_at(model.shifted, token_ids[part]) for model in (s, t))
-        write_stats(row_sums(s, t, work), *at_tokens, stats[:, part])
+        chosen = (at_tokens(model.shifted, token_ids[part]) for model in (s, t))
+        write_stats(row_sums(s, t, work), *chosen, stats[:, part])
         slope = None
         if grad is not None and student_head.softcap is not None:
             # Of softcap: 1 - tanh^2, with tanh = logit / softcap, before `student` is overwritten.
@@ -94,7 +94,9 @@ def distill_rows(
         if name == "sampled_reverse_kl":
             at_sampling = None if sampling_logprob is None else sampling_logprob[part]
             weight = stats[2, part] if advantage is None else advantage[part].to(stats.dtype)
-            loss, factor = _sampled(s, stats[0, part], weight, token_ids[part], at_sampling, importance_clip, out)
+            loss, factor = sampled_loss(stats[0, part], weight, at_sampling, importance_clip)
+            if out is not None:
+                sampled_gradient(s, token_ids[part], out)
         elif name == "reverse_kl":
             loss, factor = _reverse(s, t, stats[3, part], work, out)
         elif name == "forward_kl":
@@ -108,7 +110,7 @@ def distill_rows(
         row_scale *= token_weight
 
 
-def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> _Softmax:
+def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> Softmax:
     """Turns raw logits [r, V] into shifted ones in place, and their exponentials into `exps`."""
     if head.bias is not None:
         logits += head.bias
@@ -121,12 +123,12 @@ def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> 
     return shifted_softmax(logits, logits, exps)
 
 
-def shifted_softmax(logits: Tensor, shifted: Tensor, exps: Tensor) -> _Softmax:
+def shifted_softmax(logits: Tensor, shifted: Tensor, exps: Tensor) -> Softmax:
     """Of logits [r, V] as they are; writes the buffers `shifted`, which may be `logits` itself, and `exps`."""
     peak = logits.amax(-1, keepdim=True).to(shifted.dtype)
     outside = shift(logits, peak, shifted)
     total = exponentials(shifted, exps).sum(-1, keepdim=True)
-    return _Softmax(shifted, exps, peak, total, total.log(), outside)
+    return Softmax(shifted, exps, peak, total, total.log(), outside)
 
 
 def shift(logits: Tensor, peak: Tensor, out: Tensor) -> Tensor | None:
@@ -152,13 +154,13 @@ def _mean(weights: Tensor, total: Tensor, values: Tensor) -> Tensor:
     return torch.linalg.vecdot(weights, values)[:, None] / total
 
 
-def _at(shifted: Tensor, token_ids: Tensor) -> Tensor:
+def at_tokens(shifted: Tensor, token_ids: Tensor) -> Tensor:
     """[r] shifted logits of the tokens, -inf instead of `FLOOR`."""
     chosen = shifted.gather(1, token_ids[:, None])[:, 0]
     return chosen.masked_fill(chosen < FLOOR / 2, -math.inf)
 
 
-def _missed(p: _Softmax, q: _Softmax) -> Tensor | None:
+def _missed(p: Softmax, q: Softmax) -> Tensor | None:
     """[r, 1] bool: q is zero somewhere in p's support; None where q is zero nowhere."""
     if q.outside is None:
         return None
@@ -176,7 +178,7 @@ class RowSums(NamedTuple):
     own_t: Tensor  # sum of e_t t
 
 
-def row_sums(s: _Softmax, t: _Softmax, difference: Tensor) -> RowSums:
+def row_sums(s: Softmax, t: Softmax, difference: Tensor) -> RowSums:
     """`difference` [r, V] becomes s - t, of shifted logits."""
     torch.sub(s.shifted, t.shifted, out=difference)
     cross = torch.linalg.vecdot(s.exps, difference)
@@ -202,16 +204,10 @@ def write_stats(sums: RowSums, token_s: Tensor, token_t: Tensor, stats: Tensor) 
     stats[5] = log_total_t - sums.own_t / sums.total_t
 
 
-def _sampled(
-    s: _Softmax,
-    logprob: Tensor,
-    advantage: Tensor,
-    token_ids: Tensor,
-    sampling_logprob: Tensor | None,
-    importance_clip: float | None,
-    out: Tensor | None,
+def sampled_loss(
+    logprob: Tensor, advantage: Tensor, sampling_logprob: Tensor | None, importance_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """loss = -rho A log p(y); gradient rho A (p - onehot)."""
+    """loss = -rho A log p(y), and rho A, the factor of its gradient p - onehot; [r] each."""
     ratio = torch.ones_like(logprob)
     if sampling_logprob is not None:
         ratio = (logprob - sampling_logprob).exp()
@@ -219,13 +215,16 @@ def _sampled(
             ratio = ratio.clamp(max=importance_clip)
     advantage = (ratio * advantage).masked_fill(ratio == 0, 0)
     loss = (-advantage * logprob).masked_fill((advantage == 0) | (logprob == 0), 0)
-    if out is not None:
-        torch.div(s.exps, s.total, out=out)
-        out.scatter_add_(1, token_ids[:, None], torch.full_like(s.total, -1))
     return loss, advantage.masked_fill(~loss.isfinite(), 0)
 
 
-def _reverse(s: _Softmax, t: _Softmax, kl: Tensor, difference: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def sampled_gradient(s: Softmax, token_ids: Tensor, out: Tensor) -> Tensor:
+    """out [r, V] = p - onehot, which may be where the softmax keeps its exponentials."""
+    torch.div(s.exps, s.total, out=out)
+    return out.scatter_add_(1, token_ids[:, None], torch.full_like(s.total, -1))
+
+
+def _reverse(s: Softmax, t: Softmax, kl: Tensor, difference: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """loss = KL(student || teacher), already known; gradient p (log p - log q - KL). `difference` is s - t, shifted."""
     if out is not None:
         mean = _mean(s.exps, s.total, difference)
@@ -233,7 +232,7 @@ def _reverse(s: _Softmax, t: _Softmax, kl: Tensor, difference: Tensor, out: Tens
     return kl, s.total[:, 0].reciprocal().masked_fill(kl == math.inf, 0)
 
 
-def _forward(s: _Softmax, t: _Softmax, difference: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward(s: Softmax, t: Softmax, difference: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """loss = KL(teacher || student); gradient p - q. `difference` is s - t, shifted."""
     loss = s.log_total - t.log_total - _mean(t.exps, t.total, difference)
     missed = _missed(t, s)
@@ -244,7 +243,7 @@ def _forward(s: _Softmax, t: _Softmax, difference: Tensor, out: Tensor | None) -
     return loss[:, 0], s.total[:, 0].reciprocal().masked_fill(loss[:, 0] == math.inf, 0)
 
 
-def _jsd(s: _Softmax, t: _Softmax, beta: float, work: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def _jsd(s: Softmax, t: Softmax, beta: float, work: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """loss = beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; gradient
     (1 - beta) p (log p / m - KL(p || m))."""
     p, q = s.exps.div_(s.total), t.exps.div_(t.total)

@@ -40,6 +40,10 @@ class Head(NamedTuple):
     """c in c * tanh(x / c), or None."""
     scale: float
 
+    def first(self, V: int) -> "Head":
+        """On its first V columns."""
+        return self if self.bias is None else self._replace(bias=self.bias[:V])
+
 
 OBJECTIVES = ("sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd")
 """The objectives of `linear_distill_loss`; the position is the code that kernels and custom ops receive."""

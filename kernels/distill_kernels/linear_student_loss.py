@@ -1,0 +1,98 @@
+"""What `linear_distill_loss` and `linear_reverse_kl` do where the teacher is known by its numbers alone.
+
+A teacher elsewhere says log q(y) of each sampled token y, or a caller gives each token's advantage; either is all that
+`sampled_reverse_kl` asks of a teacher, so the student's head is the only one that is multiplied. With an advantage of 1
+the loss is the cross entropy of the tokens, weighted.
+
+FLOPs: 6 K V Hs, or 2 K V Hs without gradients and 4 K V Hs with a frozen head. Bytes: the logits are written once and
+read twice (once without gradients), and the gradient is written and read twice. Extra memory as in
+`linear_distill_loss`.
+"""
+
+import torch
+from torch import Tensor
+
+from distill_kernels import backend, checks
+from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
+from distill_kernels.head_gradients import Gradients, keep_gradients, new_outputs, scaled_gradients, write_gradients
+from distill_kernels.types import Head
+
+
+@torch.library.custom_op("distill_kernels::linear_student_loss", mutates_args=())
+def linear_student_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    token_weight: Tensor,
+    teacher_logprob: Tensor | None,
+    sampling_logprob: Tensor | None,
+    advantage: Tensor | None,
+    needed: list[bool],
+    importance_clip: float | None,
+    temperature: float,
+    vocab_size: int,
+    softcap: float | None,
+    scale: float,
+    workspace_bytes: int | None,
+    cast_weights: bool,
+) -> Gradients:
+    """Loss [], statistics [6, K], and the `needed` gradients of hidden states [K, H], weight and bias (else empty).
+
+    NaN stands for what is not known: the reverse KL, the teacher's entropy, and without `teacher_logprob` that and the
+    reward.
+    """
+    checks.check_token_ids(token_ids, vocab_size)
+    K, V, device = len(hidden), vocab_size, hidden.device
+    outputs = new_outputs(hidden, weight, needed, accumulation_dtype(hidden, weight))
+    _, stats, *gradients = outputs
+    weights = token_weight.to(stats.dtype)
+    losses, row_scale = stats.new_empty(2, K)
+    student = HeadProducts(weight[:V], hidden, stats.dtype, cast_weights)
+    gradients[1][V if K else 0 :].zero_(), gradients[2].zero_()  # the first chunk writes the weight's first V rows
+    gradient, operand = any(needed), student.operand
+    # The logits' gradient takes their place if the products take what the logits are.
+    rounded = gradient and operand != stats.dtype
+    rows = rows_per_chunk(K, V, stats.dtype.itemsize + rounded * operand.itemsize, workspace_bytes, device)
+    logits = row_buffer(rows, V, stats.dtype, device)
+    buffer = row_buffer(rows, V, operand, device) if rounded else logits
+    for part in chunks(K, rows):
+        k = part.stop - part.start
+        factor = weights[part] * (scale / temperature)
+        # A row kernel that rounds the gradient weights it first, and leaves a factor that no product rounds.
+        weighted = {"token_weight": factor} if rounded else {}
+        given = {"teacher_logprob": teacher_logprob, "sampling_logprob": sampling_logprob, "advantage": advantage}
+        backend.implementation("student_rows", device).student_rows(
+            student.logits(hidden[part], logits[:k]),
+            token_ids[part],
+            stats=stats[:, part],
+            losses=losses[part],
+            row_scale=row_scale[part],
+            grad=buffer[:k] if gradient else None,
+            **{name: None if values is None else values[part] for name, values in given.items()},
+            importance_clip=importance_clip,
+            temperature=temperature,
+            head=Head(bias, softcap, scale).first(V),
+            **weighted,
+        )
+        factor = row_scale[part] if weighted else factor * row_scale[part]
+        if gradient:
+            write_gradients(student, buffer[:k], hidden, part, factor, needed, gradients)
+    loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
+    return loss, *outputs[1:]
+
+
+@linear_student_loss.register_fake
+def _(hidden, weight, bias, token_ids, token_weight, teacher_logprob, at_sampling, advantage, needed, *_) -> Gradients:
+    return new_outputs(hidden, weight, needed, accumulation_dtype(hidden, weight))
+
+
+def _keep(ctx, inputs, output) -> None:
+    keep_gradients(ctx, inputs[:3], inputs[8], output)
+
+
+def _scale(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    return *scaled_gradients(ctx, upstream), *[None] * 13
+
+
+torch.library.register_autograd("distill_kernels::linear_student_loss", _scale, setup_context=_keep)
