@@ -3,7 +3,8 @@
 Segments of like length are one dense call, and so is each shared prompt with all its completions; the two parts are
 merged by their log-sum-exps. The backward runs each part's ordinary backward with the merged output and log-sum-exp,
 which is exact because a softmax's gradient needs nothing else (the identity behind ring attention, arXiv 2310.01889).
-A sink is one more key, with a value of zero, and merges likewise.
+A sink is one more key, with a value of zero, and merges likewise. Keys are never repeated for the query heads that
+share them: PyTorch's flash kernel for CPUs takes them as they are.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distill_kernels.prefix_layout import Bucket, Prefix, PrefixLayout
+from distill_kernels.prefix_layout import Bucket, PrefixLayout
 
 
 def statistics_shape(L: int, h: int) -> tuple[int, int]:
@@ -100,21 +101,20 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Output [L + 1, h, dv] and log-sum-exp [L + 1, h] float32 (float64 for float64); the last row takes padding."""
     L, h, _ = query.shape
-    g = h // key.shape[1]
     out = query.new_empty(L + 1, h, value.shape[-1])
     lse = torch.empty(L + 1, h, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
     for bucket in layout.buckets:
         q, k, v = (bucket.take(each, bucket.read) for each in (query, key, value))
-        part, part_lse = _attend(q, _repeat(k, g), _repeat(v, g), _Scores.within(bucket, options, q.device))
+        part, part_lse = _attend(q, k, v, _Scores.within(bucket, options, q.device))
         bucket.put(out, part)
         bucket.put(lse, part_lse)
     # Padding's log-sum-exp: with it, a padded query has weight exp(-inf) = 0 in the backward.
     lse[L] = torch.inf
     for prefix in layout.prefixes(options.window):
-        k, v = (each[prefix.keys].transpose(0, 1)[None] for each in (key, value))
+        k, v = (_dense(each[prefix.keys]) for each in (key, value))
         q, whole, whole_lse = (each[prefix.queries] for each in (query, out, lse))
-        part, part_lse = _attend(_fold(q, g), k, v, _Scores(options.scale, options.softcap, False, _of(prefix, g)))
-        _merge(whole, whole_lse, _unfold(part, g), _unfold(part_lse, g))
+        part, part_lse = _attend(_dense(q), k, v, _Scores(options.scale, options.softcap, False, prefix.seen))
+        _merge(whole, whole_lse, part[0].transpose(0, 1), part_lse[0].transpose(0, 1))
         if isinstance(prefix.queries, Tensor):  # else `whole` is a view
             out[prefix.queries], lse[prefix.queries] = whole, whole_lse
     return out, lse
@@ -131,49 +131,30 @@ def _backward(
     options: _Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     L = len(query)
-    g = query.shape[1] // key.shape[1]
-    grad_query, grad_key, grad_value = (each.new_empty(L + 1, *each.shape[1:]) for each in (query, key, value))
+    grads = tuple(each.new_empty(L + 1, *each.shape[1:]) for each in (query, key, value))
     for bucket in layout.buckets:
         q, k, v, o, go = (bucket.take(each, bucket.read) for each in (query, key, value, out, grad_out))
         stats = bucket.take(lse, bucket.write)
         scores = _Scores.within(bucket, options, q.device)
-        parts = _attend_backward(go, q, _repeat(k, g), _repeat(v, g), o, stats, scores)
-        bucket.put(grad_query, parts[0])
-        bucket.put(grad_key, parts[1].unflatten(1, (-1, g)).sum(2) if g > 1 else parts[1])
-        bucket.put(grad_value, parts[2].unflatten(1, (-1, g)).sum(2) if g > 1 else parts[2])
+        for grad, part in zip(grads, _attend_backward(go, q, k, v, o, stats, scores), strict=True):
+            bucket.put(grad, part)
     for prefix in layout.prefixes(options.window):
-        q, o, go, stats = (_fold(each[prefix.queries], g) for each in (query, out, grad_out, lse))
-        k, v = (each[prefix.keys].transpose(0, 1)[None] for each in (key, value))
-        scores = _Scores(options.scale, options.softcap, False, _of(prefix, g))
+        q, o, go, stats = (_dense(each[prefix.queries]) for each in (query, out, grad_out, lse))
+        k, v = (_dense(each[prefix.keys]) for each in (key, value))
+        scores = _Scores(options.scale, options.softcap, False, prefix.seen)
         parts = _attend_backward(go, q, k, v, o, stats, scores)
-        grad_query[prefix.queries] += _unfold(parts[0], g)
-        grad_key[prefix.keys] += parts[1][0].transpose(0, 1)
-        grad_value[prefix.keys] += parts[2][0].transpose(0, 1)
-    return grad_query[:L], grad_key[:L], grad_value[:L]
+        for grad, part, rows in zip(grads, parts, (prefix.queries, prefix.keys, prefix.keys), strict=True):
+            grad[rows] += part[0].transpose(0, 1)
+    return tuple(grad[:L] for grad in grads)
 
 
-def _repeat(heads: Tensor, g: int) -> Tensor:
-    """[n, h / g, w, d] to [n, h, w, d]."""
-    return heads if g == 1 else heads.repeat_interleave(g, dim=1)
-
-
-def _fold(packed: Tensor, g: int) -> Tensor:
-    """[M, h, ..] to [1, h / g, M g, ..]: the heads of a group are more queries to the same keys."""
-    return packed.unflatten(1, (-1, g)).transpose(0, 1).flatten(1, 2)[None]
-
-
-def _unfold(folded: Tensor, g: int) -> Tensor:
-    """The reverse of `_fold`."""
-    return folded[0].unflatten(1, (-1, g)).transpose(0, 1).flatten(1, 2)
-
-
-def _of(prefix: Prefix, g: int) -> Tensor | None:
-    """What each of the folded queries of a prefix sees."""
-    return prefix.seen if prefix.seen is None or g == 1 else prefix.seen.repeat_interleave(g, dim=0)
+def _dense(packed: Tensor) -> Tensor:
+    """[M, h, ..] to [1, h, M, ..]."""
+    return packed.transpose(0, 1)[None]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scores: _Scores) -> tuple[Tensor, Tensor]:
-    """Attention [n, h, w, dv] and its log-sum-exp [n, h, w]."""
+    """Attention [n, h, w, dv] and its log-sum-exp [n, h, w]; keys and values [n, h / g, w', ..]."""
     if _has_cpu_flash(query, scores):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         # Its heads are of one size: zeros add nothing, and are faster than products of whole scores.
@@ -182,7 +163,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: _Scores) -> tuple
         return _cut(out, value), lse
     capped, _ = _scored(query, key, scores)
     lse = capped.logsumexp(-1)
-    return (capped - lse[..., None]).exp().to(value.dtype) @ value, lse
+    return _product((capped - lse[..., None]).exp().to(value.dtype), value), lse
 
 
 def _attend_backward(
@@ -198,8 +179,14 @@ def _attend_backward(
     capped, slope = _scored(query, key, scores)
     weight = (capped - lse[..., None]).exp()
     offset = (grad_out * out).sum(-1, keepdim=True, dtype=weight.dtype)
-    grad_scores = (weight * ((grad_out @ value.mT).to(weight.dtype) - offset) * slope).to(query.dtype)
-    return grad_scores @ key, grad_scores.mT @ query, weight.to(grad_out.dtype).mT @ grad_out
+    grad_scores = (weight * (_product(grad_out, value.mT).to(weight.dtype) - offset) * slope).to(query.dtype)
+    of_keys = grad_scores.mT @ query, weight.to(grad_out.dtype).mT @ grad_out
+    return _product(grad_scores, key), *(each.unflatten(1, (key.shape[1], -1)).sum(2) for each in of_keys)
+
+
+def _product(rows: Tensor, of_keys: Tensor) -> Tensor:
+    """[n, h, w, x] times [n, h / g, x, y]: [n, h, w, y]."""
+    return (rows.unflatten(1, (of_keys.shape[1], -1)) @ of_keys[:, :, None]).flatten(1, 2)
 
 
 def _has_cpu_flash(query: Tensor, scores: _Scores) -> bool:
@@ -230,7 +217,7 @@ def _bias(query: Tensor, scores: _Scores) -> Tensor | None:
 def _scored(query: Tensor, key: Tensor, scores: _Scores) -> tuple[Tensor, Tensor | float]:
     """Scores [n, h, w, w'] in float32 or better, -inf where a key is not seen, and their slope by the products."""
     precision = torch.promote_types(query.dtype, torch.float32)
-    found, slope = (query.to(precision) @ key.to(precision).mT) * scores.scale, scores.scale
+    found, slope = _product(query.to(precision), key.to(precision).mT) * scores.scale, scores.scale
     if scores.softcap is not None:
         share = torch.tanh(found / scores.softcap)
         found, slope = scores.softcap * share, scores.scale * (1 - share * share)
