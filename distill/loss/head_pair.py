@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distill.forward import OneDnnLinears
 from distill.loss.model_parts import ModelParts
 from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
 
@@ -59,8 +60,9 @@ class HeadPair(NamedTuple):
         if self.teacher.sampled_only:
             return torch.full((1,), torch.nan, device=student_hidden.device)
         every = max(1, -(-len(student_hidden) // AGREEMENT_TOKENS))
-        top = (
-            model.head.logits(hidden[::every])[:, : self.vocab_size].argmax(-1)
-            for model, hidden in ((self.student, student_hidden), (self.teacher, teacher_hidden))
-        )
-        return next(top) == next(top)
+        with OneDnnLinears():
+            student, teacher = (
+                model.head.logits(hidden[::every])[:, : self.vocab_size].argmax(-1)
+                for model, hidden in ((self.student, student_hidden), (self.teacher, teacher_hidden))
+            )
+        return student == teacher

@@ -51,12 +51,16 @@ def split_head(model: PreTrainedModel, vocab_size: int | None = None) -> tuple[n
     scale /= getattr(config, "logits_scaling", None) or 1.0
     bias = getattr(output, "bias", None)
     head = Head(
-        output.weight[:vocab_size],
-        None if bias is None else bias[:vocab_size],
+        *(_first(tensor, vocab_size) for tensor in (output.weight, bias)),
         next(filter(None, (getattr(config, name, None) for name in SOFTCAPS)), None),
         scale,
     )
     return body_of(model), head
+
+
+def _first(tensor: Tensor | None, rows: int | None) -> Tensor | None:
+    """Itself where that is all of it: the gradient of a slice is a whole tensor of zeros, filled and copied to."""
+    return tensor if tensor is None or rows in (None, len(tensor)) else tensor[:rows]
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
