@@ -3,7 +3,8 @@
 import pytest
 import torch
 from kernels_common import exact, over_implementations, running
-from test_kernels_linear import TENSORS, make, over_objectives, run
+from kernels_linear import TENSORS, make, run
+from test_kernels_linear import over_objectives
 
 from distill_kernels import chunks, linear_distill_loss, linear_reverse_kl, reference
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from kernels_common import INTERPRETING, assert_as_good_as_pytorch, running
-from test_kernels_linear import TENSORS, compare, make
+from kernels_linear import TENSORS, compare, make
 
 from distill_kernels import backend, linear_distill_loss, student_product
 from distill_kernels.types import Head

@@ -4,8 +4,9 @@ Products accumulate in float32 and leave float32 logits, whatever the inputs: lo
 0.02 to 0.05 nats of noise into every log-probability. On CUDA that is cuBLAS with a float32 output. On a CPU no
 such product exists, so half-precision weights are widened to float32 in blocks of `_CAST_BYTES`; a bfloat16 product
 then runs on bfloat16 units where the CPU has them (see `_products`), which is exact, as the operands are. A float32
-product goes to oneDNN, which returns new tensors only: in blocks of vocabulary of `_BLOCK_BYTES`, so that what it
-returns is still in the cache when it is copied or added to where it belongs.
+product goes to oneDNN, which returns new tensors only: logits are such a tensor. The weight gradient goes to MKL where
+that is as fast, else to oneDNN in blocks of vocabulary of `_BLOCK_BYTES`, so that what it returns is still in the cache
+when it is copied or added to where it belongs.
 """
 
 from collections.abc import Iterator
@@ -87,13 +88,18 @@ class HeadProducts:
         self.operand = self.dtype if self.native else accumulate
         self.one_dnn = hidden.dtype == torch.float32 and cpu_product.available(self.weight)
 
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """out [k, V] = hidden [k, H] weight^T."""
+    def room(self, rows: int) -> Tensor | None:
+        """For the logits of a chunk of so many rows; None where they come in a tensor of their own."""
+        V, device = self.weight.shape[0], self.weight.device
+        aligned = _columns(V, device) > V  # as kernels want it that a CPU interprets
+        return None if self.one_dnn and not aligned else row_buffer(rows, V, self.accumulate, device)
+
+    def logits(self, hidden: Tensor, room: Tensor | None) -> Tensor:
+        """hidden [k, H] weight^T, [k, V], in the first rows of the `room` if there is one."""
         hidden = hidden.to(self.operand)
-        if self.one_dnn:
-            for columns in self._vocabulary_blocks(len(hidden)):
-                out[:, columns].copy_(cpu_product.product(hidden, self.weight[columns]))
-            return out
+        if room is None:
+            return cpu_product.product(hidden, self.weight)
+        out = room[: len(hidden)]
         with _products(self.dtype):
             for columns, block in self._blocks():
                 self._mm(hidden, block.T, out[:, columns])
@@ -114,7 +120,7 @@ class HeadProducts:
     def weight_gradient(self, grad: Tensor, hidden: Tensor, total: Tensor, *, first: bool) -> None:
         """total [V, H] = grad [k, V]^T hidden [k, H], added to what `total` holds unless this is the first."""
         hidden = hidden.to(self.operand)
-        if self.one_dnn:
+        if self.one_dnn and not cpu_product.mkl_is_as_fast():
             for columns in self._vocabulary_blocks(hidden.shape[1]):
                 product = cpu_product.product(grad[:, columns].t(), hidden.t())
                 if first:

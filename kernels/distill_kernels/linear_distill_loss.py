@@ -22,7 +22,7 @@ Extra memory, whatever K is: the workspace of `chunks.WORKSPACE_BYTES` and the f
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,22 +74,20 @@ def _linear_distill_loss(
         "student_head": Head(student_bias, student_softcap, student_scale).first(V),
         "teacher_head": Head(teacher_bias, teacher_softcap, teacher_scale).first(V),
     }
-    buffers, distill = _way(student, student_hidden, heads, temperature, objective, any(needed), workspace_bytes)
-    for part in chunks(K, len(buffers[0])):
-        plane, teacher_logits, grad = (None if b is None else b[: part.stop - part.start] for b in buffers)
+    way = _way(student, student_hidden, heads, temperature, objective, any(needed), workspace_bytes)
+    teacher_room = teacher.room(way.rows)
+    for part in chunks(K, way.rows):
         factor = weights[part] * (student_scale / temperature)
         # A row kernel that rounds the gradient weights it first, and leaves a factor that no product rounds.
-        weighted = {"token_weight": factor} if grad is not None and grad.dtype != plane.dtype else {}
-        distill(
+        weighted = {"token_weight": factor} if way.rounds else {}
+        grad = way.distill(
             student_hidden[part],
-            teacher.logits(teacher_hidden[part], teacher_logits),
-            plane,
+            teacher.logits(teacher_hidden[part], teacher_room),
             token_ids=token_ids[part],
             sampling_logprob=None if sampling_logprob is None else sampling_logprob[part],
             stats=stats[:, part],
             losses=losses[part],
             row_scale=row_scale[part],
-            grad=grad,
             advantage=None if advantage is None else advantage[part],
             objective=objective,
             importance_clip=importance_clip,
@@ -101,8 +99,19 @@ def _linear_distill_loss(
         factor = row_scale[part] if weighted else weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
         if grad is not None:
             write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
+        del grad  # before the next chunk's logits
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]
+
+
+class _Way(NamedTuple):
+    """How a chunk of rows is done."""
+
+    rows: int
+    distill: Callable[..., Tensor | None]
+    """Hidden states [k, Hs] and teacher's logits [k, V] to the student's logits' gradient, if one is asked for."""
+    rounds: bool
+    """Whether it rounds that, as weighted by its `token_weight`."""
 
 
 def _way(
@@ -113,33 +122,25 @@ def _way(
     objective: int,
     gradient: bool,
     workspace_bytes: int | None,
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], Callable[..., None]]:
-    """For the rows of a chunk: room for the student's logits, or for what stands in for them, the teacher's logits and
-    the student's logits' gradient; and what fills the first and the last."""
+) -> _Way:
     K, V = len(hidden), len(student.weight)
     if student_product.applies(student, hidden, heads.values(), temperature, objective, gradient):
-        buffers = student_product.buffers(K, V, student, workspace_bytes)
-        return buffers, student_product.way(student, len(buffers[0]), V)
-    return _buffers(K, V, student, gradient, workspace_bytes, hidden.device), partial(_distill_rows, student)
-
-
-def _distill_rows(student: HeadProducts, hidden: Tensor, teacher: Tensor, room: Tensor, **options) -> None:
-    """The rows of a chunk from the student's logits, made in `room`, and the teacher's."""
-    rows = backend.implementation("rows", hidden.device)
-    rows.distill_rows(student.logits(hidden, room), teacher, **options)
-
-
-def _buffers(
-    K: int, V: int, student: HeadProducts, gradient: bool, workspace_bytes: int | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """For the rows of a chunk: both models' logits, and the gradient of the student's, its logits' own buffer if the
-    products take what the logits are."""
+        rows = student_product.rows(K, V, student, workspace_bytes)
+        return _Way(rows, student_product.way(student, rows, V), rounds=False)
     dtype, operand = student.accumulate, student.operand
-    separate = gradient and operand != dtype
-    rows = rows_per_chunk(K, V, 2 * dtype.itemsize + separate * operand.itemsize, workspace_bytes, device)
-    logits = row_buffer(rows, V, dtype, device)
-    grad = row_buffer(rows, V, operand, device) if separate else logits
-    return logits, row_buffer(rows, V, dtype, device), grad if gradient else None
+    rounds = gradient and operand != dtype
+    rows = rows_per_chunk(K, V, 2 * dtype.itemsize + rounds * operand.itemsize, workspace_bytes, hidden.device)
+    room = student.room(rows)
+    rounded = row_buffer(rows, V, operand, hidden.device) if rounds else None
+
+    def distill(hidden: Tensor, teacher: Tensor, **options) -> Tensor | None:
+        """The gradient takes the logits' place if the products take what the logits are."""
+        logits = student.logits(hidden, room)
+        grad = None if not gradient else logits if rounded is None else rounded[: len(logits)]
+        backend.implementation("rows", hidden.device).distill_rows(logits, teacher, grad=grad, **options)
+        return grad
+
+    return _Way(rows, distill, rounds)
 
 
 @_linear_distill_loss.register_fake

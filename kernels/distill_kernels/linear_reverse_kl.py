@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill_kernels import backend, checks
-from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
+from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, rows_per_chunk
 from distill_kernels.linear_student_loss import linear_student_loss
 from distill_kernels.types import Head, TokenStats
 
@@ -42,13 +42,12 @@ def _linear_reverse_kl(
     student = HeadProducts(student_weight[:V], student_hidden, dtype, cast_weights)
     teacher = HeadProducts(teacher_weight[:V], teacher_hidden, dtype, cast_weights)
     rows = rows_per_chunk(K, V, 2 * dtype.itemsize, workspace_bytes, device)
-    student_logits, teacher_logits = (row_buffer(rows, V, dtype, device) for _ in range(2))
+    rooms = student.room(rows), teacher.room(rows)
     stats = torch.empty(6, K, dtype=dtype, device=device)
     for part in chunks(K, rows):
-        k = part.stop - part.start
         backend.implementation("rows", device).token_stats(
-            student.logits(student_hidden[part], student_logits[:k]),
-            teacher.logits(teacher_hidden[part], teacher_logits[:k]),
+            student.logits(student_hidden[part], rooms[0]),
+            teacher.logits(teacher_hidden[part], rooms[1]),
             token_ids[part],
             stats[:, part],
             temperature=temperature,

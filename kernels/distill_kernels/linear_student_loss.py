@@ -54,21 +54,21 @@ def linear_student_loss(
     # The logits' gradient takes their place if the products take what the logits are.
     rounded = gradient and operand != stats.dtype
     rows = rows_per_chunk(K, V, stats.dtype.itemsize + rounded * operand.itemsize, workspace_bytes, device)
-    logits = row_buffer(rows, V, stats.dtype, device)
-    buffer = row_buffer(rows, V, operand, device) if rounded else logits
+    room, half = student.room(rows), row_buffer(rows, V, operand, device) if rounded else None
     for part in chunks(K, rows):
-        k = part.stop - part.start
+        logits = student.logits(hidden[part], room)
+        grad = None if not gradient else logits if half is None else half[: len(logits)]
         factor = weights[part] * (scale / temperature)
         # A row kernel that rounds the gradient weights it first, and leaves a factor that no product rounds.
         weighted = {"token_weight": factor} if rounded else {}
         given = {"teacher_logprob": teacher_logprob, "sampling_logprob": sampling_logprob, "advantage": advantage}
         backend.implementation("student_rows", device).student_rows(
-            student.logits(hidden[part], logits[:k]),
+            logits,
             token_ids[part],
             stats=stats[:, part],
             losses=losses[part],
             row_scale=row_scale[part],
-            grad=buffer[:k] if gradient else None,
+            grad=grad,
             **{name: None if values is None else values[part] for name, values in given.items()},
             importance_clip=importance_clip,
             temperature=temperature,
@@ -76,8 +76,9 @@ def linear_student_loss(
             **weighted,
         )
         factor = row_scale[part] if weighted else factor * row_scale[part]
-        if gradient:
-            write_gradients(student, buffer[:k], hidden, part, factor, needed, gradients)
+        if grad is not None:
+            write_gradients(student, grad, hidden, part, factor, needed, gradients)
+        del logits, grad  # before the next chunk's
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]
 

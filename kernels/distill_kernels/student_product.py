@@ -41,30 +41,26 @@ def applies(
     )
 
 
-def buffers(K: int, V: int, student: HeadProducts, workspace_bytes: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """For the rows of a chunk: E, the teacher's logits, and the logits' gradient, which is E itself in the end.
-
-    The partial sums are counted as three columns in a hundred of float32.
-    """
-    operand, device = student.operand, student.weight.device
-    bytes_per_column = operand.itemsize + student.accumulate.itemsize * 1.03
-    rows = rows_per_chunk(K, V, bytes_per_column, workspace_bytes, device)
-    e, teacher = (row_buffer(rows, V, dtype, device) for dtype in (operand, student.accumulate))
-    return e, teacher, e
+def rows(K: int, V: int, student: HeadProducts, workspace_bytes: int | None) -> int:
+    """Of a chunk, by E and the teacher's logits; partial sums are counted as three columns in a hundred of float32."""
+    bytes_per_column = student.operand.itemsize + student.accumulate.itemsize * 1.03
+    return rows_per_chunk(K, V, bytes_per_column, workspace_bytes, student.weight.device)
 
 
-def way(student: HeadProducts, rows: int, V: int) -> Callable[..., None]:
-    """What makes the rows of a chunk, of at most `rows`, from hidden states, the teacher's logits and room for E, as
-    `triton_rows.distill_rows` does from both models' logits."""
+def way(student: HeadProducts, rows: int, V: int) -> Callable[..., Tensor]:
+    """What makes the rows of a chunk, of at most `rows`, from hidden states and the teacher's logits, as
+    `triton_rows.distill_rows` does from both models' logits. It gives the logits' gradient, which is E in the end."""
     device = student.weight.device
     module = backend.implementation("student_product", device)
     room = module.scratch(rows, V, device)
-    weight = student.weight.to(student.operand)
+    weight, e = student.weight.to(student.operand), row_buffer(rows, V, student.operand, device)
 
-    def distill(hidden: Tensor, teacher: Tensor, e: Tensor, *, objective: int, beta: float, **options) -> None:
+    def distill(hidden: Tensor, teacher: Tensor, *, objective: int, beta: float, **options) -> Tensor:
         hidden = hidden.to(student.operand).contiguous()
         hidden = hidden if hidden.data_ptr() % 16 == 0 else hidden.clone()  # as descriptors want it
-        module.distill_product(hidden, weight, teacher, room, **options)
+        grad = e[: len(hidden)]
+        module.distill_product(hidden, weight, teacher, room, grad=grad, **options)
+        return grad
 
     return distill
 
