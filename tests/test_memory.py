@@ -13,7 +13,7 @@ from test_train import ROOT, environment, execute, metrics_of
 
 from distill.config import load_config
 from distill.loss import Group, Rollouts, model_parts, score
-from distill.loss import gradients as fused
+from distill.loss import head_pair as fused
 from distill.rollout import RolloutEngine, SamplingOptions, local_engine
 from distill.run import Run, checkpoint
 from distill.runtime import MemoryLimitError, MemoryLimits, is_out_of_memory, read_json_lines
