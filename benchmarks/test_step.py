@@ -35,7 +35,6 @@ from distill.loss import Group, LossOptions, ModelParts, accumulate_gradients, s
 from distill.models import WorkingCopy, compile_layers, fuse_norms, load_model, load_tokenizer, split_head
 from distill.rollout import SamplingOptions, local_engine
 from distill.run.loading import on_copy
-from distill.runtime import freed_memory_kept
 from distill.training import StepResult, Trainer
 from distill_kernels import cpu_product
 
@@ -277,8 +276,7 @@ def test_scoring_and_updating(models, record):
     side = 2048
     a, b = torch.randn(2, side, side)
     calls = {"ours": ours, "pytorch": pytorch, "products": lambda: cpu_product.product(a, b)}
-    with freed_memory_kept(torch.device("cpu")):
-        timings = interleave(calls, rounds=7, memory=True)
+    timings = interleave(calls, rounds=7, memory=True)
     rate = 2 * side**3 / timings.pop("products").median
     for name, timing in timings.items():
         fraction = flops / rate / timing.median

@@ -23,7 +23,7 @@ from distill.run.parts import RunParts
 from distill.run.progress import Progress
 from distill.run.summary import Summary
 from distill.run.trackers import Trackers, check_installed
-from distill.runtime import MemoryLimitError, freed_memory_kept
+from distill.runtime import MemoryLimitError
 from distill.servers import ServerError
 from distill.training import Ranks
 
@@ -85,8 +85,7 @@ class Run:
             for event, message in self.parts.notices:
                 progress.notice(event, progress.step, message)
             with trackers, display:
-                with freed_memory_kept(self.parts.device):
-                    self.stopped = self._train_or_save()
+                self.stopped = self._train_or_save()
                 if self.stopped:
                     return 128 + self.stopped
                 display.phase("writing the model")

@@ -5,7 +5,6 @@ In: work to be done. Out: the same work in pieces that fit, its seconds and byte
 
 from distill.runtime.clock import PhaseClock, peak_memory_bytes, to_device, to_host
 from distill.runtime.files import JsonLines, json_line, read_json_lines, write_whole
-from distill.runtime.heap import freed_memory_kept
 from distill.runtime.memory import MemoryLimitError, MemoryLimits, free_bytes, is_out_of_memory
 from distill.runtime.micro_batches import host_integers
 from distill.runtime.processes import Processes, RankError
@@ -18,7 +17,6 @@ __all__ = [
     "Processes",
     "RankError",
     "free_bytes",
-    "freed_memory_kept",
     "host_integers",
     "is_out_of_memory",
     "json_line",

@@ -13,7 +13,6 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 
-from distill.runtime.heap import kept_bytes
 from distill.runtime.micro_batches import micro_batches
 
 T = TypeVar("T")
@@ -152,5 +151,5 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + reusable
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1]) + kept_bytes()
+            return 1024 * int(line.split()[1])
     raise OSError("/proc/meminfo has no line MemAvailable; set rollout.memory_gib")
