@@ -104,19 +104,25 @@ def check_positive(name: str, value: float | None) -> None:
 
 def check_linear(
     student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+    teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
     token_ids: Tensor,
     vocab_size: int | None,
     *,
     vectors: Mapping[str, Tensor | None],
     numbers: Mapping[str, float | None],
+    teacher_scale: float,
 ) -> int:
     """Checks what the linear ops share, and gives the number of vocabulary columns.
 
     `student` and `teacher` are hidden states [K, H], weight [V, H] and bias [V] or None; `vectors` are [K], `numbers`
-    positive. Without a teacher the columns are the student's.
+    positive. A teacher that is elsewhere is None three times, and the columns are then the student's.
     """
-    sides = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    sides = {"student": student}
+    if teacher[0] is None:
+        _check_no_teacher(teacher, numbers["teacher_softcap"], teacher_scale)
+    else:
+        _check_one_teacher(teacher[1], vectors["teacher_logprob"])
+        sides["teacher"] = teacher
     floats = {
         f"{side}_{part}": tensor
         for side, tensors in sides.items()
@@ -132,36 +138,27 @@ def check_linear(
                 f"{list(hidden.shape)} and {list(weight.shape)}"
             )
         check_vector(f"{side}_bias", bias, weight.shape[0], f"{side}_weight {list(weight.shape)}")
-    if teacher is not None:
+    if teacher[0] is not None:
         check_same_rows("student_hidden", student[0], "teacher_hidden", teacher[0])
     check_integers("token_ids", token_ids, student[0].device)
     for name, vector in {"token_ids": token_ids, **vectors}.items():
         check_vector(name, vector, student[0].shape[0], f"student_hidden {list(student[0].shape)}")
     for name, number in numbers.items():
         check_positive(name, number)
-    return resolve_vocab_size(vocab_size, *(weight.shape[0] for _, weight, _ in (student, teacher or student)))
+    return resolve_vocab_size(vocab_size, student[1].shape[0], list(sides.values())[-1][1].shape[0])
 
 
-def teacher_of(
-    hidden: Tensor | None,
-    weight: Tensor | None,
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    logprob: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """The teacher's side for `check_linear`, None where it has no head here; raises ValueError for half of one.
-
-    `logprob` [K] is what a teacher without a head says of the tokens.
-    """
-    if (hidden is None) != (weight is None):
-        given = "teacher_weight" if hidden is None else "teacher_hidden"
-        raise ValueError(f"teacher_hidden and teacher_weight go together: found {given} alone")
-    if hidden is not None:
-        if logprob is not None:
-            raise ValueError("teacher_logprob takes the place of teacher_hidden and teacher_weight: pass None for both")
-        return hidden, weight, bias
-    if bias is not None or softcap is not None or scale != 1:
+def _check_no_teacher(teacher: tuple[Tensor | None, ...], softcap: float | None, scale: float) -> None:
+    """Without hidden states nothing else of a teacher's head is given either."""
+    if teacher[1] is not None:
+        raise ValueError("teacher_hidden and teacher_weight go together: found teacher_weight alone")
+    if teacher[2] is not None or softcap is not None or scale != 1:
         raise ValueError("teacher_bias, teacher_softcap and teacher_scale need teacher_hidden and teacher_weight")
-    return None
+
+
+def _check_one_teacher(weight: Tensor | None, logprob: Tensor | None) -> None:
+    """A teacher with hidden states has a weight, and says nothing beside what it computes."""
+    if weight is None:
+        raise ValueError("teacher_hidden and teacher_weight go together: found teacher_hidden alone")
+    if logprob is not None:
+        raise ValueError("teacher_logprob takes the place of teacher_hidden and teacher_weight: pass None for both")

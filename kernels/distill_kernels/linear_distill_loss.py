@@ -230,16 +230,8 @@ def linear_distill_loss(
     A token whose divergence is infinite makes the loss infinite and has gradient 0.
     Raises ValueError and IndexError as `linear_reverse_kl` does.
     """
-    teacher = checks.teacher_of(
-        teacher_hidden,
-        teacher_weight,
-        bias=teacher_bias,
-        softcap=teacher_softcap,
-        scale=teacher_scale,
-        logprob=teacher_logprob,
-    )
     _check_objective(
-        objective, sampling_logprob, importance_clip, advantage, beta, teacher is not None, teacher_logprob
+        objective, sampling_logprob, importance_clip, advantage, beta, teacher_hidden is not None, teacher_logprob
     )
     vectors = {
         "token_weight": token_weight,
@@ -247,8 +239,12 @@ def linear_distill_loss(
         "sampling_logprob": sampling_logprob,
         "advantage": advantage,
     }
-    V = checks.check_linear(
+    student, teacher = (
         (student_hidden, student_weight, student_bias),
+        (teacher_hidden, teacher_weight, teacher_bias),
+    )
+    V = checks.check_linear(
+        student,
         teacher,
         token_ids,
         vocab_size,
@@ -259,11 +255,11 @@ def linear_distill_loss(
             "teacher_softcap": teacher_softcap,
             "importance_clip": importance_clip,
         },
+        teacher_scale=teacher_scale,
     )
-    student = (student_hidden, student_weight, student_bias)
     needed = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in student]
     weight, *given = (None if vector is None else vector.detach() for vector in vectors.values())
-    if teacher is None:
+    if teacher_hidden is None:
         options = (importance_clip, temperature, V, student_softcap, student_scale, workspace_bytes, cast_weights)
         loss, stats, *_ = linear_student_loss(*student, token_ids, weight, *given, needed, *options)
         return loss, TokenStats(*stats.unbind(0))

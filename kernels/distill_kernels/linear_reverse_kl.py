@@ -95,17 +95,9 @@ def linear_reverse_kl(
     Raises ValueError for a wrong shape, dtype, device or number, IndexError for a token id out of range (on CUDA
     only after `checks.check_cuda_values(True)`).
     """
-    teacher = checks.teacher_of(
-        teacher_hidden,
-        teacher_weight,
-        bias=teacher_bias,
-        softcap=teacher_softcap,
-        scale=teacher_scale,
-        logprob=teacher_logprob,
-    )
     V = checks.check_linear(
         (student_hidden, student_weight, student_bias),
-        teacher,
+        (teacher_hidden, teacher_weight, teacher_bias),
         token_ids,
         vocab_size,
         vectors={"teacher_logprob": teacher_logprob},
@@ -114,9 +106,10 @@ def linear_reverse_kl(
             "student_softcap": student_softcap,
             "teacher_softcap": teacher_softcap,
         },
+        teacher_scale=teacher_scale,
     )
     with torch.no_grad():
-        if teacher is None:
+        if teacher_hidden is None:
             student = (student_hidden, student_weight, student_bias)
             weights = student_hidden.new_zeros(len(student_hidden))
             options = (temperature, V, student_softcap, student_scale, workspace_bytes, cast_weights)

@@ -55,13 +55,14 @@ def linear_student_loss(
     rounded = gradient and operand != stats.dtype
     rows = rows_per_chunk(K, V, stats.dtype.itemsize + rounded * operand.itemsize, workspace_bytes, device)
     room, half = student.room(rows), row_buffer(rows, V, operand, device) if rounded else None
+    given = {"teacher_logprob": teacher_logprob, "sampling_logprob": sampling_logprob, "advantage": advantage}
+    head = Head(bias, softcap, scale).first(V)
     for part in chunks(K, rows):
         logits = student.logits(hidden[part], room)
         grad = None if not gradient else logits if half is None else half[: len(logits)]
         factor = weights[part] * (scale / temperature)
         # A row kernel that rounds the gradient weights it first, and leaves a factor that no product rounds.
         weighted = {"token_weight": factor} if rounded else {}
-        given = {"teacher_logprob": teacher_logprob, "sampling_logprob": sampling_logprob, "advantage": advantage}
         backend.implementation("student_rows", device).student_rows(
             logits,
             token_ids[part],
@@ -72,7 +73,7 @@ def linear_student_loss(
             **{name: None if values is None else values[part] for name, values in given.items()},
             importance_clip=importance_clip,
             temperature=temperature,
-            head=Head(bias, softcap, scale).first(V),
+            head=head,
             **weighted,
         )
         factor = row_scale[part] if weighted else factor * row_scale[part]

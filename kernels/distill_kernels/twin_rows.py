@@ -84,11 +84,8 @@ def distill_rows(
         t = softmax_of(teacher[part], exps_t, teacher_head, temperature)
         chosen = (at_tokens(model.shifted, token_ids[part]) for model in (s, t))
         write_stats(row_sums(s, t, work), *chosen, stats[:, part])
-        slope = None
-        if grad is not None and student_head.softcap is not None:
-            # Of softcap: 1 - tanh^2, with tanh = logit / softcap, before `student` is overwritten.
-            tanh = (s.shifted + s.peak).mul_(temperature / student_head.softcap)
-            slope = tanh.square_().neg_().add_(1)
+        # Before `student` is overwritten.
+        slope = None if grad is None else softcap_slope(s, student_head, temperature)
         out = None if grad is None else grad[part]
         name = OBJECTIVES[objective]
         if name == "sampled_reverse_kl":
@@ -121,6 +118,13 @@ def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> 
     if temperature != 1:
         logits /= temperature
     return shifted_softmax(logits, logits, exps)
+
+
+def softcap_slope(s: Softmax, head: Head, temperature: float) -> Tensor | None:
+    """Of the head's softcap [r, V], None if it has none: 1 - tanh^2, with tanh = logit / softcap."""
+    if head.softcap is None:
+        return None
+    return (s.shifted + s.peak).mul_(temperature / head.softcap).square_().neg_().add_(1)
 
 
 def shifted_softmax(logits: Tensor, shifted: Tensor, exps: Tensor) -> Softmax:

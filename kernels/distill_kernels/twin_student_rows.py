@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from distill_kernels.twin_rows import at_tokens, row_slices, sampled_gradient, sampled_loss, softmax_of
+from distill_kernels.twin_rows import at_tokens, row_slices, sampled_gradient, sampled_loss, softcap_slope, softmax_of
 from distill_kernels.types import Head
 
 
@@ -41,17 +41,14 @@ def student_rows(
         impossible = (logprob == -math.inf) & (stats[1, part] == -math.inf)
         stats[2, part] = (stats[1, part] - logprob).masked_fill_(impossible, 0)
         stats[4, part] = log_total - own
-        slope = None
-        if grad is not None and head.softcap is not None:
-            # Of softcap: 1 - tanh^2, with tanh = logit / softcap.
-            tanh = softmax.shifted.add_(softmax.peak).mul_(temperature / head.softcap)
-            slope = tanh.square_().neg_().add_(1)
         credit = stats[2, part] if advantage is None else advantage[part].to(stats.dtype)
         at_sampling = None if sampling_logprob is None else sampling_logprob[part]
         losses[part], row_scale[part] = sampled_loss(logprob, credit, at_sampling, importance_clip)
+        if grad is None:
+            continue
+        slope = softcap_slope(softmax, head, temperature)
+        gradient = sampled_gradient(softmax, token_ids[part], grad[part])
         if slope is not None:
-            torch.mul(sampled_gradient(softmax, token_ids[part], exps), slope, out=grad[part])
-        elif grad is not None:
-            sampled_gradient(softmax, token_ids[part], grad[part])
+            gradient.mul_(slope)
     if token_weight is not None:
         row_scale *= token_weight
