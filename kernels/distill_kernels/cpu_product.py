@@ -1,7 +1,7 @@
 """Float32 products through oneDNN on a CPU.
 
 PyTorch gives float32 products to MKL, which on CPUs of another maker than its own uses half of AVX-512: half of what
-oneDNN does where those vectors are as wide as they say, and where they are not, 5 to 20 % less
+oneDNN does where those vectors are as wide as they say, and where they are not, 2 to 10 % less
 (`pytest benchmarks/test_linear.py`).
 Same arithmetic, another order of additions. Other dtypes are left out: PyTorch gives those to oneDNN itself.
 """
