@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from distill.config import Config
 from distill.config.config import inner_section
-from distill.config.sections import Section
+from distill.config.values import Section
 
 HEADER = """# Configuration
 

@@ -5,12 +5,15 @@ In: a file and overrides. Out: a frozen `Config`, or a `ConfigError` that names 
 
 from distill.config.command_line import parse_command_line
 from distill.config.config import Config, load_config, to_yaml
-from distill.config.sections import LoraConfig, StudentConfig, TeacherConfig, TrainingConfig
+from distill.config.sections import LoraConfig, StudentConfig, TrainingConfig
+from distill.config.teacher import MAIN, FrozenModel, TeacherConfig
 from distill.config.yaml_file import ConfigError
 
 __all__ = [
+    "MAIN",
     "Config",
     "ConfigError",
+    "FrozenModel",
     "LoraConfig",
     "StudentConfig",
     "TeacherConfig",

@@ -20,11 +20,11 @@ from distill.config.sections import (
     LossConfig,
     PromptsConfig,
     RolloutConfig,
-    Section,
     StudentConfig,
-    TeacherConfig,
     TrainingConfig,
 )
+from distill.config.teacher import KINDS, TeacherConfig
+from distill.config.values import Section
 from distill.config.yaml_file import ConfigError
 
 
@@ -78,11 +78,12 @@ class Config(BaseSettings):
         self._check_loss()
         self._check_served_teacher()
         if self.training.parallel == "shard" and (
-            self.teacher.offload or self.teacher.precision == "int8" or self.teacher.server
+            any(each.offload or each.precision in ("int8", "int4") for each in self.teacher.all().values())
+            or self.teacher.server
         ):
             raise ValueError(
                 "training.parallel shard gives each rank a part of the teacher as it is loaded: leave teacher.offload, "
-                "teacher.precision int8 and teacher.server out, or set training.parallel to replicate"
+                "teacher.precision int8 or int4 and teacher.server out, or set training.parallel to replicate"
             )
         if self.training.eval_every and self.prompts.eval is None:
             raise ValueError("training.eval_every is set, but prompts.eval names no file")
@@ -188,7 +189,7 @@ def inner_section(annotation: Any) -> type[Section] | None:
 def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any], source: str) -> str:
     """One line for one problem: where, which key, what was found, what was expected."""
     location = problem["loc"]
-    path_of_key = [part for part in location if isinstance(part, str) and part not in TAGS]
+    path_of_key = [part for part in location if isinstance(part, str) and part not in (*TAGS, *KINDS)]
     entries = [part for part in location if isinstance(part, int)]
     key = ".".join(path_of_key)
     given = overrides

@@ -1,60 +1,27 @@
-"""The sections of the configuration, key by key, and the checked kinds of values that they are made of.
+"""The sections of the configuration, key by key; the teacher's are in teacher.py.
 
 The docstring under a field is its help text.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-
-def _no_boolean(value: Any) -> Any:
-    # YAML's bare `yes` is a boolean, and Python takes a boolean for a number.
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not a truth value")
-    return value
-
-
-Integer = Annotated[int, BeforeValidator(_no_boolean)]
-Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
-Positive = Annotated[Integer, Field(ge=1)]
-
-
-def _no_nul(value: Any) -> Any:
-    if "\0" in str(value):
-        raise ValueError("expected text without NUL characters")
-    return value
-
-
-FilePath = Annotated[Path, AfterValidator(_no_nul)]
-Reference = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-
-
-def _only_json(value: Any) -> Any:
-    """Checkpoints keep it as JSON, which has no other values and no keys but text."""
-    try:
-        same = json.loads(json.dumps(value, allow_nan=False)) == value
-    except (TypeError, ValueError, RecursionError):
-        same = False
-    if not same:
-        raise ValueError("text, finite numbers, true, false, null, lists, and mappings whose keys are text")
-    return value
-
-
-TemplateArguments = Annotated[dict[str, Any], AfterValidator(_only_json)]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-
-
-def _as_list(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+from distill.config.values import (
+    FilePath,
+    Integer,
+    Number,
+    Positive,
+    Reference,
+    Section,
+    TemplateArguments,
+    Url,
+    as_list,
+    no_nul,
+)
 
 
 class LoraConfig(Section):
@@ -62,7 +29,7 @@ class LoraConfig(Section):
     """Rank of the adapters; only they are trained."""
     alpha: Number | None = Field(None, gt=0)
     """The adapters' product is scaled by alpha / rank; 2 · rank if absent."""
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)] = ("all-linear",)
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(as_list), Field(min_length=1)] = ("all-linear",)
     """Names of the linear layers that get an adapter; `all-linear`: every one but the output layer."""
 
 
@@ -88,32 +55,10 @@ class StudentConfig(Section):
     """Layers to remove from it before training, counted from 0; `auto:2` finds the two that are missed least."""
     lora: LoraConfig | None = None
     """Train low-rank adapters and leave the model's own weights as they are; absent: train all weights."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Arguments of the chat template for the prompts that the student sees, as {enable_thinking: false}."""
     trust_remote_code: bool = False
     """Run Python code that the student's repository ships."""
-
-
-class TeacherConfig(Section):
-    model: Reference
-    """The frozen model to learn from, named like the student's; both need one vocabulary. `base` is the student's own
-    model before layers are dropped and adapters added, whose weights it shares where `student.lora` is set."""
-    trust_remote_code: bool = False
-    """Run Python code that the teacher's repository ships."""
-    others: dict[str, Reference] = Field(default_factory=dict)
-    """Further teachers by name: a prompt whose record has `"teacher": NAME` is scored by that one."""
-    system_prompt: str | None = Field(None, min_length=1)
-    """System message of the prompts that the teacher sees, and the student does not."""
-    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
-    """Arguments of the teacher's own chat template for the prompts that it sees, as {enable_thinking: false}."""
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Its weights: `auto` is `training.precision`; `int8` halves the memory of bfloat16 and needs torchao."""
-    offload: bool = False
-    """Keep it in host memory while it does not score; on a CPU that is where it is anyway."""
-    server: Url | None = None
-    """A vLLM or SGLang server that scores in its place; `teacher.model` then names its tokenizer only."""
-    timeout_seconds: Number = Field(300, gt=0)
-    """Longest wait for one answer of `teacher.server`."""
-    retries: Integer = Field(8, ge=0)
-    """Further attempts at an answer of `teacher.server`, after pauses of 1, 2, 4, ... and at most 60 seconds."""
 
 
 class PromptsConfig(Section):
@@ -129,8 +74,11 @@ class PromptsConfig(Section):
     """Read the first so many held-out records; absent: all."""
     streaming: bool = False
     """Read a hub dataset over the network as far as the limit goes, instead of downloading the whole split first."""
-    chat_template: Literal["auto", "never"] = "auto"
-    """`auto` wraps a prompt in the student tokenizer's chat template where it has one, `never` takes it as it is."""
+    chat_template: Annotated[str, Field(pattern=r"^(auto|never|.*\.jinja)$"), AfterValidator(no_nul)] = "auto"
+    """`auto` wraps a prompt in the student tokenizer's chat template where it has one, `never` takes it as it is; the
+    path of a `.jinja` file: that template takes the place of the tokenizers', and is saved with the trained model."""
+    system_prompt: str | None = Field(None, min_length=1)
+    """System message of the prompts that have none of their own, for the student and whoever sees what it sees."""
     max_tokens: Positive = 1024
     """Prompts of more tokens than this are left out, counted and reported."""
     control_tokens: Literal["text", "special"] = "text"
@@ -158,6 +106,9 @@ class RolloutConfig(Section):
     """Leave out tokens less likely than this fraction of the likeliest; 0 is off."""
     prompts_per_batch: Positive | None = None
     """Prompts sampled in one generate call; `training.prompts_per_step` if absent."""
+    stop_ids: Annotated[tuple[Integer | str, ...], BeforeValidator(as_list)] = ()
+    """Tokens that end a completion, by name or id, as [<|im_end|>, 0]; absent: the model's own end-of-sequence ids,
+    which student and teacher must then share. The trained model ends on them too."""
     mask_truncated: bool = False
     """Leave completions that were cut by length out of the loss; they still count in every statistic."""
     engine: Literal["auto", "native", "transformers", "vllm"] = "auto"

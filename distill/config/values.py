@@ -1,0 +1,52 @@
+"""The checked kinds of values that the sections of the configuration are made of, and what every section is."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _no_boolean(value: Any) -> Any:
+    # YAML's bare `yes` is a boolean, and Python takes a boolean for a number.
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a truth value")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Positive = Annotated[Integer, Field(ge=1)]
+
+
+def no_nul(value: Any) -> Any:
+    if "\0" in str(value):
+        raise ValueError("expected text without NUL characters")
+    return value
+
+
+FilePath = Annotated[Path, AfterValidator(no_nul)]
+Reference = Annotated[str, Field(min_length=1), AfterValidator(no_nul)]
+
+
+def _only_json(value: Any) -> Any:
+    """Checkpoints keep it as JSON, which has no other values and no keys but text."""
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise ValueError("text, finite numbers, true, false, null, lists, and mappings whose keys are text")
+    return value
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_only_json)]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
