@@ -9,7 +9,7 @@ from conftest import tiny_model, tiny_tokenizer
 from test_loss import make_rollouts, parts_of
 
 from distill.config import StudentConfig, TeacherConfig, load_config
-from distill.loss import Group, LossOptions, TeacherView, accumulate_gradients, score, statistics
+from distill.loss import Group, GroupGradient, LossOptions, TeacherView, accumulate_gradients, score, statistics
 from distill.models import ModelError
 from distill.prompts import PromptError, left_pad, load_prompts, tokenise
 from distill.runtime import read_json_lines
@@ -21,12 +21,16 @@ from distill.train import main
 LENGTHS, N = [5, 3, 1, 6, 2, 4], 2
 
 
-def viewed(pad=0) -> Group:
-    """Three prompts with two completions each; two teachers, and another, longer prompt for each."""
+ONE_EACH = [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]
+MIXED = [[0.0, 1.0], [0.3, 0.7], [0.75, 0.25]]
+
+
+def viewed(weight=ONE_EACH) -> Group:
+    """Three prompts with two completions each; two teachers, and another, longer prompt for each of them."""
     rollouts = make_rollouts(LENGTHS, num_rollouts=N, vocab_size=97, prompt_lengths=[4, 2, 6])
     generator = torch.Generator().manual_seed(5)
-    seen = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in (9, 5, 7)]
-    return Group.of(rollouts, TeacherView(*left_pad(seen, pad), torch.tensor([1, 0, 1])))
+    seen = [[torch.randint(3, 97, (n,), generator=generator).tolist() for n in each] for each in ((9, 5, 7), (4, 8, 6))]
+    return Group.of(rollouts, TeacherView([left_pad(each, 0) for each in seen], torch.tensor(weight)))
 
 
 @torch.no_grad()
@@ -39,37 +43,71 @@ def plain_logprob(model, group: Group, row: int) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
 
 
+@pytest.mark.parametrize("weight", [ONE_EACH, MIXED])
 @pytest.mark.parametrize("budget", [10**6, 14])
-def test_each_completion_is_scored_by_its_teacher_after_the_teachers_prompt(budget):
-    """Teachers of two families and widths; their log-probabilities against one plain forward a row."""
+def test_each_completion_is_scored_by_its_teachers_after_the_prompts_that_they_see(budget, weight):
+    """Teachers of two families and widths; their log-probabilities against one plain forward a row and teacher."""
     student = tiny_model("llama", seed=1)
     teachers = [tiny_model("qwen3", seed=2), tiny_model("llama", seed=3, hidden_size=48)]
-    group, parts = viewed(), [parts_of(model) for model in teachers]
-    batches = micro_batches(*group.for_teachers.lengths, budget)
+    group, parts = viewed(weight), [parts_of(model) for model in teachers]
+    batches = micro_batches(*group.seen_lengths, budget)
     stats = statistics(parts_of(student), parts, group, batches)
-    expected = [plain_logprob(teachers[[1, 1, 0, 0, 1, 1][row]], group.for_teachers, row) for row in range(6)]
+    expected = [
+        sum(w * plain_logprob(teachers[t], group.seen_by(t), row) for t, w in enumerate(weight[row // N]) if w)
+        for row in range(6)
+    ]
     torch.testing.assert_close(stats.teacher_logprob, torch.cat(expected), rtol=1e-5, atol=1e-5)
     own = [plain_logprob(student, group, row) for row in range(6)]
     torch.testing.assert_close(stats.student_logprob, torch.cat(own), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.reward, torch.cat(expected) - torch.cat(own), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [LossOptions("reverse_kl"), LossOptions(baseline="group", discount=0.5)])
-def test_the_gradient_of_a_group_with_several_teachers_does_not_depend_on_micro_batches(options):
+OPTIONS = [
+    LossOptions("reverse_kl"),
+    LossOptions("jsd", reduction="token"),
+    LossOptions(baseline="group", discount=0.5),
+    LossOptions(reward_clip=0.2, baseline="exact"),
+]
+
+
+def gradients(weight, options, budget) -> tuple[torch.Tensor, list[torch.Tensor], GroupGradient]:
+    """Loss and gradients of a group, with what else is known of it."""
     student = tiny_model("llama", seed=1)
     parts = [parts_of(tiny_model("qwen3", seed=2)), parts_of(tiny_model("llama", seed=3, hidden_size=48))]
-    found = []
-    for budget in (10**6, 14):
-        student.zero_grad(set_to_none=True)
-        group = viewed()
-        hidden = score(parts, group, micro_batches(*group.for_teachers.lengths, budget))
-        assert [tuple(states.shape) for states in hidden] == [
-            (length, 48 if row in (0, 1, 4, 5) else 32) for row, length in enumerate(LENGTHS)
-        ]
-        batches = micro_batches(*group.lengths, budget)
-        result = accumulate_gradients(parts_of(student), parts, hidden, group, batches, options)
-        found.append((result.loss, [parameter.grad.clone() for parameter in student.parameters()]))
+    group = viewed(weight)
+    hidden = score(parts, group, micro_batches(*group.seen_lengths, budget))
+    assert {key: tuple(states.shape) for key, states in hidden.items()} == {
+        (teacher, row): (length, (32, 48)[teacher])
+        for row, length in enumerate(LENGTHS)
+        for teacher in (0, 1)
+        if weight[row // N][teacher]
+    }
+    result = accumulate_gradients(
+        parts_of(student), parts, hidden, group, micro_batches(*group.lengths, budget), options
+    )
+    return result.loss, [parameter.grad for parameter in student.parameters()], result
+
+
+@pytest.mark.parametrize("weight", [ONE_EACH, MIXED])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_gradient_of_a_group_with_several_teachers_does_not_depend_on_micro_batches(options, weight):
+    found = [gradients(weight, options, budget)[:2] for budget in (10**6, 14)]
     largest = max(gradient.abs().max().item() for gradient in found[0][1])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6 * max(1, largest))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_loss_of_a_mixture_is_the_weighted_sum_of_the_losses_to_each(options):
+    """Every prompt by the same mixture, as a group's weights of tokens do not know of teachers."""
+    loss, mixture, result = gradients([[0.3, 0.7]] * 3, options, 10**6)
+    alone = [gradients([[1.0 - teacher, float(teacher)]] * 3, options, 10**6) for teacher in (0, 1)]
+    torch.testing.assert_close(loss, 0.3 * alone[0][0] + 0.7 * alone[1][0])
+    for name in ("reward", "reverse_kl", "teacher_entropy", "student_logprob"):
+        each = [getattr(of_one[2].stats, name) for of_one in alone]
+        torch.testing.assert_close(getattr(result.stats, name), 0.3 * each[0] + 0.7 * each[1], rtol=1e-4, atol=1e-5)
+    for found, one, other in zip(mixture, alone[0][1], alone[1][1], strict=True):
+        expected = 0.3 * one + 0.7 * other
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(1, expected.abs().max().item()))
 
 
 @pytest.fixture

@@ -175,9 +175,10 @@ def rollout_gradients(
     """
     rows = torch.tensor([row])
     inputs, ids, lengths = group.inputs(rows), group.valid(group.completion_ids, rows), group.completion_lengths[rows]
-    hidden, teacher = student.hidden(*inputs), teachers[group.teacher_of(rows)]
+    index = int(group.weights[row].argmax())
+    hidden, teacher = student.hidden(*inputs), teachers[index]
     with torch.no_grad(), teacher.present():
-        teacher_hidden = teacher.hidden(*group.for_teachers.inputs(rows))
+        teacher_hidden = teacher.hidden(*group.seen_by(index).inputs(rows))
     heads = HeadPair(student, teacher, 1.0, vocab_size)
     stats = heads.statistics(hidden.detach(), teacher_hidden, ids)
 

@@ -77,6 +77,7 @@ class Config(BaseSettings):
             )
         self._check_loss()
         self._check_served_teacher()
+        self._check_following_teacher()
         if self.training.parallel == "shard" and (
             any(each.offload or each.precision in ("int8", "int4") for each in self.teacher.all().values())
             or self.teacher.server
@@ -118,6 +119,25 @@ class Config(BaseSettings):
                 "loss.importance_clip needs loss.temperature 1, because log-probabilities at sampling are recorded at "
                 "temperature 1: set loss.importance_clip to null or loss.temperature to 1"
             )
+
+    def _check_following_teacher(self) -> None:
+        teacher, student, key = self.teacher, self.student, f"teacher.update is {self.teacher.update!r}"
+        if teacher.update == "frozen":
+            return
+        if teacher.model not in ("base", student.model):
+            raise ValueError(
+                f"{key}, and teacher.model {teacher.model!r} is another model than the student's {student.model!r}, "
+                f"whose weights it cannot take over: set teacher.model to base, or teacher.update to frozen"
+            )
+        if student.drop_layers:
+            raise ValueError(
+                f"{key}, and the student has other layers than its teacher (student.drop_layers): leave one of them out"
+            )
+        for name, needed in (("server", None), ("offload", False)):
+            if getattr(teacher, name) != needed:
+                raise ValueError(f"{key}, which needs its weights here, beside the student's: leave teacher.{name} out")
+        if teacher.precision in ("int8", "int4"):
+            raise ValueError(f"{key}, and weights of {teacher.precision} cannot follow: leave teacher.precision out")
 
     def _check_served_teacher(self) -> None:
         if self.teacher.server is None:

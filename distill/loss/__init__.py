@@ -6,6 +6,7 @@ In: `Rollouts` and two models' parts. Out: gradients in the student's parameters
 from distill.loss.gradients import GroupGradient, accumulate_gradients, score
 from distill.loss.group import Group, TeacherView
 from distill.loss.head_pair import AGREEMENT_TOKENS, HeadPair
+from distill.loss.mixture import TeacherStates
 from distill.loss.model_parts import ModelParts
 from distill.loss.options import LossOptions
 from distill.loss.rollouts import Rollouts
@@ -20,6 +21,7 @@ __all__ = [
     "LossOptions",
     "ModelParts",
     "Rollouts",
+    "TeacherStates",
     "TeacherView",
     "accumulate_gradients",
     "check_sharing",

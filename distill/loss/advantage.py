@@ -25,14 +25,17 @@ def needs_scores(options: LossOptions) -> bool:
     return options.objective == "sampled_reverse_kl" and changed
 
 
+def clipped(reward: Tensor, options: LossOptions) -> Tensor:
+    """Rewards within `reward_clip`; of a mixture of teachers, the reward of each."""
+    return reward if options.reward_clip is None else reward.clamp(-options.reward_clip, options.reward_clip)
+
+
 def advantages(stats: TokenStats, completion_lengths: Tensor, prompt_index: Tensor, options: LossOptions) -> Tensor:
     """A [K] of a group's K tokens, row 0's first, from their statistics; lengths and index [R] are on the host.
 
     A reward that is not finite stays what it is and counts as 0 for every other token.
     """
-    reward = stats.reward
-    if options.reward_clip is not None:
-        reward = reward.clamp(-options.reward_clip, options.reward_clip)
+    reward = clipped(stats.reward, options)
     finite = reward.isfinite()
     known = torch.where(finite, reward, 0)
     kl = stats.reverse_kl.masked_fill(~stats.reverse_kl.isfinite(), 0)

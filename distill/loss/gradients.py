@@ -4,16 +4,16 @@ Weights are made over the whole group before it is split, so that micro-batches 
 is scored here too: its hidden states are kept, its logits exist only inside the fused operation.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distill.loss.advantage import advantages, needs_scores
+from distill.loss.advantage import advantages, clipped, needs_scores
 from distill.loss.group import Group
 from distill.loss.head_pair import HeadPair
+from distill.loss.mixture import Share, TeacherStates, mixed, shares
 from distill.loss.model_parts import ModelParts
 from distill.loss.options import LossOptions
 from distill.runtime import to_device
@@ -45,23 +45,25 @@ def token_weights(completion_lengths: Tensor, reduction: str, counted: Tensor | 
 
 
 @torch.no_grad()
-def score(teachers: Sequence[ModelParts], group: Group, micro_batches: Sequence[Tensor]) -> list[Tensor | None]:
-    """Each row's hidden states [T_r, Ht] of its teacher, at every token of its completion; None in no micro-batch."""
-    seen, found = group.for_teachers, {}
-    for index, parts in itertools.groupby(group.by_teacher(micro_batches), group.teacher_of):
-        if teachers[index].sampled_only:  # elsewhere, so nothing here has to be small
-            parts = [torch.cat(list(parts))]
-        with teachers[index].present():
+def score(teachers: Sequence[ModelParts], group: Group, micro_batches: Sequence[Tensor]) -> TeacherStates:
+    """What each teacher computes at every token of the completions that it scores."""
+    found: TeacherStates = {}
+    for teacher, parts in group.by_teacher(micro_batches):
+        if teachers[teacher].sampled_only:  # elsewhere, so nothing here has to be small
+            parts = [torch.cat(parts)]
+        seen = group.seen_by(teacher)
+        with teachers[teacher].present():
             for rows in parts:
-                hidden = teachers[index].hidden(*seen.inputs(rows))
-                found |= zip(rows.tolist(), hidden.split(group.completion_lengths[rows].tolist()), strict=True)
-    return [found.get(row) for row in range(len(group.completion_lengths))]
+                hidden = teachers[teacher].hidden(*seen.inputs(rows))
+                keys = ((teacher, row) for row in rows.tolist())
+                found |= zip(keys, hidden.split(group.completion_lengths[rows].tolist()), strict=True)
+    return found
 
 
 def accumulate_gradients(
     student: ModelParts,
     teachers: Sequence[ModelParts],
-    teacher_hidden: Sequence[Tensor | None],
+    teacher_hidden: TeacherStates,
     group: Group,
     micro_batches: Sequence[Tensor],
     options: LossOptions,
@@ -80,45 +82,67 @@ def accumulate_gradients(
     if own is not None:
         weights = weights.where(own.repeat_interleave(group.completion_lengths), 0)
     pairs = [HeadPair(student, teacher, options.temperature, vocab_size) for teacher in teachers]
-    micro_batches = group.by_teacher(micro_batches)
     ratio_to, advantage, hidden = options.ratio_to(group), None, None
     if needs_scores(options):
-        scores, hidden = _score_first(pairs, teacher_hidden, group, micro_batches, checkpointing)
+        scores, hidden = _score_first(pairs, teacher_hidden, group, micro_batches, options, checkpointing)
         advantage = advantages(scores, group.completion_lengths, group.prompt_index, options)
     found = []
     for rows in micro_batches:
         tokens = group.tokens_of(rows)
         if hidden is None:
             hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
-        device, heads = hidden.device, pairs[group.teacher_of(rows)]
-        theirs, ids = heads.theirs(teacher_hidden, rows, hidden), group.valid(group.completion_ids, rows)
-        credit = None if advantage is None else advantage[to_device(tokens, device)]
-        loss, stats = heads.loss(
-            hidden,
-            theirs,
-            ids,
-            to_device(weights[tokens], device),
-            objective=options.objective,
-            sampling_logprob=None if ratio_to is None else group.valid(ratio_to, rows),
-            importance_clip=None if ratio_to is None else options.importance_clip,
-            advantage=credit,
-            beta=options.beta,
-        )
-        agreement = heads.agreement(hidden.detach(), theirs)[: None if own is None or own[rows[0]] else 0]
+        device = hidden.device
+        each = {
+            "token_ids": group.valid(group.completion_ids, rows),
+            "token_weight": to_device(weights[tokens], device),
+            "sampling_logprob": None if ratio_to is None else group.valid(ratio_to, rows),
+            "advantage": None if advantage is None else advantage[to_device(tokens, device)],
+        }
+        loss, stats, agreement = _to_teachers(pairs, teacher_hidden, shares(group, rows), hidden, each, options)
         if hidden.requires_grad:
             hidden.retain_grad()
         loss.backward()
         shifts = _row_sums(hidden.grad, group.completion_lengths[rows])
-        found.append((loss.detach(), stats, shifts, agreement))
+        takes_part = own is None or own[rows[0]]
+        found.append((loss.detach(), stats, shifts, agreement if takes_part else agreement[:0]))
         hidden = None
     return _summed(found, group, micro_batches)
 
 
+def _to_teachers(
+    pairs: Sequence[HeadPair],
+    teacher_hidden: TeacherStates,
+    parts: Sequence[Share],
+    hidden: Tensor,
+    each: dict[str, Tensor | None],
+    options: LossOptions,
+) -> tuple[Tensor, TokenStats, Tensor]:
+    """A micro-batch's loss, its statistics and which of some tokens agree, from what there is of `each` of its tokens.
+
+    The student's hidden states are computed once, however many teachers there are.
+    """
+    losses, found, agreements = [], [], []
+    for share in parts:
+        heads, ours = pairs[share.teacher], share.of(hidden)
+        theirs = heads.theirs(share.states(teacher_hidden), ours)
+        inputs = {name: share.of(values) for name, values in each.items()}
+        inputs["token_weight"] = share.weigh(inputs["token_weight"])
+        clip = None if inputs["sampling_logprob"] is None else options.importance_clip
+        options_of = {"objective": options.objective, "importance_clip": clip, "beta": options.beta}
+        loss, stats = heads.loss(ours, theirs, **inputs, **options_of)
+        losses.append(loss)
+        found.append(stats)
+        agreements.append(heads.agreement(ours.detach(), theirs))
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return loss, mixed(found, parts, len(hidden)), torch.cat(agreements)
+
+
 def _score_first(
     pairs: Sequence[HeadPair],
-    teacher_hidden: Sequence[Tensor],
+    teacher_hidden: TeacherStates,
     group: Group,
     micro_batches: Sequence[Tensor],
+    options: LossOptions,
     checkpointing: bool,
 ) -> tuple[TokenStats, Tensor | None]:
     """The statistics of a whole group before its gradient, for advantages that look beyond a token.
@@ -126,14 +150,17 @@ def _score_first(
     Costs the products of both heads once more and, where the group is more than one micro-batch, a forward of the
     student's body without gradient; the hidden states of a single micro-batch are handed back with their graph.
     """
-    whole, parts = len(micro_batches) == 1, []
+    whole, found = len(micro_batches) == 1, []
     for rows in micro_batches:
-        heads = pairs[group.teacher_of(rows)]
         with torch.set_grad_enabled(whole):
-            hidden = heads.student.hidden(*group.inputs(rows), checkpointing=checkpointing and whole)
-        theirs = heads.theirs(teacher_hidden, rows, hidden)
-        parts.append(heads.statistics(hidden.detach(), theirs, group.valid(group.completion_ids, rows)))
-    return in_row_order(parts, group, micro_batches), hidden if whole else None
+            hidden = pairs[0].student.hidden(*group.inputs(rows), checkpointing=checkpointing and whole)
+        ids, parts, stats = group.valid(group.completion_ids, rows), shares(group, rows), []
+        for share in parts:
+            heads, ours = pairs[share.teacher], share.of(hidden.detach())
+            of_share = heads.statistics(ours, heads.theirs(share.states(teacher_hidden), ours), share.of(ids))
+            stats.append(of_share._replace(reward=clipped(of_share.reward, options)))
+        found.append(mixed(stats, parts, len(ids)))
+    return in_row_order(found, group, micro_batches), hidden if whole else None
 
 
 def _row_sums(gradient: Tensor | None, lengths: Tensor) -> Tensor | None:

@@ -14,11 +14,12 @@ from distill.runtime import to_device
 
 
 class TeacherView(NamedTuple):
-    """Which teacher scores each of B prompts, and what it sees in the prompt's place."""
+    """What M teachers see in the place of B prompts, and what the loss to each weighs."""
 
-    prompt_ids: Tensor  # [B, P'] int64, left-padded
-    prompt_mask: Tensor  # [B, P'] bool, on the host
-    teacher: Tensor  # [B] int64, on the host
+    prompts: Sequence[tuple[Tensor, Tensor]]
+    """Of each teacher ids [B, P'] int64, left-padded, and their mask [B, P'] bool on the host."""
+    weight: Tensor
+    """[B, M] float32 on the host, 1 over the teachers of a prompt; 0: it is none of them, and sees nothing."""
 
 
 class Group(NamedTuple):
@@ -57,24 +58,35 @@ class Group(NamedTuple):
         return self.prompt_mask.sum(1), self.completion_lengths, self.prompt_index
 
     @property
-    def for_teachers(self) -> "Group":
-        """The same completions after the prompts that the teachers see."""
+    def seen_lengths(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`lengths` for the teachers: of each prompt the longest that one of its teachers sees."""
+        if self.teacher_view is None:
+            return self.lengths
+        seen = torch.stack([mask.sum(1) for _, mask in self.teacher_view.prompts], 1)
+        return seen.where(self.teacher_view.weight > 0, 0).amax(1), self.completion_lengths, self.prompt_index
+
+    @property
+    def weights(self) -> Tensor:
+        """[R, M] float32 on the host: what the loss to each teacher weighs."""
+        if self.teacher_view is None:
+            return torch.ones(len(self.prompt_index), 1)
+        return self.teacher_view.weight[self.prompt_index]
+
+    def seen_by(self, teacher: int) -> "Group":
+        """The same completions after the prompts that a teacher sees."""
         if self.teacher_view is None:
             return self
-        device, (prompt_ids, prompt_mask, _) = self.prompt_ids.device, self.teacher_view
-        return self._replace(prompt_ids=to_device(prompt_ids, device), prompt_mask=prompt_mask)
+        prompt_ids, prompt_mask = self.teacher_view.prompts[teacher]
+        return self._replace(prompt_ids=to_device(prompt_ids, self.prompt_ids.device), prompt_mask=prompt_mask)
 
-    def teacher_of(self, rows: Tensor) -> int:
-        """The teacher of some rows that have one teacher."""
-        return 0 if self.teacher_view is None else int(self.teacher_view.teacher[self.prompt_index[rows[0]]])
-
-    def by_teacher(self, micro_batches: Sequence[Tensor]) -> list[Tensor]:
-        """Micro-batches cut where teachers differ, those of the first teacher first."""
-        if self.teacher_view is None:
-            return list(micro_batches)
-        of_row = self.teacher_view.teacher[self.prompt_index]
-        parts = (rows[of_row[rows] == teacher] for teacher in of_row.unique() for rows in micro_batches)
-        return [rows for rows in parts if len(rows)]
+    def by_teacher(self, micro_batches: Sequence[Tensor]) -> list[tuple[int, list[Tensor]]]:
+        """Each teacher with its rows of every micro-batch in which it has any."""
+        found = []
+        for teacher, scored in enumerate((self.weights > 0).unbind(1)):
+            parts = [part for rows in micro_batches if len(part := rows[scored[rows]])]
+            if parts:
+                found.append((teacher, parts))
+        return found
 
     @property
     def starts(self) -> Tensor:

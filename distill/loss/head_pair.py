@@ -25,12 +25,14 @@ class HeadPair(NamedTuple):
     temperature: float
     vocab_size: int | None
 
-    def theirs(self, teacher_hidden: Sequence[Tensor | None], rows: Tensor, student_hidden: Tensor) -> Tensor:
-        """[k, Ht] of what `score` gave; 0 for a row that is computed only to take part, and counts for nothing."""
-        if teacher_hidden[rows[0]] is None:
+    def theirs(self, found: Sequence[Tensor | None], student_hidden: Tensor) -> Tensor:
+        """[k, Ht] of what `score` found for each row; 0 for one that is computed only to take part, and counts for
+        nothing.
+        """
+        if found[0] is None:
             width = 1 if self.teacher.sampled_only else self.teacher.head.weight.shape[1]
             return student_hidden.new_zeros(len(student_hidden), width)
-        return torch.cat([teacher_hidden[row] for row in rows])
+        return torch.cat(list(found))
 
     def statistics(self, student_hidden: Tensor, teacher_hidden: Tensor, token_ids: Tensor) -> TokenStats:
         """Of K tokens, without gradients; NaN where the teacher does not say."""

@@ -86,7 +86,7 @@ class _FixedCompletions:
         )
         self._group = Group.of(rollouts, prompts.teacher and prompts.teacher.view(range(len(ids))))
         self._hidden = self._limits.in_micro_batches(
-            "layer choice", self._group.for_teachers.lengths, lambda parts: score(self._teachers, self._group, parts)
+            "layer choice", self._group.seen_lengths, lambda parts: score(self._teachers, self._group, parts)
         )
 
     def reverse_kl(self, layers: Layers) -> float:

@@ -18,6 +18,7 @@ from distill.run.layer_choice import choose_layers
 from distill.run.loading import Pair, choose_dtype, load_pair, make_student, make_working_copy, on_copy
 from distill.run.prompt_sets import load_prompt_sets
 from distill.runtime import MemoryLimits
+from distill.teachers import FollowingTeacher
 from distill.training import Ranks, Trainer, check_against_itself
 
 
@@ -36,23 +37,32 @@ class RunParts:
         wants_compiling(config, device, ranks)  # which raises where it cannot be had, before all is loaded
         pair = load_pair(config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
-        teachers = [teacher.parts for teacher in pair.teachers]
-        self.servers = [teacher.body.server for teacher in teachers if teacher.sampled_only]
+        self.servers = [teacher.parts.body.server for teacher in pair.teachers if teacher.parts.sampled_only]
         self.prompts, self.held_out = load_prompt_sets(config, pair, console)
-        for teacher in teachers:
-            check_against_itself(teacher, self.prompts.student.token_ids[0], self.vocab_size)
+        models = {id(teacher.parts.body): teacher.parts for teacher in pair.teachers}  # each once
+        for model in models.values():
+            check_against_itself(model, self.prompts.student.token_ids[0], self.vocab_size)
         self.layer_choice: dict[str, Any] | None = None
         self.dropped_layers = self._choose_layers(pair, start)
         self.student = make_student(pair.student, config, self.dropped_layers)
         whole = ModelParts(*split_head(self.student), self.dtype)
         self.notices: list[tuple[str, str]] = []
         """Events of the loading, with what is said of each."""
-        for who, model in (("student", whole), *(("teacher", model) for model in teachers)):
+        self.following = self._follower()
+        if self.following:
+            models[id(self.following)] = ModelParts(*split_head(self.following.model), self.dtype)
+        for who, model in (("student", whole), *(("teacher", model) for model in models.values())):
             if reason := check_sharing(model):
                 self.notices.append(("sharing", f"the {who} computes a prompt once for each of its rows, as {reason}"))
         working = make_working_copy(self.student, whole, config, ranks)
         self.student_parts = ranks.shard(self.student, whole) if working is None else on_copy(whole, working)
-        self.teachers = [ranks.shard(teacher.model, teacher.parts) for teacher in pair.teachers]
+        self.teachers = self._shared_out(pair)
+        self.first_teachers = self.teachers
+        """Those of step 0, which evaluations are against; where there are none, they are not kept."""
+        if self.following:
+            now = ranks.shard(self.following.model, models[id(self.following)])
+            self.teachers = [now, *self.teachers[1:]]
+            self.first_teachers = self.first_teachers if self.held_out else self.teachers
         if config.student.lora:
             self.tell(describe(self.student))
         if start:
@@ -98,12 +108,25 @@ class RunParts:
     def _compile(self) -> bool:
         """Compiles the layers of all models here; whether the compiler took the student's."""
         reasons = {}
-        for who, parts in (*(("teacher", teacher) for teacher in self.teachers), ("student", self.student_parts)):
+        teachers = {id(parts.body): ("teacher", parts) for parts in (*self.teachers, *self.first_teachers)}
+        for who, parts in (*teachers.values(), ("student", self.student_parts)):
             if not parts.sampled_only and (reason := compile_parts(parts)):
                 reasons[who] = reason
         for who, reason in reasons.items():
             self.notices.append(("compile", f"the {who}'s layers are not compiled, as the compiler fails: {reason}"))
         return "student" not in reasons
+
+    def _follower(self) -> FollowingTeacher | None:
+        update = self.config.teacher.update
+        return None if update == "frozen" else FollowingTeacher(self.student, update)
+
+    def _shared_out(self, pair: Pair) -> list[ModelParts]:
+        """The teachers' parts, each model's shared out over the ranks once."""
+        found: dict[int, ModelParts] = {}
+        for teacher in pair.teachers:
+            if id(teacher.model) not in found:
+                found[id(teacher.model)] = self.ranks.shard(teacher.model, teacher.parts)
+        return [found[id(teacher.model)] for teacher in pair.teachers]
 
     def _choose_layers(self, pair: Pair, start: Checkpoint | None) -> Sequence[int]:
         """The layers to drop: as configured, as the checkpoint's run found them, or found now."""
@@ -147,4 +170,5 @@ class RunParts:
             limits=self.limits,
             async_batches=config.rollout.async_batches,
             ranks=self.ranks,
+            following=self.following,
         )

@@ -67,7 +67,7 @@ class Progress:
         result = evaluate(
             parts.engine,
             parts.student_parts,
-            parts.teachers,
+            parts.first_teachers,
             vocab_size=parts.vocab_size,
             limits=parts.limits,
             ranks=parts.ranks,
@@ -81,7 +81,7 @@ class Progress:
         self.trackers.log_evaluation(record)
         rows = range(0, len(result.rollouts.finished), count)[:NUM_SAMPLES]
         self.samples["after" if step else "before"] = decode_samples(parts.tokenizer, result.rollouts, rows)
-        models, prompts = (parts.student_parts, parts.teachers), parts.held_out.student.texts[:NUM_SAMPLES]
+        models, prompts = (parts.student_parts, parts.first_teachers), parts.held_out.student.texts[:NUM_SAMPLES]
         view = token_view(parts.tokenizer, *models, result.group, prompts, parts.vocab_size)
         self.output.log("tokens", [{"step": step, "samples": view}])
         figure = f"{result.reverse_kl:.3f} ± {result.standard_error:.3f} nats/token"

@@ -56,11 +56,14 @@ def load_prompt_sets(config: Config, pair: Pair, console: Console) -> tuple[Prom
         seen = teacher_prompts(
             prompts,
             pair.teachers,
-            config.teacher,
             longest=None if pair.context is None else pair.context - completion,
             pad_token_id=pair.tokenizer.pad_token_id,
             special=settings.control_tokens == "special",
+            templated=settings.chat_template != "never",
+            template_arguments=config.student.chat_template_kwargs,
         )
+        for line in seen.remarks if seen else ():
+            tell(f"{path}: {line}")
         return Prompts(prompts, seen)
 
     train = load(settings.train, settings.limit, "rollout.max_new_tokens", config.rollout.max_new_tokens)

@@ -3,8 +3,9 @@
 In: the `teacher` section. Out: `Teacher`s, whose parts the loss takes, and what each scores.
 """
 
+from distill.teachers.following import FollowingTeacher
 from distill.teachers.local import load_teachers
 from distill.teachers.prompts import TeacherPrompts, teacher_prompts
 from distill.teachers.teacher import Teacher, context_of
 
-__all__ = ["Teacher", "TeacherPrompts", "context_of", "load_teachers", "teacher_prompts"]
+__all__ = ["FollowingTeacher", "Teacher", "TeacherPrompts", "context_of", "load_teachers", "teacher_prompts"]

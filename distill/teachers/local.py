@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.config import StudentConfig, TeacherConfig
+from distill.config import FrozenModel, StudentConfig, TeacherConfig
 from distill.loss import ModelParts
 from distill.models import ModelError, load_model, load_tokenizer, split_head
 from distill.servers import Server
@@ -24,41 +24,64 @@ def load_teachers(
     student: StudentConfig,
     base: PreTrainedModel | None,
 ) -> list[Teacher]:
-    """`teacher.model` and `teacher.others`, without gradients. Raises `ModelError`.
+    """`teacher.model` and `teacher.others`, without gradients; what is one model is loaded once. Raises `ModelError`.
 
     `base` is the student's own model where its weights stay as they are, and then serves as teacher too.
     """
-    if config.server:
-        reference, trusted = _origin(config.model, config, student)
-        tokenizer = load_tokenizer(reference, trust_remote_code=trusted)
-        server = Server(config.server, "teacher.server", timeout_seconds=config.timeout_seconds, retries=config.retries)
-        parts, context = connect(server, reference, tokenizer)
-        return [Teacher(None, None, parts, tokenizer, context)]
-    if config.offload and device.type == "cpu":
-        raise ModelError("teacher.offload: on a CPU the teacher is in host memory anyway; leave the key out")
-    loaded = []
-    if config.precision in ("float32", "bfloat16"):
-        dtype = getattr(torch, config.precision)
-    shares = base is not None and config.precision == "auto" and not config.offload
-    for name, reference in ((None, config.model), *config.others.items()):
-        reference, trusted = _origin(reference, config, student)
-        tokenizer = load_tokenizer(reference, trust_remote_code=trusted)
-        if shares and reference == student.model:
-            model = base.requires_grad_(False)
-        else:
-            model = load_model(reference, dtype=dtype, device=device, attention=attention, trust_remote_code=trusted)
-            model.requires_grad_(False)
-        if config.precision == "int8":
-            _to_int8(model)
-        body, head = split_head(model)
-        present = HostMemory(body, device).present if config.offload else contextlib.nullcontext
-        loaded.append(Teacher(name, model, ModelParts(body, head, dtype, present), tokenizer, context_of(model)))
+    loaded: list[Teacher] = []
+    models: dict[tuple, Teacher] = {}  # several teachers may be one model that sees different prompts
+    for name, section in config.all().items():
+        reference, trusted = _origin(section, student)
+        key = reference, trusted, section.precision, section.offload
+        if key not in models:
+            tokenizer = load_tokenizer(reference, trust_remote_code=trusted)
+            if config.server:
+                models[key] = _served(config, section, reference, tokenizer)
+            else:
+                shared = base if reference == student.model else None
+                models[key] = _local(section, reference, trusted, tokenizer, device, dtype, attention, shared)
+        loaded.append(models[key]._replace(name=name, section=section))
     return loaded
 
 
-def _origin(reference: str, config: TeacherConfig, student: StudentConfig) -> tuple[str, bool]:
+def _served(config: TeacherConfig, section: FrozenModel, reference: str, tokenizer: PreTrainedTokenizerBase) -> Teacher:
+    server = Server(config.server, "teacher.server", timeout_seconds=config.timeout_seconds, retries=config.retries)
+    parts, context = connect(server, reference, tokenizer)
+    return Teacher(None, None, parts, tokenizer, context, section)
+
+
+def _local(
+    section: FrozenModel,
+    reference: str,
+    trusted: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    base: PreTrainedModel | None,
+) -> Teacher:
+    """A teacher here; `base` is the model of that reference that is loaded already, if there is one."""
+    if section.offload and device.type == "cpu":
+        raise ModelError("teacher.offload: on a CPU the teacher is in host memory anyway; leave the key out")
+    if section.precision in ("float32", "bfloat16"):
+        dtype = getattr(torch, section.precision)
+    if base is not None and section.precision == "auto" and not section.offload:
+        model = base.requires_grad_(False)
+    else:
+        model = load_model(reference, dtype=dtype, device=device, attention=attention, trust_remote_code=trusted)
+        model.requires_grad_(False)
+    if section.precision == "int8":
+        _to_int8(model)
+    body, head = split_head(model)
+    present = HostMemory(body, device).present if section.offload else contextlib.nullcontext
+    return Teacher(None, model, ModelParts(body, head, dtype, present), tokenizer, context_of(model), section)
+
+
+def _origin(section: FrozenModel, student: StudentConfig) -> tuple[str, bool]:
     """The model that a teacher's reference names, and whether its code is trusted."""
-    return (student.model, student.trust_remote_code) if reference == "base" else (reference, config.trust_remote_code)
+    if section.model == "base":
+        return student.model, student.trust_remote_code
+    return section.model, section.trust_remote_code
 
 
 def _to_int8(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.config import FrozenModel
 from distill.loss import ModelParts
 
 
@@ -18,6 +19,8 @@ class Teacher(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     context: int | None
     """Tokens of prompt and completion that it can take; None where it does not say."""
+    section: FrozenModel
+    """What the configuration says of it."""
 
 
 def context_of(model: PreTrainedModel) -> int | None:

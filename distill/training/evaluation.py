@@ -98,9 +98,10 @@ def evaluate(
     stats = ranks.in_micro_batches(
         limits,
         "evaluation",
-        group.for_teachers,
+        group,
         own,
         lambda parts: statistics(student, teachers, group, parts, vocab_size=vocab_size),
+        by_teacher=True,
     )
     stats = stats._make(ranks.total(torch.stack(list(stats)), own.repeat_interleave(group.completion_lengths)))
     cluster = clusters_of(group).repeat_interleave(group.completion_lengths)

@@ -45,14 +45,19 @@ class Ranks(Processes):
         group: Group,
         own: Tensor,
         work: Callable[[list[Tensor]], T],
+        *,
+        by_teacher: bool = False,
     ) -> T:
-        """`limits.in_micro_batches` of the rows of `group` that are this rank's `own` [R]."""
-        prompts, completions, index = group.lengths
+        """`limits.in_micro_batches` of the rows of `group` that are this rank's `own` [R].
+
+        `by_teacher`: models are called for each teacher's rows of a micro-batch, after what the teacher sees.
+        """
+        prompts, completions, index = group.seen_lengths if by_teacher else group.lengths
         rows = own.nonzero()[:, 0]
 
         def of_group(parts: list[Tensor]) -> T:
             parts = [rows[part] for part in parts]
-            return work(self._evened(group, own, parts) if self.sharded else parts)
+            return work(self._evened(group, own, parts, by_teacher) if self.sharded else parts)
 
         lengths = (prompts, completions[rows], index[rows])
         return self._agreed(lambda: limits.in_micro_batches(phase, lengths, of_group))
@@ -61,15 +66,20 @@ class Ranks(Processes):
         """`together`, for what a run can be continued after; not where the others wait in the midst of `work`."""
         return self.together(work, () if self.sharded else (MemoryLimitError, ServerError))
 
-    def _evened(self, group: Group, own: Tensor, parts: list[Tensor]) -> list[Tensor]:
-        """As many micro-batches for each teacher on every rank, filled up with a row that is another rank's."""
-        parts, view = group.by_teacher(parts), group.teacher_view
-        of_row = own.new_zeros(len(own), dtype=torch.int64) if view is None else view.teacher[group.prompt_index]
-        for teacher in of_row.unique().tolist():
-            count = sum(group.teacher_of(rows) == teacher for rows in parts)
-            others = (~own & (of_row == teacher)).nonzero()[:, 0]
-            parts += [others[:1]] * (self.largest(count) - count)
-        return group.by_teacher(parts)
+    def _evened(self, group: Group, own: Tensor, parts: list[Tensor], by_teacher: bool) -> list[Tensor]:
+        """As many micro-batches on every rank, filled up with a row that is another rank's; `by_teacher` with a row of
+        every teacher in each, for what finds the same of a row however often it looks.
+        """
+        missing = self.largest(len(parts)) - len(parts)
+        if not by_teacher:
+            return parts + [(~own).nonzero()[:1, 0]] * missing
+        parts = parts + [own.nonzero()[:0, 0]] * missing
+        scored = group.weights > 0  # [R, M]
+        for teacher in scored.any(0).nonzero()[:, 0].tolist():
+            of_teacher = scored[:, teacher]
+            any_row = of_teacher.nonzero()[:1, 0]
+            parts = [rows if of_teacher[rows].any() else torch.cat([rows, any_row]) for rows in parts]
+        return parts
 
     def sum_of(
         self, result: GroupGradient, group: Group, own: Tensor, width: int, parameters: Iterable[nn.Parameter]

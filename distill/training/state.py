@@ -14,6 +14,8 @@ from torch import Tensor
 from distill.loss import Rollouts
 from distill.training.trainer import Position, Trainer
 
+TEACHER = "teacher"  # what a weight of the teacher that follows is kept as, beside Adam's moments of the student's
+
 
 class Saved(Protocol):
     """What `state_of` gave, as a checkpoint has it."""
@@ -35,6 +37,8 @@ def state_of(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
         for name, parameter in trainer.parameters.items()
         for key, value in trainer.optimizer.state[parameter].items()
     }
+    if trainer.following is not None:
+        moments |= {f"{name}/{TEACHER}": weight for name, weight in trainer.following.weights.items()}
     tensors = {"student": dict(trainer.parameters), "optimizer": moments}
     # A batch that is being sampled is waited for: its weights would not be there again.
     for name, rollouts in (("rollouts", trainer.rollouts), ("next_rollouts", trainer.ahead and trainer.ahead.result())):
@@ -56,9 +60,12 @@ def state_of(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
 def restore(trainer: Trainer, found: Saved) -> None:
     """Continues from what `state_of` gave, on any number of ranks."""
     state, tensors = found.state["trainer"], dict(trainer.parameters)
+    followed = trainer.following.weights if trainer.following else {}
     for name, shape in found.shapes.items():
         of, _, moment = name.partition("/")
-        if moment:
+        if moment == TEACHER:
+            tensors[name] = followed[of]
+        elif moment:
             parameter = trainer.parameters[of]
             like = parameter.shape == shape
             tensors[name] = torch.zeros_like(parameter) if like else torch.zeros(shape, device=trainer.device)

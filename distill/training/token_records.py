@@ -46,9 +46,10 @@ def _row(
     tokenizer: Any, student: ModelParts, teachers: Sequence[ModelParts], group: Group, row: int, vocab_size: int
 ) -> dict[str, list]:
     rows, count = torch.tensor([row]), int(group.completion_lengths[row])
-    teacher = teachers[group.teacher_of(rows)]
+    index = int(group.weights[row].argmax())  # of a mixture, the one that weighs most
+    teacher = teachers[index]
     with teacher.present():
-        hidden = student.hidden(*group.inputs(rows)), teacher.hidden(*group.for_teachers.inputs(rows))
+        hidden = student.hidden(*group.inputs(rows)), teacher.hidden(*group.seen_by(index).inputs(rows))
     ids = group.completion_ids[row, :count]
     spelled = ids.tolist()
     names = ("student_logprob", "teacher_logprob", "reverse_kl")

@@ -6,10 +6,10 @@ trainer is in state.py.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from distill.loss import (
     LossOptions,
     ModelParts,
     Rollouts,
+    TeacherStates,
     TeacherView,
     accumulate_gradients,
     score,
@@ -54,6 +55,14 @@ class StepResult:
     """Whether loss and gradient were finite; if not, weights and optimizer are as they were before."""
 
 
+class Follower(Protocol):
+    """A teacher whose weights follow the student's; see `teachers.FollowingTeacher`."""
+
+    weights: Mapping[str, Tensor]
+
+    def after_step(self, step: int) -> None: ...
+
+
 class Trainer:
     """Owns the optimizer, the position in the prompts, and the rollouts in hand.
 
@@ -77,13 +86,14 @@ class Trainer:
         limits: MemoryLimits | None = None,
         async_batches: int = 0,
         ranks: Ranks | None = None,
+        following: Follower | None = None,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.student, self.student_parts, self.teachers = student, student_parts, teachers
         self.teacher_view = teacher_view
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
         self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
-        self.ranks = ranks or Ranks()
+        self.ranks, self.following = ranks or Ranks(), following
         self.device, self.width = student_parts.head.weight.device, student_parts.head.weight.shape[1]
         self.limits = limits or MemoryLimits(options.tokens_per_micro_batch, device=self.device)
         self.on_phase = on_phase
@@ -173,7 +183,7 @@ class Trainer:
         own = self.ranks.own_rows(group)
         with self.clock.phase("score"):
             teacher_hidden = self.ranks.in_micro_batches(
-                self.limits, "score", group.for_teachers, own, lambda parts: score(self.teachers, group, parts)
+                self.limits, "score", group, own, lambda parts: score(self.teachers, group, parts), by_teacher=True
             )
         self.on_phase("update")
         learning_rate = self.options.learning_rate_at(self.position.step, self.total_steps)
@@ -191,6 +201,8 @@ class Trainer:
                 settings["lr"] = learning_rate
             self.optimizer.step()
             self.weights_changed()
+            if self.following is not None:
+                self.following.after_step(self.position.step + 1)
         metrics, row_reverse_kl = step_metrics(result, group, grad_norm, self.loss_options)
         # A batch's rollouts are shared evenly by the steps that it serves.
         seconds = {"rollout": self.rollout_seconds / groups_in_batch, **self.clock.read()}
@@ -211,7 +223,7 @@ class Trainer:
         self.engine.refresh()
 
     def _gradients(
-        self, teacher_hidden: Sequence[Tensor | None], group: Group, parts: list[Tensor], own: Tensor | None = None
+        self, teacher_hidden: TeacherStates, group: Group, parts: list[Tensor], own: Tensor | None = None
     ) -> GroupGradient:
         # Before every attempt: what a failed one added must not count twice.
         self.optimizer.zero_grad(set_to_none=True)
