@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.config import Config
 from distill.evaluate import main
-from distill.loss import Group, HeadPair
+from distill.loss import Group
 from distill.prompts import left_pad
 from distill.rollout import SamplingOptions, local_engine
 from distill.run import load_pair
@@ -69,8 +69,7 @@ def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts):
     )
     ids = left_pad([tiny_tokenizer()(text)["input_ids"] for text in PROMPTS], 0)
     group = Group.of(engine.generate(*ids, num_rollouts=3, prompt_keys=torch.arange(3)))
-    heads = HeadPair(pair.student_parts, pair.teachers[0].parts, 1.0, pair.vocab_size)
-    found = compare(heads, group, MemoryLimits(60))
+    found = compare(pair.student_parts, [pair.teachers[0].parts], group, MemoryLimits(60), pair.vocab_size)
     for name, by_prompt in plain_figures(tiny_pair, group).items():
         sums, counts = torch.stack([v.sum() for v in by_prompt]), torch.tensor([float(len(v)) for v in by_prompt])
         mean = sums.sum() / counts.sum()
@@ -151,3 +150,35 @@ def test_two_evaluations_are_compared_prompt_by_prompt(write_config, tmp_path, r
         assert (change, error) == (0, 0)
     else:
         assert 0 < error < 0.8 * math.hypot(before["standard_error"], after["standard_error"])
+
+
+def test_a_run_is_evaluated_with_the_prompts_that_its_teachers_saw(write_config, tiny_pair, tmp_path, capsys):
+    """Its last evaluation again, whose draws are the same: two teachers, a mixture, one that has followed."""
+    for kind, words in (("train", ("red", "blue")), ("eval", ("pink", "grey", "black"))):
+        mixture = {"main": 0.25, "other": 0.75}
+        records = [{"prompt": f"Say {word}.", "teacher_prompt": f"Say {word}!", "teacher": mixture} for word in words]
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    changes = {
+        "teacher.model": "base",
+        "teacher.update": "every:1",
+        "teacher.others": {"other": {"model": str(tiny_pair["teacher"]), "system_prompt": "Be brief."}},
+        "prompts.train": str(tmp_path / "train.jsonl"),
+        "prompts.eval": str(tmp_path / "eval.jsonl"),
+        "training.learning_rate": 3e-3,
+    }
+    run, target = execute(write_config(changes)), tmp_path / "figures.json"
+    assert main(["--run", str(tmp_path / "run"), "--json", str(target)]) == 0
+    found = json.loads(target.read_text())["reverse_kl"]["mean"]
+    assert found == pytest.approx(run.progress.evaluations[-1]["reverse_kl"], rel=1e-4)
+    alone = ["--run", str(tmp_path / "run"), "--teacher", str(tiny_pair["teacher"]), "--json", str(target)]
+    assert main(alone) == 0
+    assert json.loads(target.read_text())["reverse_kl"]["mean"] != pytest.approx(found, rel=0.01)
+    assert main([*alone, "--sample-from", "teacher"]) == 2
+    assert "several teachers" in capsys.readouterr().err
+
+
+def test_what_is_to_be_compared_has_to_be_said(tmp_path, capsys):
+    assert main(["--student", "somewhere"]) == 2
+    assert "--teacher, --prompts: missing" in capsys.readouterr().err
+    assert main(["--run", str(tmp_path)]) == 2
+    assert "config.yaml" in capsys.readouterr().err

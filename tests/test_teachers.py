@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from test_loss import make_rollouts, parts_of
 
-from distill.config import StudentConfig, TeacherConfig, load_config
+from distill.config import FrozenModel, StudentConfig, TeacherConfig, load_config
 from distill.loss import Group, GroupGradient, LossOptions, TeacherView, accumulate_gradients, score, statistics
 from distill.models import ModelError
 from distill.prompts import PromptError, left_pad, load_prompts, tokenise
@@ -120,34 +120,38 @@ def prompt_set(tmp_path):
     return make
 
 
-def teachers_named(*names) -> list[Teacher]:
-    return [Teacher(name, None, None, tiny_tokenizer(), None) for name in names]
+def teachers_named(*names, **settings) -> list[Teacher]:
+    section = FrozenModel(model="x", **settings)
+    return [Teacher(name, None, None, tiny_tokenizer(), None, section) for name in names]
 
 
-def seen_by(prompts, teachers, longest=None, **settings):
-    config = TeacherConfig(model="x", **settings)
-    return teacher_prompts(prompts, teachers, config, longest=longest, pad_token_id=0, special=False)
+def seen_by(prompts, teachers, longest=None, **options):
+    return teacher_prompts(prompts, teachers, longest=longest, pad_token_id=0, special=False, **options)
+
+
+def ids_of(seen, index: int, teacher: int = 0) -> list[int]:
+    return seen.seen[index][teacher][0]
 
 
 def test_a_system_prompt_is_the_teachers_alone_and_replaces_the_prompts_own(prompt_set):
     conversation = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Say <|end|>."}]
     prompts = prompt_set({"prompt": "Say red."}, {"messages": conversation})
-    seen = seen_by(prompts, teachers_named(None), system_prompt="Be brief.")
+    seen = seen_by(prompts, teachers_named(None, system_prompt="Be brief."))
     decode = tiny_tokenizer().decode
-    assert decode(seen.token_ids[0]) == (
+    assert decode(ids_of(seen, 0)) == (
         "<|start|>system\nBe brief.<|end|>\n<|start|>user\nSay red.<|end|>\n<|start|>assistant\n"
     )
-    assert "Be long." not in decode(seen.token_ids[1])
+    assert "Be long." not in decode(ids_of(seen, 1))
     assert "Be brief." not in decode(prompts.token_ids[0])
-    assert seen.token_ids[1].count(2) == 2  # the control token that the prompt spells out stays text
-    view = seen.view([1, 0])
-    assert view.prompt_ids[1][view.prompt_mask[1]].tolist() == seen.token_ids[0]
+    assert ids_of(seen, 1).count(2) == 2  # the control token that the prompt spells out stays text
+    ids, mask = seen.view([1, 0]).prompts[0]
+    assert ids[1][mask[1]].tolist() == ids_of(seen, 0)
 
 
 def test_template_arguments_reach_the_teachers_template_only(prompt_set):
     prompts = prompt_set({"prompt": "Say red."})
-    seen = seen_by(prompts, teachers_named(None), chat_template_kwargs={"opening": "Well, "})
-    assert seen.token_ids[0] == prompts.token_ids[0] + tokenise(
+    seen = seen_by(prompts, teachers_named(None, chat_template_kwargs={"opening": "Well, "}))
+    assert ids_of(seen, 0) == prompts.token_ids[0] + tokenise(
         [{"role": "user", "content": "Well, "}], tiny_tokenizer(chat_template=None), False
     )
 
@@ -158,7 +162,16 @@ def test_one_teacher_that_sees_what_the_student_sees_needs_no_view(prompt_set):
 
 def test_a_record_names_its_teacher(prompt_set):
     prompts = prompt_set({"prompt": "1 + 1", "teacher": "maths"}, {"prompt": "Say red."})
-    assert seen_by(prompts, teachers_named(None, "maths")).view([0, 1]).teacher.tolist() == [1, 0]
+    assert seen_by(prompts, teachers_named(None, "maths")).view([0, 1]).weight.tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_record_names_a_mixture_of_teachers_each_with_a_prompt_of_its_own(prompt_set):
+    prompts = prompt_set({"prompt": "1 + 1", "teacher": {"maths": 0.75, "main": 0.25}}, {"prompt": "Say red."})
+    brief = teachers_named("maths", system_prompt="Be brief.")
+    view = seen_by(prompts, teachers_named(None) + brief).view([0, 1])
+    assert view.weight.tolist() == [[0.25, 0.75], [1, 0]]
+    texts = [tiny_tokenizer().decode(ids[0][mask[0]]) for ids, mask in view.prompts]
+    assert ["Be brief." in text for text in texts] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -171,13 +184,14 @@ def test_a_record_names_its_teacher(prompt_set):
 )
 def test_what_does_not_fit_a_teacher_is_refused_with_the_prompt(prompt_set, records, settings, expected):
     with pytest.raises(PromptError, match=expected):
-        seen_by(prompt_set(records), teachers_named(None), longest=64, **settings)
+        seen_by(prompt_set(records), teachers_named(None, **settings), longest=64)
 
 
 def test_a_teacher_without_chat_template_cannot_be_given_a_system_prompt(prompt_set):
-    bare = [Teacher(None, None, None, tiny_tokenizer(chat_template=None), None)]
+    section = FrozenModel(model="x", system_prompt="Be brief.")
+    bare = [Teacher(None, None, None, tiny_tokenizer(chat_template=None), None, section)]
     with pytest.raises(PromptError, match="tokenizer has none"):
-        seen_by(prompt_set({"prompt": "a"}), bare, system_prompt="Be brief.")
+        seen_by(prompt_set({"prompt": "a"}), bare)
 
 
 def test_context_distillation_teaches_the_student_the_system_prompt(write_config, tiny_pair, tmp_path):

@@ -7,6 +7,7 @@ from distill.config.command_line import parse_command_line
 from distill.config.config import Config, load_config, to_yaml
 from distill.config.sections import LoraConfig, StudentConfig, TrainingConfig
 from distill.config.teacher import MAIN, FrozenModel, TeacherConfig
+from distill.config.words import in_words
 from distill.config.yaml_file import ConfigError
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "TrainingConfig",
+    "in_words",
     "load_config",
     "parse_command_line",
     "to_yaml",

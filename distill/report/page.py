@@ -15,6 +15,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from distill.config import ConfigError, in_words, load_config
 from distill.report.charts import Chart, comparison_charts, run_charts
 from distill.runtime import read_json_lines, write_whole
 
@@ -48,6 +49,7 @@ def report_page(run: Path) -> str:
         title=run.absolute().name,
         evaluations=[e for e in (evaluations[:1] + evaluations[1:][-1:]) if e.get("reverse_kl") is not None],
         step=metrics[-1]["step"] if metrics else 0,
+        models=_models(run),
         summary={key: _shown(value) for key, value in summary.items() if not isinstance(value, list | dict)},
         samples=_samples(views, summary.get("samples", [])),
         events=_records(run / "events.jsonl")[-20:],
@@ -81,6 +83,14 @@ def _read(run: Path) -> tuple[list[dict], list[dict], dict[str, Any]]:
         _records(run / "evaluations.jsonl"),
         json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
     )
+
+
+def _models(run: Path) -> dict[str, str]:
+    """What is trained from whom, in words; nothing where the configuration is absent or another version's."""
+    try:
+        return in_words(load_config(run / "config.yaml"))
+    except ConfigError:
+        return {}
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from distill.config import Config, to_yaml
+from distill.config import Config, in_words, to_yaml
 from distill.run.outcome import Outcome
 
 TEMPLATES = Environment(
@@ -34,6 +34,7 @@ def write_card(folder: Path, outcome: Outcome, auto_class: str) -> None:
         metadata=metadata(outcome.config),
         auto_class=auto_class,
         config=outcome.config,
+        models=in_words(outcome.config),
         steps=outcome.steps,
         tokens=outcome.completion_tokens,
         evaluations=[evaluations[0], evaluations[-1]] if evaluations else [],

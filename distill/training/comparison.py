@@ -1,15 +1,18 @@
 """Two models over the same completions: both exact divergences, agreement and perplexities, each with its interval."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distill.loss import AGREEMENT_TOKENS, Group, HeadPair
+from distill.loss import AGREEMENT_TOKENS, Group, HeadPair, ModelParts
 from distill.runtime import MemoryLimits
 from distill.training.clusters import ClusterSums
 from distill.training.evaluation import clusters_of
+
+NAMES = ("reverse_kl", "forward_kl", "top_token_agreement", "student_perplexity", "teacher_perplexity")
 
 
 class Figure(NamedTuple):
@@ -30,30 +33,41 @@ class Figure(NamedTuple):
 
 
 @torch.no_grad()
-def compare(heads: HeadPair, group: Group, limits: MemoryLimits) -> dict[str, Figure]:
-    """Both exact divergences, the agreement of the likeliest tokens and both perplexities, over a group's tokens."""
-    swapped = heads._replace(student=heads.teacher, teacher=heads.student)
+def compare(
+    student: ModelParts, teachers: Sequence[ModelParts], group: Group, limits: MemoryLimits, vocab_size: int | None
+) -> dict[str, Figure]:
+    """Both exact divergences, the agreement of the likeliest tokens and both perplexities, over a group's tokens.
 
-    def measure(parts: list[Tensor]) -> dict[str, Tensor]:
-        found: dict[str, list[Tensor]] = {}
-        for rows in parts:
-            inputs, ids = group.inputs(rows), group.valid(group.completion_ids, rows)
-            ours, theirs = heads.student.hidden(*inputs), heads.teacher.hidden(*inputs)
-            stats = heads.statistics(ours, theirs, ids)
-            forward = swapped.statistics(theirs, ours, ids)
-            tokens = zip(ours.split(AGREEMENT_TOKENS), theirs.split(AGREEMENT_TOKENS), strict=True)
-            for name, values in {
-                "reverse_kl": stats.reverse_kl,
-                "forward_kl": forward.reverse_kl,
-                "top_token_agreement": torch.cat([heads.agreement(*both) for both in tokens]),
-                "student_perplexity": -stats.student_logprob,
-                "teacher_perplexity": -stats.teacher_logprob,
-                "cluster": clusters_of(group)[rows].repeat_interleave(group.completion_lengths[rows]),
-            }.items():
-                found.setdefault(name, []).append(values)
-        return {name: torch.cat(values) for name, values in found.items()}
+    Each teacher scores what the group says that it sees; of a mixture of teachers figures are weighted.
+    """
+    lengths = group.completion_lengths
 
-    found = limits.in_micro_batches("evaluation", group.lengths, measure)
-    cluster = found.pop("cluster")
-    figures = {name: Figure.of(values, cluster) for name, values in found.items()}
+    def measure(parts: list[Tensor]) -> Tensor:
+        total = None
+        for teacher, of_teacher in group.by_teacher(parts):
+            heads, seen = HeadPair(student, teachers[teacher], 1.0, vocab_size), group.seen_by(teacher)
+            for rows in of_teacher:
+                weight = group.weights[rows, teacher].repeat_interleave(lengths[rows])
+                values = _of_rows(heads, group, seen, rows)  # [n, k]
+                total = values.new_zeros(len(NAMES), int(lengths.sum())) if total is None else total
+                total.index_add_(1, group.tokens_of(rows).to(total.device), values * weight.to(total.device))
+        return total
+
+    values = limits.in_micro_batches("evaluation", group.seen_lengths, measure)
+    cluster = clusters_of(group).repeat_interleave(lengths).to(values.device)
+    figures = {name: Figure.of(of_one, cluster) for name, of_one in zip(NAMES, values, strict=True)}
     return {name: figure.exp() if name.endswith("perplexity") else figure for name, figure in figures.items()}
+
+
+def _of_rows(heads: HeadPair, group: Group, seen: Group, rows: Tensor) -> Tensor:
+    """[n, k] of the k tokens of some rows, in the order of NAMES."""
+    swapped = heads._replace(student=heads.teacher, teacher=heads.student)
+    ids, ours = group.valid(group.completion_ids, rows), heads.student.hidden(*group.inputs(rows))
+    with heads.teacher.present():
+        theirs = heads.teacher.hidden(*seen.inputs(rows))
+    stats, forward = heads.statistics(ours, theirs, ids), swapped.statistics(theirs, ours, ids)
+    tokens = zip(ours.split(AGREEMENT_TOKENS), theirs.split(AGREEMENT_TOKENS), strict=True)
+    agreement = torch.cat([heads.agreement(*both) for both in tokens]).float()
+    return torch.stack(
+        [stats.reverse_kl, forward.reverse_kl, agreement, -stats.student_logprob, -stats.teacher_logprob]
+    )
