@@ -39,6 +39,7 @@ class RunParts:
         teachers = [teacher.parts for teacher in pair.teachers]
         self.servers = [teacher.body.server for teacher in teachers if teacher.sampled_only]
         self.prompts, self.held_out = load_prompt_sets(config, pair, console)
+        self.identity = self.prompts.identity()
         for teacher in teachers:
             check_against_itself(teacher, self.prompts.student.token_ids[0], self.vocab_size)
         self.layer_choice: dict[str, Any] | None = None
@@ -56,7 +57,7 @@ class RunParts:
         if config.student.lora:
             self.tell(describe(self.student))
         if start:
-            accept(start, config, self.prompts.student.digest, self.student)
+            accept(start, config, self.identity, self.student)
         self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded, device=device)
         steps = config.training.total_steps(map(len, self._batches(0)))
         compiled = wants_compiling(config, device, ranks, steps) and self._compile()

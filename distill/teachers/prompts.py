@@ -15,6 +15,11 @@ from distill.teachers.teacher import Teacher
 class TeacherPrompts:
     """What the teachers see of a prompt set, and which of them scores each prompt."""
 
+    columns: tuple[str, ...] = ()
+    """Columns of the records that it was made from, beside the student's prompt and `teacher`."""
+    digest: str = ""
+    """SHA-256 of the token ids that the teachers see."""
+
     def __init__(self, token_ids: Sequence[Sequence[int]], teacher: Sequence[int], pad_token_id: int) -> None:
         self.token_ids, self.teacher, self._pad = token_ids, teacher, pad_token_id
 
