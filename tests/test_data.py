@@ -147,7 +147,11 @@ def test_a_limit_lets_a_large_file_be_read_in_part(tmp_path):
         ([{"messages": "text"}], {}, r"row 1: .* found messages: 'text'"),
         ([{"messages": [{"role": "king", "content": "a"}]}], {}, "with a role of system, user"),
         ([{"messages": [{"role": "user", "content": None}]}], {}, "row 1: expected"),
-        ([{"prompt": "a", "teacher": 3}], {}, "row 1: expected a teacher's name as text; found 3"),
+        (
+            [{"prompt": "a", "teacher": 3}],
+            {},
+            "row 1: expected a teacher's name as text, or names",
+        ),
         ([{"prompt": " "}], {}, r"no usable prompt \(1 empty"),
     ],
 )
@@ -283,7 +287,7 @@ def test_a_dataset_that_has_changed_is_not_continued(write_config, tmp_path, cap
     execute(write_config(options))
     write(path, [{"prompt": text} for text in ("a", "B", "c")])
     assert main(["--config", str(write_config({**options, "training.max_steps": 2}))]) == 2
-    assert "are others than before" in capsys.readouterr().err
+    assert f"prompts.train: the column 'prompt' of {path} holds something else than before" in capsys.readouterr().err
 
 
 def documented(language: str) -> str:

@@ -101,7 +101,11 @@ def test_what_is_too_long_or_empty_is_counted(load):
         ('{"prompt": "half a pair: \\ud800"}', "p.jsonl", "line 1: this prompt cannot be tokenised"),
         ('{"messages": [{"role": ["user"], "content": "x"}]}', "p.jsonl", "with a role of"),
         ('{"messages": "x"}', "p.jsonl", "expected"),
-        ('{"prompt": "x", "teacher": 3}', "p.jsonl", "line 1: expected a teacher's name as text; found 3"),
+        (
+            '{"prompt": "x", "teacher": 3}',
+            "p.jsonl",
+            "line 1: expected a teacher's name as text, or names",
+        ),
         ("{}", "p.jsonl", "line 1: expected in a column `prompt` or `messages`"),
         ("mark \U000f0d15 <|end|>", "p.txt", "private-use characters"),
     ],

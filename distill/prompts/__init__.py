@@ -3,6 +3,7 @@
 In: paths and a tokenizer. Out: a `PromptSet`, and batches of left-padded token ids.
 """
 
+from distill.prompts.conversations import conversation_of
 from distill.prompts.prompt_set import PromptSet, epoch_batches, epoch_order, left_pad, load_prompts
 from distill.prompts.records import PromptError
 from distill.prompts.tokens import PromptTokeniser, tokenise
@@ -11,6 +12,7 @@ __all__ = [
     "PromptError",
     "PromptSet",
     "PromptTokeniser",
+    "conversation_of",
     "epoch_batches",
     "epoch_order",
     "left_pad",

@@ -7,22 +7,21 @@ function of (seed, epoch) alone, so that such a run needs only its position.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from distill.prompts.conversations import Conversation, Message, Mixture, Tools, conversation_of, last_text, texts_in
 from distill.prompts.records import BLANK, MAX_LINE_BYTES, PromptError, Record, Records, read
-from distill.prompts.tokens import Message, PromptTokeniser, Written
-
-Conversation = tuple[list[Message], str | None]  # and the name of its teacher
+from distill.prompts.tokens import PromptTokeniser, Written
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,14 @@ class PromptSet:
     """What the user says last in each."""
     messages: list[list[Message]]
     """The conversations as the tokenizer was given them."""
-    teachers: list[str | None]
-    """What each record's `teacher` names; None where it has none."""
+    tools: list[Tools | None]
+    """What each conversation was given beside; None where there is nothing."""
+    teachers: list[str | Mixture | None]
+    """What each record's `teacher` names, one or several with their shares; None where it has none."""
+    records: list[Record]
+    """The records of the prompts, each with all of its columns."""
+    columns: tuple[str, ...]
+    """Where in the records the prompts are from."""
     empty: int = 0
     """Blank lines, or records without text."""
     too_long: int = 0
@@ -49,14 +54,22 @@ class PromptSet:
     @cached_property
     def digest(self) -> str:
         """Tells one set of tokenised prompts, each with its teacher, from another."""
-        told = [self.token_ids, self.teachers] if any(self.teachers) else self.token_ids
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        return _sha256([self.token_ids, self.teachers] if any(self.teachers) else self.token_ids)
+
+    def column_digests(self, columns: Iterable[str]) -> dict[str, str]:
+        """SHA-256 of what each of these columns holds in `records`; of a prompt's own column, of its token ids."""
+        return {
+            name: _sha256(self.token_ids if name in self.columns else [record.get(name) for record in self.records])
+            for name in columns
+        }
 
 
-ROLES = ("system", "user", "assistant", "tool")
-COLUMNS = ("prompt", "messages")
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 BATCH, BATCH_CHARACTERS = 256, 2**20  # prompts, and how long they are together, that a tokenizer is given at once
-UNUSABLE = (UnicodeError, TemplateError, TypeError, PromptError)
+UNUSABLE = (ValueError, TemplateError, TypeError, RecursionError)
 
 
 def load_prompts(
@@ -67,6 +80,8 @@ def load_prompts(
     limit: int | None = None,
     streaming: bool = False,
     chat_template: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
     control_tokens: str = "text",
     max_tokens: int = 1024,
     watched: Callable[[Records], Records] = iter,
@@ -74,18 +89,16 @@ def load_prompts(
     """Reads and tokenises the first `limit` records, or all, of a prompt file, a folder or a hub dataset.
 
     `column` holds the prompt: text, or a conversation whose last turn the student answers; absent, one of COLUMNS.
-    `control_tokens` says what those are that a prompt spells out: `text`, or `special` tokens.
-    `watched` is handed the records and hands them on, to show how far it is.
+    The tokenizer's chat template is used unless `chat_template` is `never`. A conversation without a system message
+    gets `system_prompt` as its own. `control_tokens` says what those are that a prompt spells out: `text`, or `special`
+    tokens. `watched` is handed the records and hands them on, to show how far it is.
     Raises `PromptError` for what is missing, not UTF-8, malformed, or without a usable prompt.
     """
-    templated = chat_template == "auto" and tokenizer.chat_template is not None
-    column = None if path.suffix == ".txt" else column
-    columns = (column or COLUMNS[0], *COLUMNS, "teacher")
+    tokeniser = _tokeniser(tokenizer, chat_template, chat_template_kwargs or {}, system_prompt, control_tokens)
     left_out: Counter[str] = Counter()
-    records = watched(islice(read(path, columns, whole=limit is None, streaming=streaming), limit))
-    tokeniser = PromptTokeniser(tokenizer, templated, special=control_tokens == "special")
-    prompts = _written(records, column, tokeniser, left_out)
-    token_ids, conversations, teachers = [], [], []
+    records = watched(islice(read(path, whole=limit is None, streaming=streaming), limit))
+    prompts = _written(records, None if path.suffix == ".txt" else column, system_prompt, tokeniser, left_out)
+    token_ids, used = [], []
     # Token ids are numbers met again and again: each is kept once.
     known = list(range(len(tokenizer)))
     for batch in _batches(prompts):
@@ -94,8 +107,7 @@ def load_prompts(
                 left_out["too_long"] += 1
             elif ids:
                 token_ids.append([known[i] for i in ids])
-                conversations.append(prompt.messages)
-                teachers.append(prompt.teacher)
+                used.append(prompt._replace(written=None))
             else:
                 left_out["empty"] += 1
     if not token_ids:
@@ -103,43 +115,81 @@ def load_prompts(
             f"{path}: no usable prompt ({left_out['empty']} empty, {left_out['too_long']} of more than {max_tokens} "
             f"tokens; prompts.max_tokens)"
         )
-    texts = [messages[-1]["content"] for messages in conversations]
-    return PromptSet(token_ids, texts, conversations, teachers, **left_out)
+    conversations = [prompt.conversation for prompt in used]
+    return PromptSet(
+        token_ids,
+        texts=[last_text(conversation.messages) for conversation in conversations],
+        messages=[conversation.messages for conversation in conversations],
+        tools=[conversation.tools for conversation in conversations],
+        teachers=[conversation.teacher for conversation in conversations],
+        records=[prompt.record for prompt in used],
+        columns=tuple(sorted({conversation.column for conversation in conversations})),
+        **left_out,
+    )
+
+
+def _tokeniser(
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    arguments: Mapping[str, Any],
+    system_prompt: str | None,
+    control_tokens: str,
+) -> PromptTokeniser:
+    templated = chat_template != "never" and tokenizer.chat_template is not None
+    keys = {"prompts.system_prompt": system_prompt, "student.chat_template_kwargs": arguments}
+    if not templated and (wanting := [key for key, value in keys.items() if value]):
+        absent = "prompts.chat_template is never" if tokenizer.chat_template else "the student's tokenizer has none"
+        raise PromptError(
+            f"{' and '.join(wanting)}: needs a chat template, and {absent}: leave it out, or name the file of a "
+            f"template as prompts.chat_template"
+        )
+    try:
+        return PromptTokeniser(tokenizer, templated, special=control_tokens == "special", **arguments)
+    except TypeError as error:  # one that has another meaning here
+        raise PromptError(f"student.chat_template_kwargs: {error}") from None
 
 
 class _Prompt(NamedTuple):
     where: str
-    messages: list[Message]
-    teacher: str | None
-    written: Written
+    record: Record
+    conversation: Conversation
+    written: Written | None
 
 
 def _written(
-    records: Records, column: str | None, tokeniser: PromptTokeniser, left_out: Counter[str]
+    records: Records,
+    column: str | None,
+    system_prompt: str | None,
+    tokeniser: PromptTokeniser,
+    left_out: Counter[str],
 ) -> Iterator[_Prompt]:
     """The prompts of records, those that are not used counted in `left_out`. Raises `PromptError`."""
     for where, record in records:
-        if record is None:
-            left_out["too_long"] += 1
+        if record is None or record is BLANK:
+            left_out["empty" if record is BLANK else "too_long"] += 1
             continue
-        messages, teacher = ([], None) if record is BLANK else _conversation(record, where, column)
-        answers = 0
+        conversation = conversation_of(record, where, column)
+        messages, tools, answers = conversation.messages, conversation.tools, 0
         while messages and messages[-1]["role"] == "assistant":
             messages, answers = messages[:-1], 1
         left_out["answered"] += answers
-        if not messages or not messages[-1]["content"].strip():
+        if not messages or not last_text(messages).strip():
             left_out["empty"] += 1
             continue
-        if not tokeniser.templated and len(messages) > 1:
-            raise PromptError(f"{where}: a conversation needs a chat template, and the tokenizer's is absent or off")
-        if sum(len(message["content"]) for message in messages) > MAX_LINE_BYTES:
-            left_out["too_long"] += 1
-            continue
+        if not tokeniser.templated and (len(messages) > 1 or tools):
+            raise PromptError(
+                f"{where}: a conversation needs a chat template, as tools do, and the tokenizer's is absent or off"
+            )
+        if system_prompt is not None and all(message["role"] != "system" for message in messages):
+            messages = [{"role": "system", "content": system_prompt}, *messages]
         try:
-            written = tokeniser.write(messages)
+            if sum(map(len, texts_in([messages, tools]))) > MAX_LINE_BYTES:
+                left_out["too_long"] += 1
+                continue
+            written = tokeniser.write(messages, tools)
         except UNUSABLE as error:
             raise _not_tokenised(where, error) from None
-        yield _Prompt(where, messages, teacher, written)
+        yield _Prompt(where, record, conversation._replace(messages=messages), written)
 
 
 def _batches(prompts: Iterator[_Prompt]) -> Iterator[list[_Prompt]]:
@@ -198,29 +248,3 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
         token_ids[row, longest - len(ids) :] = torch.tensor(ids)
         mask[row, longest - len(ids) :] = True
     return token_ids, mask
-
-
-def _conversation(record: Record, where: str, column: str | None) -> Conversation:
-    """A record's messages, None in them left out, and its teacher. Raises `PromptError`."""
-    key = column or next((name for name in COLUMNS if record.get(name) is not None), "")
-    value, teacher = record.get(key), record.get("teacher")
-    if isinstance(value, str) and key != "messages":
-        messages = [{"role": "user", "content": value}]
-    elif isinstance(value, list) and all(
-        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value
-    ):
-        messages = [{name: part for name, part in message.items() if part is not None} for message in value]
-    else:
-        place = (
-            f"the column {column!r}"
-            if column
-            else "a column `prompt` or `messages` (another is named by prompts.column)"
-        )
-        found = f"{key}: {value!r}" if key in record else f"the columns {', '.join(record)}"
-        raise PromptError(
-            f"{where}: expected in {place} text or a list of {{'role': ..., 'content': ...}} "
-            f"with a role of {', '.join(ROLES)}; found {found:.120}"
-        )
-    if teacher is not None and not isinstance(teacher, str):
-        raise PromptError(f"{where}: expected a teacher's name as text; found {teacher!s:.80}")
-    return messages, teacher or None

@@ -2,7 +2,7 @@
 
 Text, JSON lines and CSV are read here, strictly and cell by cell as they are written. Parquet files, folders and names
 of the Hugging Face hub go through the `datasets` library, with the readers of READERS alone: none runs a dataset's code
-or unpickles. Left out: formats of pictures and sounds.
+or unpickles. Left out: formats of pictures and sounds, and columns that hold them.
 """
 
 import csv
@@ -10,7 +10,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,24 +31,24 @@ class PromptError(ValueError):
     """Prompts that cannot be used, with the place and what to do."""
 
 
-def read(source: Path, columns: Sequence[str], *, whole: bool = True, streaming: bool = False) -> Records:
+def read(source: Path, *, whole: bool = True, streaming: bool = False) -> Records:
     """Each record's place and content: BLANK for a blank line, None for one longer than any prompt.
 
-    `columns` are those that will be looked at. `whole` refuses text too large to be read to its end; `streaming` reads
-    a hub dataset only as far as it is asked for, instead of downloading it.
+    `whole` refuses text too large to be read to its end; `streaming` reads a hub dataset only as far as it is asked
+    for, instead of downloading it.
     """
     name = str(source)
     if name.startswith("hub:"):
-        return _hub(name, columns, streaming)
+        return _hub(name, streaming)
     if source.suffix in (".txt", ".jsonl", ".csv"):
         return _text(source, whole)
     if source.is_dir():
-        return _folder(source, "train", columns)
+        return _folder(source, "train")
     folder, _, split = name.rpartition(":")
     if folder and Path(folder).is_dir():
-        return _folder(Path(folder), split, columns)
+        return _folder(Path(folder), split)
     if source.suffix == ".parquet" and source.exists():
-        return _rows(name, {"path": "parquet", "data_files": {"train": glob.escape(name)}}, "train", columns)
+        return _rows(name, {"path": "parquet", "data_files": {"train": glob.escape(name)}}, "train")
     found = "is none of the kinds that are read" if source.exists() else "there is no such file"
     raise PromptError(f"{name}: {found}; prompts are in {FORMATS}")
 
@@ -136,22 +136,22 @@ def _cells(file: BinaryIO, path: Path) -> Records:
         raise PromptError(f"{path}, line {rows.line_num}: not valid CSV: {error}") from None
 
 
-def _hub(name: str, columns: Sequence[str], streaming: bool) -> Records:
+def _hub(name: str, streaming: bool) -> Records:
     parts = HUB.fullmatch(name)
     if parts is None:
         raise PromptError(f"{name}: expected hub:OWNER/NAME or hub:OWNER/NAME/CONFIG, with :SPLIT after it if need be")
     build = {"path": parts["name"], "name": parts["config"]}
-    return _rows(name, build, parts["split"] or "train", columns, stored=not streaming)
+    return _rows(name, build, parts["split"] or "train", stored=not streaming)
 
 
-def _folder(folder: Path, split: str, columns: Sequence[str]) -> Records:
-    return _rows(str(folder), {"path": str(folder)}, split, columns, inside=f"{folder.resolve()}{os.sep}")
+def _folder(folder: Path, split: str) -> Records:
+    return _rows(str(folder), {"path": str(folder)}, split, inside=f"{folder.resolve()}{os.sep}")
 
 
-def _rows(
-    name: str, build: dict[str, Any], split: str, columns: Sequence[str], *, inside: str = "", stored: bool = False
-) -> Records:
-    """Rows as the `datasets` library reads them; refuses files of another kind, and such as do not begin with `inside`.
+def _rows(name: str, build: dict[str, Any], split: str, *, inside: str = "", stored: bool = False) -> Records:
+    """Rows as the `datasets` library reads them, without the columns that hold pictures, sounds and the like.
+
+    Refuses files of another kind, and such as do not begin with `inside`.
 
     `stored` puts the whole split into that library's cache first; otherwise rows are read as they are asked for.
     """
@@ -169,12 +169,12 @@ def _rows(
         if stored:
             builder.download_and_prepare()
         rows = builder.as_dataset(split) if stored else builder.as_streaming_dataset(split)
-        # Other columns may hold pictures, which would be decoded.
-        if rows.column_names and (wanted := [column for column in rows.column_names if column in columns]):
-            rows = rows.select_columns(wanted)
+        features = rows.features or {}  # none of what is read as text
+        if any(map(_decodes, features.values())):
+            rows = rows.select_columns([column for column, kind in features.items() if not _decodes(kind)])
         for row in rows:
             number += 1
-            yield f"{name}, row {number}", row
+            yield f"{name}, row {number}", {column: _as_written(column, value) for column, value in row.items()}
     except PromptError:
         raise
     # What that library and those below it raise has no common class.
@@ -182,6 +182,37 @@ def _rows(
         place = f"{name}, after row {number}" if number else name
         reason = " ".join(str(error).split())[:600]
         raise PromptError(f"{place}: cannot be read: {type(error).__name__}: {reason}") from None
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether a column of this kind would be decoded when a row is read, as pictures are, in whatever depth."""
+    if isinstance(feature, dict):
+        return any(map(_decodes, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_decodes, feature))
+    if hasattr(feature, "feature"):
+        return _decodes(feature.feature)
+    # JSON is text, which holds what does not fit a table's columns.
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"
+
+
+def _as_written(column: str, value: Any) -> Any:
+    """A cell without what a table fills in: as null, each key that the tools or calls of other rows have."""
+    if column == "tools":
+        return _without_nulls(value)
+    if not isinstance(value, list):
+        return value
+    calls = [isinstance(message, dict) and message.get("tool_calls") for message in value]
+    return [
+        message | {"tool_calls": _without_nulls(own)} if own else message
+        for message, own in zip(value, calls, strict=True)
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
 def _check(name: str, builder: Any, inside: str) -> None:

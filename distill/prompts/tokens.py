@@ -4,6 +4,7 @@ Control tokens come from the template. What a prompt spells out (`<|im_end|>`) s
 template sees it, and tokenised apart from what stands around it.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,13 +12,13 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from distill.prompts.conversations import Message, Tools, last_text, texts_in, with_texts
 from distill.prompts.records import PromptError
 
-Message = dict[str, str]
-
 MARKS = "\U000f0d15", "\U000f0d16"  # private-use characters: no template gives them a meaning
+ESCAPED = tuple(json.dumps(mark).strip('"') for mark in MARKS)  # as a template's `tojson(ensure_ascii=true)` has them
 PROBE = "a few words"
-MARK = re.compile(f"{MARKS[0]}([0-9]+){MARKS[1]}")
+MARK = re.compile("(?:{}|{})([0-9]+)(?:{}|{})".format(*map(re.escape, (MARKS[0], ESCAPED[0], MARKS[1], ESCAPED[1]))))
 
 
 class Written(NamedTuple):
@@ -43,23 +44,24 @@ class PromptTokeniser:
         # Templates for models of pictures may leave out a text that is no list of parts.
         self._in_parts = templated and not self._holds(probe) and self._holds(_in_parts(probe))
 
-    def __call__(self, messages: list[Message]) -> list[int]:
+    def __call__(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """Token ids of one prompt. Raises `PromptError`, and what a template or a tokenizer raises."""
-        return self.encode([self.write(messages)])[0]
+        return self.encode([self.write(messages, tools)])[0]
 
-    def write(self, messages: list[Message]) -> Written:
-        """A prompt in the chat template."""
+    def write(self, messages: Sequence[Message], tools: Tools | None = None) -> Written:
+        """A prompt in the chat template, which gets messages and tools as they are, with texts marked in any depth."""
         hidden: list[str] = []
         if self._control is not None:
-            if any(mark in message["content"] for message in messages for mark in MARKS):
+            if any(mark in text for text in texts_in([*messages, tools]) for mark in (*MARKS, *ESCAPED)):
                 raise PromptError(
                     f"it holds one of the private-use characters {MARKS[0]!r} and {MARKS[1]!r}; remove them"
                 )
-            messages = [{**message, "content": self._control.hide(message["content"], hidden)} for message in messages]
+            messages = [self._hidden(message, hidden) | {"role": message["role"]} for message in messages]
+            tools = self._hidden(tools, hidden)
         if self.templated:
-            text = self._rendered(_in_parts(messages) if self._in_parts else messages)
+            text = self._rendered(_in_parts(messages) if self._in_parts else messages, tools)
         else:
-            text = messages[-1]["content"]
+            text = last_text(messages)
         pieces = MARK.split(text) if hidden else [text]
         return Written(pieces[::2], [hidden[int(index)] for index in pieces[1::2]])
 
@@ -81,12 +83,15 @@ class PromptTokeniser:
     def _called(self, texts: list[str], **options: Any) -> list[list[int]]:
         return self._tokenizer(texts, **options)["input_ids"] if texts else []
 
-    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+    def _hidden(self, value: Any, hidden: list[str]) -> Any:
+        return with_texts(value, lambda text: self._control.hide(text, hidden))
+
+    def _rendered(self, messages: list[Message], tools: Tools | None = None) -> str:
         return self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self._arguments
+            messages, tools=tools, tokenize=False, add_generation_prompt=True, **self._arguments
         )
 
-    def _holds(self, messages: list[dict[str, Any]]) -> bool:
+    def _holds(self, messages: list[Message]) -> bool:
         """Whether the template writes the text of `messages`."""
         try:
             return PROBE in self._rendered(messages)
@@ -112,8 +117,11 @@ def tokenise(
     return PromptTokeniser(tokenizer, templated, special=special, **template_arguments)(messages)
 
 
-def _in_parts(messages: list[Message]) -> list[dict[str, Any]]:
-    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+def _in_parts(messages: list[Message]) -> list[Message]:
+    return [
+        message if (text := message.get("content")) is None else message | {"content": [{"type": "text", "text": text}]}
+        for message in messages
+    ]
 
 
 class ControlTokens:

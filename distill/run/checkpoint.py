@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distill.config import Config
 from distill.run import tensor_files
+from distill.run.identity import Identity
 from distill.runtime import Processes
 
 MANIFEST = "manifest.json"
@@ -222,14 +224,13 @@ def set_aside_newer(folder: Path, step: int) -> None:
         path.rename(kept)
 
 
-def accept(found: Checkpoint, config: Config, prompts_digest: str, student: nn.Module) -> None:
-    """Refuses a checkpoint of a run that this one would not continue truly, naming each key."""
+def accept(found: Checkpoint, config: Config, prompts: Identity, student: nn.Module) -> None:
+    """Refuses a checkpoint of a run that this one would not continue truly, naming each key and each column."""
     state = found.state
     if missing := {"trainer", "config", "prompts", "rollout_precision", "evaluations", "samples"} - set(state):
         raise CheckpointError(f"{found.path / 'state.json'} lacks {', '.join(sorted(missing))}")
     changed = changed_keys(state["config"], config.model_dump(mode="json"))
-    if state["prompts"] != prompts_digest:
-        changed.append(f"prompts.train: the prompts in {config.prompts.train} are others than before")
+    changed += prompts.differences(state, config.prompts.train)
     if changed:
         raise CheckpointError(
             f"{found.path} is of a run that this configuration would not continue truly:\n  "
@@ -289,7 +290,9 @@ def _default(section: str, key: str) -> Any:
     """What a key means to a run that began before the key existed."""
     sections = Config.model_fields
     keys = sections[section].annotation.model_fields if section in sections else {}
-    return keys[key].get_default(call_default_factory=True) if key in keys else None
+    if key not in keys or keys[key].is_required():
+        return None
+    return to_jsonable_python(keys[key].get_default(call_default_factory=True))
 
 
 def _sha256(path: Path) -> str:

@@ -74,7 +74,7 @@ class Progress:
             **evaluation_arguments(config, parts.held_out, parts.tokenizer.pad_token_id),
         )
         step, count = self.step, config.evaluation.num_rollouts_per_prompt
-        record = {"step": step, **result.record(parts.held_out.student.digest)}
+        record = {"step": step, **result.record(parts.held_out.identity().label)}
         self.evaluations.append(record)
         record |= change_since(self.evaluations[0], record)
         self.output.log("evaluations", [record])
@@ -129,7 +129,7 @@ class Progress:
         state = {
             "trainer": state,
             "config": parts.config.model_dump(mode="json"),
-            "prompts": parts.prompts.student.digest,
+            **parts.identity.state(),
             # `auto` was decided by a measurement, which another day could decide otherwise.
             "rollout_precision": parts.engine.precision,
             "layer_choice": parts.layer_choice,

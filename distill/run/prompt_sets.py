@@ -8,6 +8,7 @@ from rich.console import Console
 from distill.config import Config, ConfigError
 from distill.prompts import PromptSet, left_pad, load_prompts
 from distill.run.display import counting
+from distill.run.identity import Identity
 from distill.run.loading import Pair
 from distill.teachers import TeacherPrompts, teacher_prompts
 
@@ -17,6 +18,15 @@ class Prompts(NamedTuple):
 
     student: PromptSet
     teacher: TeacherPrompts | None
+
+    def identity(self) -> Identity:
+        """What tells these prompts from others, as far as a run's numbers depend on them."""
+        student, teacher = self
+        own = (*student.columns, *(["tools"] if any(student.tools) else []))
+        named = ["teacher"] if any(student.teachers) else []
+        further = () if teacher is None else tuple(sorted({*teacher.columns} - {*own, "teacher"}))
+        columns = student.column_digests([*own, *named, *further])
+        return Identity(student.digest, columns, further, student.columns, "" if teacher is None else teacher.digest)
 
 
 def load_prompt_sets(config: Config, pair: Pair, console: Console) -> tuple[Prompts, Prompts | None]:
@@ -42,6 +52,8 @@ def load_prompt_sets(config: Config, pair: Pair, console: Console) -> tuple[Prom
                 limit=limit,
                 streaming=settings.streaming,
                 chat_template=settings.chat_template,
+                chat_template_kwargs=config.student.chat_template_kwargs,
+                system_prompt=settings.system_prompt,
                 control_tokens=settings.control_tokens,
                 max_tokens=longest,
                 watched=watched,

@@ -12,7 +12,7 @@ from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from distill.config import FrozenModel
-from distill.prompts import PromptError
+from distill.prompts import PromptError, conversation_of
 
 Message = dict[str, Any]
 
@@ -58,7 +58,7 @@ class OwnPrompts:
         if isinstance(own, str):
             return [*messages[:-1], {"role": "user", "content": own}]
         where = f"the prompt {text[:60]!r}, column {self._column!r}"
-        found = conversation(own, where)
+        found = conversation_of(record, where, self._column).messages
         if found[-1]["role"] == "assistant":
             raise PromptError(f"{where}: it ends in an answer, and the student's completion stands there: leave it out")
         return found
