@@ -54,7 +54,7 @@ def reference_loss(student, teacher, rollouts, options):
     """The group's loss in plain PyTorch: one padded forward a row, whole logits, autograd through everything."""
     rows = []
     for row, length in enumerate(rollouts.completion_lengths.tolist()):
-        prompt = rollouts.prompt_index[row]
+        prompt = row // rollouts.num_rollouts
         ids = torch.cat(
             [rollouts.prompt_ids[prompt][rollouts.prompt_mask[prompt]], rollouts.completion_ids[row, :length]]
         )
@@ -203,7 +203,7 @@ def test_one_rollout_and_prompts_of_one_token(prompt_lengths, num_rollouts):
     assert torch.isfinite(loss)
     assert all(torch.isfinite(value).all() for value in found.values())
     # What was recorded at sampling is what scoring gives: the importance ratio of the first step is 1.
-    recorded = rollouts.logprob[rollouts.completion_mask]
+    recorded = rollouts.logprob[torch.arange(rollouts.logprob.shape[1]) < rollouts.completion_lengths[:, None]]
     torch.testing.assert_close(stats.student_logprob, recorded, rtol=0, atol=1e-4)
 
 

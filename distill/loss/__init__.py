@@ -5,8 +5,7 @@ In: `Rollouts` and two models' parts. Out: gradients in the student's parameters
 
 from distill.loss.gradients import GroupGradient, accumulate_gradients, score
 from distill.loss.group import Group, TeacherView
-from distill.loss.head_pair import AGREEMENT_TOKENS, HeadPair
-from distill.loss.mixture import TeacherStates
+from distill.loss.head_pair import AGREEMENT_TOKENS, HeadPair, TeacherStates
 from distill.loss.model_parts import ModelParts
 from distill.loss.options import LossOptions
 from distill.loss.rollouts import Rollouts

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from distill.loss.advantage import advantages, clipped, needs_scores
 from distill.loss.group import Group
-from distill.loss.head_pair import HeadPair
-from distill.loss.mixture import Share, TeacherStates, mixed, shares
+from distill.loss.head_pair import HeadPair, TeacherStates
+from distill.loss.mixture import Share, mixed, shares
 from distill.loss.model_parts import ModelParts
 from distill.loss.options import LossOptions
 from distill.runtime import to_device
@@ -23,10 +23,8 @@ from distill_kernels import TokenStats
 class GroupGradient(NamedTuple):
     """What is known of a group once its gradient has been added up, all of it detached."""
 
-    loss: Tensor
-    """[] nats."""
-    stats: TokenStats
-    """Of the group's K tokens, row 0's first."""
+    loss: Tensor  # [] nats
+    stats: TokenStats  # of the group's K tokens, row 0's first
     row_gradients: Tensor | None
     """[R, H] gradient of each row's part of the loss with respect to a shift of all its hidden states."""
     agreement: Tensor
@@ -83,6 +81,8 @@ def accumulate_gradients(
         weights = weights.where(own.repeat_interleave(group.completion_lengths), 0)
     pairs = [HeadPair(student, teacher, options.temperature, vocab_size) for teacher in teachers]
     ratio_to, advantage, hidden = options.ratio_to(group), None, None
+    clip = None if ratio_to is None else options.importance_clip
+    fixed = {"objective": options.objective, "importance_clip": clip, "beta": options.beta}
     if needs_scores(options):
         scores, hidden = _score_first(pairs, teacher_hidden, group, micro_batches, options, checkpointing)
         advantage = advantages(scores, group.completion_lengths, group.prompt_index, options)
@@ -91,20 +91,18 @@ def accumulate_gradients(
         tokens = group.tokens_of(rows)
         if hidden is None:
             hidden = student.hidden(*group.inputs(rows), checkpointing=checkpointing)
-        device = hidden.device
         each = {
             "token_ids": group.valid(group.completion_ids, rows),
-            "token_weight": to_device(weights[tokens], device),
+            "token_weight": to_device(weights[tokens], hidden.device),
             "sampling_logprob": None if ratio_to is None else group.valid(ratio_to, rows),
-            "advantage": None if advantage is None else advantage[to_device(tokens, device)],
+            "advantage": None if advantage is None else advantage[to_device(tokens, hidden.device)],
         }
-        loss, stats, agreement = _to_teachers(pairs, teacher_hidden, shares(group, rows), hidden, each, options)
+        loss, stats, agreement = _to_teachers(pairs, teacher_hidden, shares(group, rows), hidden, each, fixed)
         if hidden.requires_grad:
             hidden.retain_grad()
         loss.backward()
         shifts = _row_sums(hidden.grad, group.completion_lengths[rows])
-        takes_part = own is None or own[rows[0]]
-        found.append((loss.detach(), stats, shifts, agreement if takes_part else agreement[:0]))
+        found.append((loss.detach(), stats, shifts, agreement[: None if own is None or own[rows[0]] else 0]))
         hidden = None
     return _summed(found, group, micro_batches)
 
@@ -115,26 +113,21 @@ def _to_teachers(
     parts: Sequence[Share],
     hidden: Tensor,
     each: dict[str, Tensor | None],
-    options: LossOptions,
+    options: dict,
 ) -> tuple[Tensor, TokenStats, Tensor]:
-    """A micro-batch's loss, its statistics and which of some tokens agree, from what there is of `each` of its tokens.
-
-    The student's hidden states are computed once, however many teachers there are.
-    """
+    """A micro-batch's loss, its statistics and which of some tokens agree, from `each` of its tokens' inputs."""
     losses, found, agreements = [], [], []
     for share in parts:
         heads, ours = pairs[share.teacher], share.of(hidden)
-        theirs = heads.theirs(share.states(teacher_hidden), ours)
+        theirs = heads.theirs(teacher_hidden, share.teacher, share.rows, ours)
         inputs = {name: share.of(values) for name, values in each.items()}
-        inputs["token_weight"] = share.weigh(inputs["token_weight"])
-        clip = None if inputs["sampling_logprob"] is None else options.importance_clip
-        options_of = {"objective": options.objective, "importance_clip": clip, "beta": options.beta}
-        loss, stats = heads.loss(ours, theirs, **inputs, **options_of)
+        loss, stats = heads.loss(
+            ours, theirs, **inputs | {"token_weight": share.weigh(inputs["token_weight"])}, **options
+        )
         losses.append(loss)
-        found.append(stats)
+        found.append((share, stats))
         agreements.append(heads.agreement(ours.detach(), theirs))
-    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    return loss, mixed(found, parts, len(hidden)), torch.cat(agreements)
+    return torch.stack(losses).sum(), mixed(found, len(hidden)), torch.cat(agreements)
 
 
 def _score_first(
@@ -154,12 +147,13 @@ def _score_first(
     for rows in micro_batches:
         with torch.set_grad_enabled(whole):
             hidden = pairs[0].student.hidden(*group.inputs(rows), checkpointing=checkpointing and whole)
-        ids, parts, stats = group.valid(group.completion_ids, rows), shares(group, rows), []
-        for share in parts:
+        ids, parts = group.valid(group.completion_ids, rows), []
+        for share in shares(group, rows):
             heads, ours = pairs[share.teacher], share.of(hidden.detach())
-            of_share = heads.statistics(ours, heads.theirs(share.states(teacher_hidden), ours), share.of(ids))
-            stats.append(of_share._replace(reward=clipped(of_share.reward, options)))
-        found.append(mixed(stats, parts, len(ids)))
+            theirs = heads.theirs(teacher_hidden, share.teacher, share.rows, ours)
+            stats = heads.statistics(ours, theirs, share.of(ids))
+            parts.append((share, stats._replace(reward=clipped(stats.reward, options))))
+        found.append(mixed(parts, len(ids)))
     return in_row_order(found, group, micro_batches), hidden if whole else None
 
 

@@ -40,17 +40,8 @@ class Group(NamedTuple):
         """The group that some rollouts form."""
         mask, lengths = rollouts.prompt_mask.cpu(), rollouts.completion_lengths.cpu()
         index = torch.arange(len(lengths)) // rollouts.num_rollouts
-        return cls(
-            rollouts.prompt_ids,
-            mask,
-            rollouts.completion_ids,
-            lengths,
-            index,
-            rollouts.logprob,
-            rollouts.sampling_logprob,
-            rollouts.finished.cpu(),
-            teacher_view,
-        )
+        sampled = rollouts.completion_ids, lengths, index, rollouts.logprob, rollouts.sampling_logprob
+        return cls(rollouts.prompt_ids, mask, *sampled, rollouts.finished.cpu(), teacher_view)
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,12 +72,9 @@ class Group(NamedTuple):
 
     def by_teacher(self, micro_batches: Sequence[Tensor]) -> list[tuple[int, list[Tensor]]]:
         """Each teacher with its rows of every micro-batch in which it has any."""
-        found = []
-        for teacher, scored in enumerate((self.weights > 0).unbind(1)):
-            parts = [part for rows in micro_batches if len(part := rows[scored[rows]])]
-            if parts:
-                found.append((teacher, parts))
-        return found
+        scored = enumerate((self.weights > 0).unbind(1))
+        found = ((t, [part for rows in micro_batches if len(part := rows[of_t[rows]])]) for t, of_t in scored)
+        return [(teacher, parts) for teacher, parts in found if parts]
 
     @property
     def starts(self) -> Tensor:

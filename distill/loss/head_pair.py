@@ -4,7 +4,6 @@ A teacher on a server says log q(y) of the sampled tokens and no more: it has no
 place of its hidden states.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,8 @@ from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
 
 AGREEMENT_TOKENS = 32  # of a micro-batch whose likeliest tokens are compared
 
+TeacherStates = dict[tuple[int, int], Tensor]  # by teacher and row: hidden states [T_r, Ht]
+
 
 class HeadPair(NamedTuple):
     """A student and one of its teachers, in the loss at one temperature."""
@@ -25,14 +26,12 @@ class HeadPair(NamedTuple):
     temperature: float
     vocab_size: int | None
 
-    def theirs(self, found: Sequence[Tensor | None], student_hidden: Tensor) -> Tensor:
-        """[k, Ht] of what `score` found for each row; 0 for one that is computed only to take part, and counts for
-        nothing.
-        """
-        if found[0] is None:
+    def theirs(self, found: TeacherStates, teacher: int, rows: Tensor, student_hidden: Tensor) -> Tensor:
+        """[k, Ht] of what `score` found; 0 for a row that is computed only to take part, and counts for nothing."""
+        if (teacher, int(rows[0])) not in found:
             width = 1 if self.teacher.sampled_only else self.teacher.head.weight.shape[1]
             return student_hidden.new_zeros(len(student_hidden), width)
-        return torch.cat(list(found))
+        return torch.cat([found[teacher, row] for row in rows.tolist()])
 
     def statistics(self, student_hidden: Tensor, teacher_hidden: Tensor, token_ids: Tensor) -> TokenStats:
         """Of K tokens, without gradients; NaN where the teacher does not say."""

@@ -19,9 +19,7 @@ class ModelParts(NamedTuple):
     dtype: torch.dtype
     present: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     """Surrounds a phase in which the body computes: it may live elsewhere the rest of the time."""
-    sampled_only = (
-        False  # whether `hidden` gives log-probabilities of the sampled tokens [K, 1], and nothing else is known
-    )
+    sampled_only = False  # whether `hidden` gives log-probabilities of the sampled tokens [K, 1], all that is known
     one_call: bool = False
     """Whether `hidden` has to call the body once, as where its weights are gathered from other ranks for a call."""
     refresh: Callable[[], None] = lambda: None

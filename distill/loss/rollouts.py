@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 
@@ -10,33 +9,14 @@ from torch import Tensor
 class Rollouts:
     """R = B·N completions, prompt-major: row r continues prompt r // N. Log-probabilities in nats."""
 
-    prompt_ids: Tensor
-    """[B, P] int64, left-padded."""
-    prompt_mask: Tensor
-    """[B, P] bool, true where there is a token."""
-    completion_ids: Tensor
-    """[R, T] int64, right-padded."""
-    completion_lengths: Tensor
-    """[R] int64; the sampled end-of-sequence token counts, nothing after it does."""
-    logprob: Tensor
-    """[R, T] float32: of the plain softmax of the student at sampling; 0 in the padding."""
-    sampling_logprob: Tensor
-    """[R, T] float32: of the distribution that was sampled from; 0 in the padding."""
-    finished: Tensor
-    """[R] bool: ended by an end-of-sequence token, not cut by length."""
-    num_rollouts: int
-    """N."""
-
-    @property
-    def prompt_index(self) -> Tensor:
-        """[R] int64: the prompt that each row continues."""
-        return torch.arange(self.completion_ids.shape[0], device=self.completion_ids.device) // self.num_rollouts
-
-    @property
-    def completion_mask(self) -> Tensor:
-        """[R, T] bool, true where there is a completion token."""
-        positions = torch.arange(self.completion_ids.shape[1], device=self.completion_ids.device)
-        return positions < self.completion_lengths[:, None]
+    prompt_ids: Tensor  # [B, P] int64, left-padded
+    prompt_mask: Tensor  # [B, P] bool, true where there is a token
+    completion_ids: Tensor  # [R, T] int64, right-padded
+    completion_lengths: Tensor  # [R] int64; the sampled end-of-sequence token counts, nothing after it does
+    logprob: Tensor  # [R, T] float32: of the plain softmax of the student at sampling; 0 in the padding
+    sampling_logprob: Tensor  # [R, T] float32: of the distribution that was sampled from; 0 in the padding
+    finished: Tensor  # [R] bool: ended by an end-of-sequence token, not cut by length
+    num_rollouts: int  # N
 
     def select(self, prompts: slice) -> "Rollouts":
         """The rollouts of some prompts, without the columns that are padding in all of them."""

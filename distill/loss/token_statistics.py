@@ -7,8 +7,7 @@ from torch import Tensor
 
 from distill.loss.gradients import in_row_order
 from distill.loss.group import Group
-from distill.loss.head_pair import HeadPair
-from distill.loss.mixture import TeacherStates
+from distill.loss.head_pair import HeadPair, TeacherStates
 from distill.loss.model_parts import ModelParts
 from distill.runtime import to_device
 from distill_kernels import TokenStats

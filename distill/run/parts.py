@@ -51,19 +51,15 @@ class RunParts:
         """Events of the loading, with what is said of each."""
         self.following = self._follower()
         if self.following:
-            models[id(self.following)] = ModelParts(*split_head(self.following.model), self.dtype)
+            models[0] = ModelParts(*split_head(self.following.model), self.dtype)
         for who, model in (("student", whole), *(("teacher", model) for model in models.values())):
             if reason := check_sharing(model):
                 self.notices.append(("sharing", f"the {who} computes a prompt once for each of its rows, as {reason}"))
         working = make_working_copy(self.student, whole, config, ranks)
         self.student_parts = ranks.shard(self.student, whole) if working is None else on_copy(whole, working)
-        self.teachers = self._shared_out(pair)
-        self.first_teachers = self.teachers
-        """Those of step 0, which evaluations are against; where there are none, they are not kept."""
-        if self.following:
-            now = ranks.shard(self.following.model, models[id(self.following)])
-            self.teachers = [now, *self.teachers[1:]]
-            self.first_teachers = self.first_teachers if self.held_out else self.teachers
+        self.first_teachers = self._shared_out(pair)
+        """Those of step 0, which evaluations are against."""
+        self.teachers = self._teachers_now(models)
         if config.student.lora:
             self.tell(describe(self.student))
         if start:
@@ -117,9 +113,22 @@ class RunParts:
             self.notices.append(("compile", f"the {who}'s layers are not compiled, as the compiler fails: {reason}"))
         return "student" not in reasons
 
+    @property
+    def teacher_weights(self) -> dict[str, torch.Tensor]:
+        """Those of the teacher that follows the student; none where there is no such one."""
+        return self.following.weights if self.following else {}
+
     def _follower(self) -> FollowingTeacher | None:
         update = self.config.teacher.update
         return None if update == "frozen" else FollowingTeacher(self.student, update)
+
+    def _teachers_now(self, models: dict[int, ModelParts]) -> list[ModelParts]:
+        """Those that score in training; without evaluations, one that is followed by another is not kept."""
+        if self.following is None:
+            return self.first_teachers
+        teachers = [self.ranks.shard(self.following.model, models[0]), *self.first_teachers[1:]]
+        self.first_teachers = self.first_teachers if self.held_out else teachers
+        return teachers
 
     def _shared_out(self, pair: Pair) -> list[ModelParts]:
         """The teachers' parts, each model's shared out over the ranks once."""
@@ -171,5 +180,5 @@ class RunParts:
             limits=self.limits,
             async_batches=config.rollout.async_batches,
             ranks=self.ranks,
-            following=self.following,
+            after_step=self.following.after_step if self.following else lambda step: None,
         )

@@ -125,7 +125,7 @@ class Progress:
         """Writes a checkpoint, from which the same command continues."""
         self.display.phase("checkpoint")
         parts = self.parts
-        tensors, state = state_of(parts.trainer)
+        tensors, state = state_of(parts.trainer, parts.teacher_weights)
         state = {
             "trainer": state,
             "config": parts.config.model_dump(mode="json"),
@@ -143,7 +143,7 @@ class Progress:
 
     def _continue_from(self, start: Checkpoint) -> None:
         parts, state = self.parts, start.state
-        restore(parts.trainer, start)
+        restore(parts.trainer, parts.teacher_weights, start)
         self.evaluations, self.samples = state["evaluations"], state["samples"]
         self._wall_began -= state["wall_seconds"]
         self._cpu_began -= state.get("cpu_seconds", 0.0)

@@ -30,15 +30,14 @@ class Saved(Protocol):
         """Copies the weights and moments that are named into tensors of any placement."""
 
 
-def state_of(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Groups of tensors, as this rank has them, and plain values."""
+def state_of(trainer: Trainer, teacher: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Groups of tensors, as this rank has them, and plain values; `teacher` are the weights of one that follows."""
     moments = {
         f"{name}/{key}": value
         for name, parameter in trainer.parameters.items()
         for key, value in trainer.optimizer.state[parameter].items()
     }
-    if trainer.following is not None:
-        moments |= {f"{name}/{TEACHER}": weight for name, weight in trainer.following.weights.items()}
+    moments |= {f"{name}/{TEACHER}": weight for name, weight in teacher.items()}
     tensors = {"student": dict(trainer.parameters), "optimizer": moments}
     # A batch that is being sampled is waited for: its weights would not be there again.
     for name, rollouts in (("rollouts", trainer.rollouts), ("next_rollouts", trainer.ahead and trainer.ahead.result())):
@@ -57,14 +56,13 @@ def state_of(trainer: Trainer) -> tuple[dict[str, dict[str, Tensor]], dict[str, 
     return tensors, state
 
 
-def restore(trainer: Trainer, found: Saved) -> None:
+def restore(trainer: Trainer, teacher: Mapping[str, Tensor], found: Saved) -> None:
     """Continues from what `state_of` gave, on any number of ranks."""
     state, tensors = found.state["trainer"], dict(trainer.parameters)
-    followed = trainer.following.weights if trainer.following else {}
     for name, shape in found.shapes.items():
         of, _, moment = name.partition("/")
         if moment == TEACHER:
-            tensors[name] = followed[of]
+            tensors[name] = teacher[of]
         elif moment:
             parameter = trainer.parameters[of]
             like = parameter.shape == shape

@@ -6,10 +6,10 @@ trainer is in state.py.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +55,12 @@ class StepResult:
     """Whether loss and gradient were finite; if not, weights and optimizer are as they were before."""
 
 
-class Follower(Protocol):
-    """A teacher whose weights follow the student's; see `teachers.FollowingTeacher`."""
-
-    weights: Mapping[str, Tensor]
-
-    def after_step(self, step: int) -> None: ...
-
-
 class Trainer:
     """Owns the optimizer, the position in the prompts, and the rollouts in hand.
 
     `prompt_batches(epoch)` gives the epoch's batches of prompt indices; `encode(indices)` their left-padded ids and
-    mask, `teacher_view(indices)` what scores them. `on_phase` hears the name of each phase as it begins.
+    mask, `teacher_view(indices)` what scores them. `on_phase` hears the name of each phase as it begins, `after_step`
+    the number of each optimizer step when the weights have changed.
     """
 
     def __init__(
@@ -86,14 +79,14 @@ class Trainer:
         limits: MemoryLimits | None = None,
         async_batches: int = 0,
         ranks: Ranks | None = None,
-        following: Follower | None = None,
+        after_step: Callable[[int], None] = lambda step: None,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.student, self.student_parts, self.teachers = student, student_parts, teachers
         self.teacher_view = teacher_view
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
         self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
-        self.ranks, self.following = ranks or Ranks(), following
+        self.ranks, self.after_step = ranks or Ranks(), after_step
         self.device, self.width = student_parts.head.weight.device, student_parts.head.weight.shape[1]
         self.limits = limits or MemoryLimits(options.tokens_per_micro_batch, device=self.device)
         self.on_phase = on_phase
@@ -201,8 +194,7 @@ class Trainer:
                 settings["lr"] = learning_rate
             self.optimizer.step()
             self.weights_changed()
-            if self.following is not None:
-                self.following.after_step(self.position.step + 1)
+            self.after_step(self.position.step + 1)
         metrics, row_reverse_kl = step_metrics(result, group, grad_norm, self.loss_options)
         # A batch's rollouts are shared evenly by the steps that it serves.
         seconds = {"rollout": self.rollout_seconds / groups_in_batch, **self.clock.read()}
