@@ -7,6 +7,7 @@ own conversation. What models write is shown as text, never as markup or as comm
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.config import Config, ConfigError, load_config
-from distill.models import ModelError, load_model, load_tokenizer
+from distill.models import ModelError, load_model, load_tokenizer, named_ids
 from distill.prompts import PromptError, tokenise
 
 COLUMN = 28  # characters that a column needs to be readable; a narrower terminal gets one answer below the other
@@ -54,8 +55,11 @@ class Speaker:
         templated: bool = True,
         system: str | None = None,
         template: dict[str, Any] | None = None,
+        stops: Sequence[int] = (),
     ) -> None:
+        """`template` are the arguments of its chat template, `stops` the ids that end an answer: absent, its own."""
         self.model, self.tokenizer, self.options, self.template = model, tokenizer, options, template or {}
+        self.ends = {"eos_token_id": list(stops)} if stops else {}
         self.templated = templated and tokenizer.chat_template is not None
         self.messages = [] if system is None else [{"role": "system", "content": system}]
 
@@ -71,6 +75,7 @@ class Speaker:
             max_new_tokens=self.options.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
             streamer=streamer,
+            **self.ends,
             **(sampled if self.options.temperature else {"do_sample": False}),
         )
         text = self.tokenizer.decode(token_ids[0, len(ids) :], skip_special_tokens=True)
@@ -109,27 +114,33 @@ def _three(run: Path, options: argparse.Namespace) -> Any:
 
 def _speakers(run: Path, config: Config, options: argparse.Namespace) -> dict[str, Speaker]:
     student, teacher = config.student, config.teacher
-    templated = config.prompts.chat_template == "auto"
+    templated = config.prompts.chat_template != "never"
+    own = load_tokenizer(str(run / "final"), trust_remote_code=student.trust_remote_code)
+    stops = named_ids(config.rollout.stop_ids, own)
 
     def speaker(
         reference: str, tokenizer: Any, trusted: bool, drop_layers: tuple[int, ...] = (), **seen: Any
     ) -> Speaker:
         model = load_model(reference, drop_layers=drop_layers, trust_remote_code=trusted, **_placed())
-        return Speaker(model, tokenizer, options, templated, **seen)
+        return Speaker(model, tokenizer, options, templated, stops=stops, **seen)
 
     dropped = student.drop_layers
     scores = student if teacher.model == "base" else teacher
     frozen, trusted = scores.model, scores.trust_remote_code
     if (run / "layers.json").exists():  # chosen by the run
         dropped = tuple(json.loads((run / "layers.json").read_text(encoding="utf-8"))["dropped"])
-    own = load_tokenizer(str(run / "final"), trust_remote_code=student.trust_remote_code)
-    seen = {"system": teacher.system_prompt, "template": teacher.chat_template_kwargs}
-    # As in the run: the teacher sees what the student sees, unless it has a prompt of its own.
-    theirs = own if not any(seen.values()) else load_tokenizer(frozen, trust_remote_code=trusted)
+    seen = {"system": config.prompts.system_prompt, "template": student.chat_template_kwargs}
     found = {
-        "student before": speaker(student.model, own, student.trust_remote_code, dropped),
-        "student after": speaker(str(run / "final"), own, student.trust_remote_code),
+        "student before": speaker(student.model, own, student.trust_remote_code, dropped, **seen),
+        "student after": speaker(str(run / "final"), own, student.trust_remote_code, **seen),
     }
+    theirs = own
+    # As in the run: the teacher sees what the student sees, unless it has a prompt of its own.
+    if teacher.system_prompt or teacher.chat_template_kwargs:
+        theirs = load_tokenizer(frozen, trust_remote_code=trusted)
+        if config.prompts.chat_template not in ("auto", "never"):
+            theirs.chat_template = own.chat_template
+        seen = {"system": teacher.system_prompt or seen["system"], "template": teacher.chat_template_kwargs}
     # One on a server may be too large for this machine.
     return found if teacher.server else found | {"teacher": speaker(frozen, theirs, trusted, **seen)}
 

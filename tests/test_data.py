@@ -298,8 +298,10 @@ def documented(language: str) -> str:
 def test_the_documented_records_are_prompts(tmp_path):
     (tmp_path / "p.jsonl").write_text(documented("json"))
     prompts = load(tmp_path / "p.jsonl")
-    assert prompts.texts == ["Why is the sky blue?", "Why is the sky blue?", "Sort a list in Rust."]
-    assert prompts.teachers == [None, None, "code"]
+    texts = ["Why is the sky blue?"] * 2 + ["Sort a list in Rust.", "Explain a proof by induction.", "3"]
+    assert prompts.texts == texts
+    assert prompts.teachers == [None, None, "code", {"math": 0.7, "main": 0.3}, None]
+    assert [tools and tools[0]["function"]["name"] for tools in prompts.tools] == [None] * 4 + ["add"]
 
 
 def test_the_documented_configuration_is_one(write_config):

@@ -259,3 +259,13 @@ def test_adapters_are_merged_into_what_is_served(server, write_config):
 def test_settings_that_do_not_go_together(write_config, changes, expected):
     with pytest.raises(ConfigError, match=expected):
         load_config(write_config(changes))
+
+
+def test_a_server_ends_completions_on_the_tokens_that_the_run_names(server, write_config, tmp_path):
+    execute(write_config(served(server, **{"rollout.stop_ids": [40, "<|unknown|>"], "training.max_steps": 1})))
+    stops = [body["stop_token_ids"] for path, body in server.calls if path == "/v1/completions" and "n" in body]
+    assert stops
+    assert all(ids == [3, 40] for ids in stops)
+    for folder in ("rollout-model", "final"):
+        written = json.loads((tmp_path / "run" / folder / "generation_config.json").read_text())
+        assert written["eos_token_id"] == [3, 40], folder

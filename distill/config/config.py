@@ -231,6 +231,9 @@ def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any], sour
 
 def nearest_key(key: str) -> str:
     keys = list(known_keys())
+    if key in keys:  # in one word where sections are nested
+        *sections, name = key.split(".")
+        return f"; write it in its section: {': {'.join(sections)}: {{{name}: ...}}{'}' * (len(sections) - 1)}"
     # By the last part first: `training.temperature` was meant to be `rollout.temperature`.
     same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
     close = same_name or difflib.get_close_matches(key, [*keys, *Config.model_fields], n=1, cutoff=0.5)

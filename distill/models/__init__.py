@@ -9,6 +9,7 @@ from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
 from distill.models.compiling import compile_layers, uncompile_layers
 from distill.models.composite import auto_class, other_parameters, save_model
+from distill.models.ends import named_ids
 from distill.models.gradient_probe import gradients_differ
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
@@ -48,6 +49,7 @@ __all__ = [
     "load_tokenizer",
     "merged",
     "merged_weight",
+    "named_ids",
     "native_refusal",
     "of_rows",
     "other_parameters",

@@ -4,10 +4,12 @@ Left out on purpose: patches per model family; what the generic split into body 
 """
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.models.ends import stops_line
 from distill.models.head_inputs import differs_from_own_logits, eval_mode, precision_of
 from distill.models.sources import ModelError
 from distill.models.structure import split_head
@@ -28,12 +30,15 @@ def check_pair(
     teacher: PreTrainedModel | None,
     student_tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
+    *,
+    stops: Sequence[int] = (),
 ) -> int:
     """Checks before the first step that student and teacher agree; returns the number V of shared real tokens.
 
     Raises `ModelError` when an id means different tokens to the two, when they end a completion differently, when a
     head is narrower than the tokenizer, or when body and head do not reproduce a model's own logits. Of a `teacher`
-    that is None, which another process has, only the vocabulary is compared.
+    that is None, which another process has, only the vocabulary is compared. `stops`, where a run names them, are the
+    ends of both.
     """
     own, other = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     vocab_size = min(max(own.values()), max(other.values())) + 1
@@ -51,10 +56,11 @@ def check_pair(
     if teacher is None:
         return vocab_size
     ends, teacher_ends = eos_ids(student, student_tokenizer), eos_ids(teacher, teacher_tokenizer)
-    if ends != teacher_ends:
+    if ends != teacher_ends and not stops:
         raise ModelError(
             f"student and teacher end a completion differently: the student's end-of-sequence ids are {ends}, the "
-            f"teacher's {teacher_ends}. Make eos_token_id in both generation_config.json files the same"
+            f"teacher's {teacher_ends}. Name those that end one here, for example all of them:\n"
+            f"{stops_line([i for i in {*ends, *teacher_ends} if i < vocab_size], student_tokenizer)}"
         )
     _check_split("teacher", teacher, vocab_size)
     return vocab_size

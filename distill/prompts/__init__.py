@@ -6,7 +6,7 @@ In: paths and a tokenizer. Out: a `PromptSet`, and batches of left-padded token 
 from distill.prompts.conversations import conversation_of
 from distill.prompts.prompt_set import PromptSet, epoch_batches, epoch_order, left_pad, load_prompts
 from distill.prompts.records import PromptError
-from distill.prompts.tokens import PromptTokeniser, tokenise
+from distill.prompts.tokens import PromptTokeniser, read_template, tokenise
 
 __all__ = [
     "PromptError",
@@ -17,5 +17,6 @@ __all__ = [
     "epoch_order",
     "left_pad",
     "load_prompts",
+    "read_template",
     "tokenise",
 ]

@@ -7,10 +7,12 @@ template sees it, and tokenised apart from what stands around it.
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from distill.prompts.conversations import Message, Tools, last_text, texts_in, with_texts
 from distill.prompts.records import PromptError
@@ -115,6 +117,25 @@ def tokenise(
 ) -> list[int]:
     """Token ids of one prompt; control tokens come from the template and, unless `special`, from nowhere else."""
     return PromptTokeniser(tokenizer, templated, special=special, **template_arguments)(messages)
+
+
+def read_template(path: Path) -> str:
+    """The chat template that a file holds. Raises `PromptError` for one that cannot be read, or is not Jinja."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        render_jinja_template([], chat_template=text)  # renders nothing, in the dialect of chat templates
+    except FileNotFoundError:
+        raise PromptError(f"prompts.chat_template: {path}: there is no such file") from None
+    except OSError as error:
+        raise PromptError(f"prompts.chat_template: {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"prompts.chat_template: {path}: not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from None
+    except TemplateError as error:
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise PromptError(f"prompts.chat_template: {path}{line}: not a valid Jinja template: {error.message}") from None
+    return text
 
 
 def _in_parts(messages: list[Message]) -> list[Message]:

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import Config
-from distill.models import WorkingCopy, eos_ids
+from distill.models import WorkingCopy, eos_ids, named_ids
 from distill.rollout import RolloutEngine, SamplingOptions, ServedWeights, VllmEngine, local_engine
 from distill.runtime import MemoryLimits
 from distill.servers import Server
@@ -30,7 +30,7 @@ def make_engine(
         "sampling": SamplingOptions(
             rollout.max_new_tokens, rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p
         ),
-        "eos_token_ids": eos_ids(model, tokenizer),
+        "eos_token_ids": named_ids(rollout.stop_ids, tokenizer) or eos_ids(model, tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "seed": config.training.seed,
         "vocab_size": vocab_size,

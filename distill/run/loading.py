@@ -1,6 +1,7 @@
 """Device, precision and models of a run, from its configuration; student and teachers are found to agree."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,15 +11,18 @@ from distill.config import Config, ConfigError
 from distill.forward import refuse_like
 from distill.loss import ModelParts
 from distill.models import (
+    ModelError,
     WorkingCopy,
     add_adapters,
     body_of,
     check_pair,
     load_model,
     load_tokenizer,
+    named_ids,
     split_head,
     without_layers,
 )
+from distill.prompts import read_template
 from distill.teachers import Teacher, context_of, load_teachers
 from distill.training import Ranks
 
@@ -36,19 +40,29 @@ class Pair(NamedTuple):
 
 
 def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
-    """Loads the models and checks them against each other. Raises `ModelError`."""
+    """Loads the models and checks them against each other. Raises `ModelError` and `PromptError`."""
     options, attention = config.student, config.training.attention
+    template = template_of(config)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    stops = named_ids(config.rollout.stop_ids, tokenizer)
     # The student's weights stay float32 whatever it is computed in: small updates would round away.
     trusted = options.trust_remote_code
     base = load_model(options.model, trust_remote_code=trusted, device=device, attention=attention, trained=True)
     # Weights that are trained cannot be a teacher's.
     frozen = base if options.lora else None
     teachers = load_teachers(config.teacher, device, dtype, attention, student=options, base=frozen)
+    if template is not None:
+        for templated in (tokenizer, *(teacher.tokenizer for teacher in teachers)):
+            templated.chat_template = template
     vocab_sizes = []
     for teacher in teachers:
         with teacher.parts.present():
-            vocab_sizes.append(check_pair(base, teacher.model, tokenizer, teacher.tokenizer))
+            vocab_sizes.append(check_pair(base, teacher.model, tokenizer, teacher.tokenizer, stops=stops))
+    if stops and max(stops) >= min(vocab_sizes):
+        shared = f"student and teacher share the ids below {min(vocab_sizes)}"
+        raise ModelError(f"rollout.stop_ids: {shared}, so that {max(stops)} is never sampled: leave it out")
+    if stops:  # for whoever samples from what is saved
+        base.generation_config.eos_token_id = stops
     contexts = [context_of(base), *(teacher.context for teacher in teachers)]
     return Pair(
         base,
@@ -58,6 +72,12 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
         min(vocab_sizes),
         min(filter(None, contexts), default=None),
     )
+
+
+def template_of(config: Config) -> str | None:
+    """The chat template of the file that `prompts.chat_template` names. Raises `PromptError`."""
+    named = config.prompts.chat_template
+    return None if named in ("auto", "never") else read_template(Path(named))
 
 
 def make_student(base: PreTrainedModel, config: Config, dropped: Sequence[int]) -> PreTrainedModel:
