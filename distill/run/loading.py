@@ -14,6 +14,7 @@ from distill.models import (
     add_adapters,
     body_of,
     check_pair,
+    check_tokenizers,
     load_model,
     load_tokenizer,
     split_head,
@@ -39,6 +40,7 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     """Loads the models and checks them against each other. Raises `ModelError`."""
     options, attention = config.student, config.training.attention
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    _check_tokenizers(config, tokenizer)
     # The student's weights stay float32 whatever it is computed in: small updates would round away.
     trusted = options.trust_remote_code
     base = load_model(options.model, trust_remote_code=trusted, device=device, attention=attention, trained=True)
@@ -58,6 +60,14 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
         min(vocab_sizes),
         min(filter(None, contexts), default=None),
     )
+
+
+def _check_tokenizers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a teacher whose tokenizer is not the student's, before any weights are read. Raises `ModelError`."""
+    for name, teacher in config.teacher.all().items():
+        if teacher.model not in ("base", config.student.model):
+            other = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
+            check_tokenizers(tokenizer, other, f"teacher.others.{name}" if name else "teacher")
 
 
 def make_student(base: PreTrainedModel, config: Config, dropped: Sequence[int]) -> PreTrainedModel:
