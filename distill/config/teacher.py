@@ -29,8 +29,8 @@ class FrozenModel(Section):
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Arguments of the teacher's own chat template for the prompts that it sees, as {enable_thinking: false}."""
     precision: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
-    """Its weights: `auto` is `training.precision`; `int8` halves the memory of bfloat16 and `int4` its half, and both
-    need torchao."""
+    """Its weights: `auto` is `training.precision`; `int8` takes half the memory of bfloat16 and needs torchao, `int4` a
+    third of it, and costs more accuracy."""
     offload: bool = False
     """Keep it in host memory while it does not score; on a CPU that is where it is anyway."""
 

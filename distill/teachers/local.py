@@ -11,6 +11,7 @@ from distill.config import StudentConfig, TeacherConfig
 from distill.loss import ModelParts
 from distill.models import ModelError, load_model, load_tokenizer, split_head
 from distill.servers import Server
+from distill.teachers.rounding import round_weights
 from distill.teachers.served import connect
 from distill.teachers.teacher import Teacher, context_of
 
@@ -48,8 +49,8 @@ def load_teachers(
         else:
             model = load_model(reference, dtype=dtype, device=device, attention=attention, trust_remote_code=trusted)
             model.requires_grad_(False)
-        if config.precision == "int8":
-            _to_int8(model)
+        if config.precision in ("int8", "int4"):
+            round_weights(model, config.precision)
         body, head = split_head(model)
         present = HostMemory(body, device).present if config.offload else contextlib.nullcontext
         loaded.append(Teacher(name, model, ModelParts(body, head, dtype, present), tokenizer, context_of(model)))
@@ -59,21 +60,6 @@ def load_teachers(
 def _origin(reference: str, config: TeacherConfig, student: StudentConfig) -> tuple[str, bool]:
     """The model that a teacher's reference names, and whether its code is trusted."""
     return (student.model, student.trust_remote_code) if reference == "base" else (reference, config.trust_remote_code)
-
-
-def _to_int8(model: PreTrainedModel) -> None:
-    """Rounds the weights of the body's linear layers to 8 bits, one scale a row; head and embeddings stay."""
-    if getattr(model, "hf_quantizer", None):
-        raise ModelError("teacher.precision int8: the model is stored quantised already, and used so: leave it out")
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise ModelError(
-            f"teacher.precision int8 needs the package torchao ({error}): pip install 'distill-on-policy[int8]'"
-        ) from None
-    head = model.get_output_embeddings()
-    chosen = {"filter_fn": lambda module, _: isinstance(module, nn.Linear) and module is not head}
-    quantize_(split_head(model)[0], Int8WeightOnlyConfig(), **chosen)
 
 
 class HostMemory:
