@@ -102,7 +102,24 @@ def test_command_line_wins_over_the_file(tmp_path):
         ("loss: {importance_sampling: sampler, importance_clip: null}", (), ["sampler", "loss.importance_clip"]),
         ("loss: {discount: 1.5}", (), ["loss.discount", "1.5"]),
         ("training: {eval_every: 5}", (), ["training.eval_every", "prompts.eval"]),
-        ("training: {device: tpu}", (), ["training.device", "'tpu'"]),
+        ("training: {device: tpu}", (), ["training.device: found 'tpu', expected auto, cpu, cuda or cuda:INDEX"]),
+        (
+            "training: {attention: SDPA}",
+            (),
+            ["training.attention: found 'SDPA', expected auto, or a name such as sdpa"],
+        ),
+        ("rollout: {server: 'host:1'}", (), ["rollout.server: found 'host:1', expected the URL of a server"]),
+        ("", ("--prompts.chat_template", "x.txt"), ["prompts.chat_template: found 'x.txt', expected auto, never, or"]),
+        (
+            "",
+            ("--student.drop_layers", "auto:0"),
+            ["student.drop_layers: found 'auto:0', expected a list of layers, or"],
+        ),
+        (
+            "",
+            ("--teacher.update", "ema:1.0"),
+            ["teacher.update: found 'ema:1.0', expected frozen, every:STEPS or ema:"],
+        ),
         ("", ("--training.lerning_rate", "1"), ["command line", "mean 'training.learning_rate'"]),
         ("", ("--training.seed", "abc"), ["command line: training.seed", "'abc'"]),
         ("", ("--training.seed",), ["command line", "--training.seed"]),
@@ -115,6 +132,24 @@ def test_refusal_says_where_what_and_what_was_expected(refused, text, options, e
     message = refused(lines + text + "\n", *options)
     for part in expected:
         assert part in message
+
+
+@pytest.mark.parametrize("value", ["frozen", "every:20", "ema:0.99"])
+def test_ways_of_following_the_student_that_are_meant(value, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL)
+    assert load_config(path, {"teacher": {"update": value}}).teacher.update == value
+
+
+@pytest.mark.parametrize("value", ["every:0", "ema:0.0", "ema:.5", "every:20 ", "frozen\n", "ever:20"])
+def test_ways_that_are_not(refused, value):
+    assert "expected frozen, every:STEPS or ema:DECAY" in refused(MINIMAL, "--teacher.update", value)
+
+
+def test_no_message_shows_a_regular_expression(refused):
+    assert "pattern=" not in "".join(
+        (ROOT / "distill/config" / f"{name}.py").read_text() for name in ("sections", "teacher", "values")
+    )
 
 
 def test_every_problem_is_reported_at_once(refused):

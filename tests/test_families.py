@@ -153,14 +153,13 @@ def test_a_model_whose_own_loop_samples_something_else_is_refused(monkeypatch):
 
 
 def test_a_run_says_which_way_it_went(write_config, tmp_path):
-    from test_train import execute
+    from test_train import events_of, execute
 
     folder = tmp_path / "bloom"
     made("bloom").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     run = execute(write_config({"student.model": str(folder), "training.max_steps": 1}))
-    events = [json.loads(line) for line in (run.output.path / "events.jsonl").read_text().splitlines()]
-    said = {event["event"]: event["message"] for event in events}
+    said = {event["event"]: event["message"] for event in events_of(run.output.path)}
     assert list(said) == ["sharing", "engine"]
     assert said["sharing"].startswith("the student computes a prompt once for each of its rows, as its attention")
     assert "transformers' own loop, as BloomForCausalLM" in said["engine"]

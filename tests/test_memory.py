@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import tiny_model
 from rich.console import Console
-from test_train import ROOT, environment, execute, metrics_of
+from test_train import ROOT, environment, events_of, execute, metrics_of
 
 from distill.config import load_config
 from distill.loss import Group, Rollouts, model_parts, score
 from distill.loss import head_pair as fused
 from distill.rollout import RolloutEngine, SamplingOptions, local_engine
 from distill.run import Run, checkpoint
-from distill.runtime import MemoryLimitError, MemoryLimits, is_out_of_memory, read_json_lines
+from distill.runtime import MemoryLimitError, MemoryLimits, is_out_of_memory
 from distill.runtime.memory import USUAL_TOKENS
 from distill.runtime.micro_batches import micro_batches
 from distill.train import main
@@ -132,7 +132,7 @@ def test_the_smaller_size_is_reported_and_stays_with_the_run(write_config, tmp_p
     monkeypatch.setattr(fused, "linear_distill_loss", real)
     for one, other in zip(metrics_of(tmp_path / "run"), metrics_of(tmp_path / "whole"), strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-    (event,) = read_json_lines(tmp_path / "run" / "events.jsonl")
+    (event,) = events_of(tmp_path / "run")
     assert (event["event"], event["step"]) == ("memory", 1)
     assert f"again with training.tokens_per_micro_batch {size}" in event["message"]
     state = checkpoint.load_newest(tmp_path / "run" / "checkpoints").state
@@ -157,7 +157,7 @@ def test_scoring_and_evaluation_that_run_out_are_retried(write_config, tmp_path,
         # Only now: loading checks the teacher.
         monkeypatch.setattr(model_parts, "completion_hidden", Shortage(real, ERRORS[1], lambda n, *_, c=call: n == c))
         assert run.execute() == 0
-        (event,) = read_json_lines(folder / "events.jsonl")
+        (event,) = events_of(folder)
         assert f"memory ran out in the {phase} phase" in event["message"]
         assert len(metrics_of(folder)) == 1
 
@@ -311,7 +311,7 @@ def test_memory_that_really_runs_out_in_an_update(write_config, tmp_path):
     # Between what the whole group needs and what its half does: where oneDNN itself, and no tensor, meets the limit, it
     # can make no kernel any more in that process, however much there is later.
     in_a_process(REAL_UPDATE, write_config(changes), 160)
-    events = read_json_lines(tmp_path / "run" / "events.jsonl")
+    events = events_of(tmp_path / "run")
     assert any("memory ran out in the update phase" in event["message"] for event in events)
     execute(write_config(changes | {"training.output_dir": str(tmp_path / "whole")}))
     (one,), (other,) = metrics_of(tmp_path / "run"), metrics_of(tmp_path / "whole")

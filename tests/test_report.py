@@ -313,6 +313,7 @@ def test_no_terminal_gets_plain_lines():
     lines = shown(terminal=False, steps=16).splitlines()
     assert len(lines) == 16
     assert lines[-1].startswith("step 16/20  reverse KL 0.125 (trend -0.")
+    assert lines[14].startswith("step 15/20  reverse KL 0.133  gradient ")  # no trend of fewer steps
     assert "\x1b" not in "".join(lines)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from serving import ModelServer
-from test_train import SAMPLED, execute, metrics_of, weights_of
+from test_train import SAMPLED, events_of, execute, metrics_of, weights_of
 
 from distill.config import ConfigError, load_config
 from distill.report.charts import run_charts
@@ -96,7 +96,7 @@ def test_faults_that_pass_change_no_number(server, write_config, tmp_path):
     execute(write_config(served(server, **changes)))
     assert not server.faults
     assert metrics_of(tmp_path / "calm") == metrics_of(tmp_path / "rough")
-    events = read_json_lines(tmp_path / "rough" / "events.jsonl")
+    events = events_of(tmp_path / "rough")
     assert {event["event"] for event in events} == {"server"}
     assert any("status 503" in event["message"] for event in events)
 
@@ -107,7 +107,7 @@ def test_a_stopped_server_is_waited_for(server, write_config, tmp_path):
     server.faults.extend([None] * 8 + [lambda: server.go_away(until=lambda: noticed.stat().st_size > 0)])
     changes = {"training.output_dir": str(tmp_path / "rough"), "teacher.retries": 14}
     execute(write_config(served(server, **changes)))
-    assert {event["event"] for event in read_json_lines(noticed)} == {"server"}
+    assert {event["event"] for event in events_of(tmp_path / "rough")} == {"server"}
     assert metrics_of(tmp_path / "calm") == metrics_of(tmp_path / "rough")
 
 

@@ -18,7 +18,7 @@ from signal import SIGTERM
 import pytest
 import torch
 from rich.console import Console
-from test_train import SECONDS, execute, main, metrics_of
+from test_train import SECONDS, events_of, execute, main, metrics_of
 
 from distill.config import load_config
 from distill.config.config import known_keys
@@ -270,7 +270,7 @@ def test_a_tracker_that_fails_warns_once_and_the_run_goes_on(write_config, tmp_p
     blocked.write_text("a file where a folder is to be")
     assert main(["--config", str(write_config({"training.report_to": ["tensorboard"]}))]) == 0
     assert capfd.readouterr().out.count("tensorboard could not be opened: ") == 1
-    (event,) = read_json_lines(tmp_path / "run" / "events.jsonl")
+    (event,) = events_of(tmp_path / "run")
     assert event["event"] == "tracker"
     assert len(metrics_of(tmp_path / "run")) == 5
 

@@ -41,6 +41,11 @@ def metrics_of(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in SECONDS} for line in read_json_lines(folder / "metrics.jsonl")]
 
 
+def events_of(folder) -> list[dict]:
+    """The events, but for what nearly every run of a tiny random model says: that it seldom ends a completion."""
+    return [event for event in read_json_lines(folder / "events.jsonl") if event["event"] != "truncated"]
+
+
 def weights_of(folder) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32).state_dict()
 

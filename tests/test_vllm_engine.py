@@ -13,12 +13,11 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from rich.console import Console
 from serving import ModelServer
-from test_train import SAMPLED, execute, metrics_of, weights_of
+from test_train import SAMPLED, events_of, execute, metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from distill.config import ConfigError, load_config
 from distill.run import Run
-from distill.runtime import read_json_lines
 from distill.servers import ServerError
 from distill.train import main
 
@@ -84,7 +83,7 @@ def test_a_restarted_server_gets_the_weights_again(server, write_config, tmp_pat
     changes = {"training.output_dir": str(tmp_path / "rough"), "rollout.retries": 14}
     execute(write_config(served(server, **changes)))
     assert metrics_of(tmp_path / "calm") == metrics_of(tmp_path / "rough")
-    assert {event["event"] for event in read_json_lines(noticed)} == {"server"}
+    assert {event["event"] for event in events_of(tmp_path / "rough")} == {"server"}
 
 
 def test_another_run_that_uses_the_server_is_noticed(server, write_config):

@@ -21,6 +21,7 @@ from distill.config.values import (
     Url,
     as_list,
     no_nul,
+    written_as,
 )
 
 
@@ -41,10 +42,17 @@ def _word_alone(value: Any) -> Any:
 # Told apart by their type, so that a mistake in one is not reported as a mistake in both.
 TAGS = ("<auto>", "<list>")
 DropLayers = Annotated[
-    Annotated[str, Field(pattern=r"^auto:[1-9]\d{0,3}$"), Tag("<auto>")]
+    Annotated[str, written_as(r"auto:[1-9]\d{0,3}", "a list of layers, or auto:COUNT, as auto:2"), Tag("<auto>")]
     | Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Tag("<list>")],
     Discriminator(lambda value: TAGS[not isinstance(value, str)]),
     BeforeValidator(_word_alone),
+]
+Template = Annotated[
+    str, written_as(r"auto|never|.*\.jinja", "auto, never, or the path of a .jinja file"), AfterValidator(no_nul)
+]
+Device = Annotated[str, written_as(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:INDEX, as cuda:0")]
+Attention = Annotated[
+    str, written_as(r"[a-z0-9_]+", "auto, or a name such as sdpa: small letters, digits and underscores")
 ]
 
 
@@ -74,7 +82,7 @@ class PromptsConfig(Section):
     """Read the first so many held-out records; absent: all."""
     streaming: bool = False
     """Read a hub dataset over the network as far as the limit goes, instead of downloading the whole split first."""
-    chat_template: Annotated[str, Field(pattern=r"^(auto|never|.*\.jinja)$"), AfterValidator(no_nul)] = "auto"
+    chat_template: Template = "auto"
     """`auto` wraps a prompt in the student tokenizer's chat template where it has one, `never` takes it as it is; the
     path of a `.jinja` file: that template takes the place of the tokenizers', and is saved with the trained model."""
     system_prompt: str | None = Field(None, min_length=1)
@@ -170,7 +178,7 @@ class TrainingConfig(Section):
     compile: bool | Literal["auto"] = "auto"
     """Compile the decoder layers of student and teachers (`torch.compile`; on a GPU only). It takes about a minute at
     the start, and every step less. `auto`: in runs of 500 optimizer steps or more; a line says so if it fails."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:INDEX`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward and backward passes; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights and
@@ -180,7 +188,7 @@ class TrainingConfig(Section):
     Without effect on one process."""
     rank_timeout_s: Number = Field(1800.0, gt=0)
     """Seconds within which the other ranks stop when one dies or hangs; one may keep them waiting for a third of it."""
-    attention: str = Field("auto", pattern=r"^[a-z0-9_]+$")
+    attention: Attention = "auto"
     """Attention implementation: `auto` (the best that is installed and that the model's class supports: FlashAttention,
     sdpa, eager), or a name transformers knows."""
     seed: Integer = Field(0, ge=0, lt=2**31)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from distill.config.values import Integer, Number, Reference, Section, TemplateArguments, Url
+from distill.config.values import Integer, Number, Reference, Section, TemplateArguments, Url, written_as
 
 MAIN = "main"
 """What a record's mixture calls the teacher of `teacher.model`."""
@@ -29,8 +29,8 @@ class FrozenModel(Section):
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Arguments of the teacher's own chat template for the prompts that it sees, as {enable_thinking: false}."""
     precision: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
-    """Its weights: `auto` is `training.precision`; `int8` halves the memory of bfloat16 and `int4` its half, and both
-    need torchao."""
+    """Its weights: `auto` is `training.precision`; `int8` takes half the memory of bfloat16 and needs torchao, `int4` a
+    third of it, and costs more accuracy."""
     offload: bool = False
     """Keep it in host memory while it does not score; on a CPU that is where it is anyway."""
 
@@ -50,6 +50,13 @@ OtherTeacher = Annotated[
     Annotated[Reference, Tag(KINDS[0])] | Annotated[FrozenModel, Tag(KINDS[1])],
     Discriminator(lambda value: KINDS[not isinstance(value, str)]),
 ]
+Update = Annotated[
+    str,
+    written_as(
+        r"frozen|every:[1-9]\d{0,8}|ema:0\.\d*[1-9]\d*",
+        "frozen, every:STEPS or ema:DECAY with a decay between 0 and 1, as ema:0.99",
+    ),
+]
 
 
 class TeacherConfig(FrozenModel):
@@ -58,7 +65,7 @@ class TeacherConfig(FrozenModel):
     `model`, `system_prompt`, `column`, `prompt_template`, `chat_template_kwargs`, `precision`, `offload` and
     `trust_remote_code`. A prompt whose record has `"teacher": NAME` is scored by that one; with `{NAME: 0.7, main:
     0.3}` its loss is the weighted sum of the losses to each, `main` being `teacher.model`."""
-    update: Annotated[str, Field(pattern=r"^(frozen|every:[1-9]\d{0,8}|ema:0\.\d*[1-9]\d*)$")] = "frozen"
+    update: Update = "frozen"
     """Whether a teacher of the student's own weights follows it: `every:20` takes them over every 20 steps, `ema:0.99`
     keeps 0.99 of its own at each step. Evaluations are against the teacher of step 0 in any case."""
     server: Url | None = None

@@ -1,6 +1,7 @@
 """The checked kinds of values that the sections of the configuration are made of, and what every section is."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,22 @@ def _only_json(value: Any) -> Any:
 
 
 TemplateArguments = Annotated[dict[str, Any], AfterValidator(_only_json)]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")]
+
+
+def written_as(pattern: str, expected: str) -> AfterValidator:
+    """Text that `pattern` matches as a whole; `expected` says in words what that is."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
+
+
+Url = Annotated[
+    str, written_as(r"https?://[^\s/?#@]+(/[^\s?#]*)?", "the URL of a server without a query, as http://localhost:8000")
+]
 
 
 class Section(BaseModel):

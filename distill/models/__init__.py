@@ -18,6 +18,7 @@ from distill.models.siblings import join_siblings, read_together, replace_siblin
 from distill.models.sources import ModelError
 from distill.models.states import cache_argument, empty_cache, joined, keeps_states, of_rows, take_keys, tensors_of
 from distill.models.structure import Head, alias, body_of, layer_stack, split_head, text_model, whole, without_layers
+from distill.models.tokenizers import check_tokenizers
 from distill.models.working_copy import WorkingCopy
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "body_of",
     "cache_argument",
     "check_pair",
+    "check_tokenizers",
     "checkpointed",
     "compile_layers",
     "describe",

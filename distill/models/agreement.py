@@ -13,6 +13,7 @@ from distill.models.ends import stops_line
 from distill.models.head_inputs import differs_from_own_logits, eval_mode, precision_of
 from distill.models.sources import ModelError
 from distill.models.structure import split_head
+from distill.models.tokenizers import check_tokenizers
 from distill.runtime import is_out_of_memory
 
 
@@ -35,22 +36,11 @@ def check_pair(
 ) -> int:
     """Checks before the first step that student and teacher agree; returns the number V of shared real tokens.
 
-    Raises `ModelError` when an id means different tokens to the two, when they end a completion differently, when a
-    head is narrower than the tokenizer, or when body and head do not reproduce a model's own logits. Of a `teacher`
-    that is None, which another process has, only the vocabulary is compared. `stops`, where a run names them, are the
-    ends of both.
+    Raises `ModelError` when their tokenizers differ, when they end a completion differently, when a head is narrower
+    than the tokenizer, or when body and head do not reproduce a model's own logits. Of a `teacher` that is None, which
+    another process has, only the tokenizer is compared. `stops`, where a run names them, are the ends of both.
     """
-    own, other = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    vocab_size = min(max(own.values()), max(other.values())) + 1
-    own_tokens = {index: token for token, index in own.items() if index < vocab_size}
-    other_tokens = {index: token for token, index in other.items() if index < vocab_size}
-    differing = [i for i in range(vocab_size) if own_tokens.get(i) != other_tokens.get(i)]
-    if differing:
-        shown = "; ".join(f"{i}: {own_tokens.get(i)!r} / {other_tokens.get(i)!r}" for i in differing[:3])
-        raise ModelError(
-            f"student and teacher have different vocabularies: {len(differing)} of {vocab_size} ids stand for "
-            f"different tokens ({shown}). Distillation on tokens needs one vocabulary: choose models of one family"
-        )
+    vocab_size = check_tokenizers(student_tokenizer, teacher_tokenizer)
     _check_split("student", student, vocab_size)
     _check_gradient(student)
     if teacher is None:

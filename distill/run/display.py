@@ -90,8 +90,10 @@ class Display:
 
     def _figures(self) -> str:
         norm, speed = (self._metrics[key] for key in ("grad_norm", "tokens_per_second"))
+        change = trend(list(self._history))
+        shown = "" if change is None else f" (trend {change:+.3f})"
         return (
-            f"reverse KL {self._reverse_kl:.3f} (trend {trend(list(self._history)):+.3f})  gradient {norm:.2f}  "
+            f"reverse KL {self._reverse_kl:.3f}{shown}  gradient {norm:.2f}  "
             f"{speed:.0f} tokens/s  {self._time_left()} left"
         )
 
@@ -124,8 +126,8 @@ def closing_table(console: Console, rows: list[tuple[str, str, str]]) -> None:
     console.print(table)
 
 
-def trend(values: list[float], window: int = 8) -> float:
-    """Mean of the last `window` values less the mean of the `window` before them; 0 until there are as many."""
+def trend(values: list[float], window: int = 8) -> float | None:
+    """Mean of the last `window` values less the mean of the `window` before them; None until there are as many."""
     if len(values) < 2 * window:
-        return 0.0
+        return None
     return (sum(values[-window:]) - sum(values[-2 * window : -window])) / window

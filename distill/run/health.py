@@ -1,14 +1,19 @@
-"""What is said when a step's numbers are out of order: steps that were skipped, gradients that jump."""
+"""What is said when a run's numbers are out of order: skipped steps, gradients that jump, completions cut by length."""
 
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from distill.config import RolloutConfig
 
 WINDOW = 50  # steps whose gradient norms a new one is compared with
 ENOUGH = 10  # steps without which there is no comparison
 SPIKE = 10.0  # times their median: noise of single prompts stays below
+CUT_WINDOW = 10  # steps whose completions are counted together
+CUT = 0.5  # part of them that may be cut by length
 
 
 class StoppedError(RuntimeError):
@@ -37,6 +42,37 @@ class GradientWatch:
         if math.isfinite(norm):
             self._norms.append(norm)
         return median if SPIKE * median < norm < math.inf else None
+
+
+class LengthWatch:
+    """Says once in a run that most completions are cut by length, and so teach no end."""
+
+    def __init__(self, rollout: RolloutConfig, steps: Iterable[Mapping[str, Any]] = (), *, said: bool = False) -> None:
+        """`steps` are the metrics of those that are done; `said` is whether it was said then."""
+        self._rollout, self._said = rollout, said
+        self._steps = deque(map(_cut_and_all, steps), maxlen=CUT_WINDOW)
+
+    def complaint(self, metrics: Mapping[str, Any], *, last: bool) -> str | None:
+        """What there is to say after a step, `last` that of the run, over as many as there are if those are few."""
+        self._steps.append(_cut_and_all(metrics))
+        steps, (cut, rollouts) = len(self._steps), map(sum, zip(*self._steps, strict=True))
+        if self._said or cut <= CUT * rollouts or (steps < CUT_WINDOW and not last):
+            return None
+        self._said = True
+        over = f"the last {steps} steps" if steps == CUT_WINDOW else "all steps"
+        effect = "the student is seldom taught to end. Raise it"
+        if self._rollout.mask_truncated:
+            effect = "rollout.mask_truncated leaves them out of the loss, so most are sampled in vain. Raise the limit"
+        return (
+            f"{cut / rollouts:.0%} of the completions of {over} were cut at rollout.max_new_tokens "
+            f"({self._rollout.max_new_tokens}): {effect}, or choose prompts with shorter answers"
+        )
+
+
+def _cut_and_all(metrics: Mapping[str, Any]) -> tuple[float, float]:
+    """A step's completions that were cut, and all of them."""
+    rollouts = metrics["completion_tokens"] / metrics["completion_length"]
+    return metrics["truncated_fraction"] * rollouts, rollouts
 
 
 def suspects(prompts: Sequence[str], row_figures: Sequence[float | None] = ()) -> str:

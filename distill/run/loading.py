@@ -16,6 +16,7 @@ from distill.models import (
     add_adapters,
     body_of,
     check_pair,
+    check_tokenizers,
     load_model,
     load_tokenizer,
     named_ids,
@@ -45,6 +46,7 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     template = template_of(config)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     stops = named_ids(config.rollout.stop_ids, tokenizer)
+    _check_tokenizers(config, tokenizer)
     # The student's weights stay float32 whatever it is computed in: small updates would round away.
     trusted = options.trust_remote_code
     base = load_model(options.model, trust_remote_code=trusted, device=device, attention=attention, trained=True)
@@ -78,6 +80,14 @@ def template_of(config: Config) -> str | None:
     """The chat template of the file that `prompts.chat_template` names. Raises `PromptError`."""
     named = config.prompts.chat_template
     return None if named in ("auto", "never") else read_template(Path(named))
+
+
+def _check_tokenizers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a teacher whose tokenizer is not the student's, before any weights are read. Raises `ModelError`."""
+    for name, teacher in config.teacher.all().items():
+        if teacher.model not in ("base", config.student.model):
+            other = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
+            check_tokenizers(tokenizer, other, f"teacher.others.{name}" if name else "teacher")
 
 
 def make_student(base: PreTrainedModel, config: Config, dropped: Sequence[int]) -> PreTrainedModel:

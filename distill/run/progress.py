@@ -10,7 +10,7 @@ from typing import Any
 
 from distill.run.checkpoint import Checkpoint
 from distill.run.display import Display
-from distill.run.health import GradientWatch, StoppedError, suspects
+from distill.run.health import GradientWatch, LengthWatch, StoppedError, suspects
 from distill.run.outcome import NUM_SAMPLES
 from distill.run.output import OutputFolder
 from distill.run.parts import RunParts
@@ -55,8 +55,11 @@ class Progress:
     def begin(self, display: Display, trackers: Trackers) -> None:
         """The output folder is open from now on."""
         self.display, self.trackers = display, trackers
-        metrics = [] if self.parts.ranks.rank else read_json_lines(self.output.path / "metrics.jsonl")
+        paths = (self.output.path / f"{name}.jsonl" for name in ("metrics", "events"))
+        metrics, events = ([] if self.parts.ranks.rank else read_json_lines(path) for path in paths)
         self._gradients = GradientWatch(line["grad_norm"] for line in metrics)
+        said = any(event["event"] == "truncated" for event in events)
+        self._lengths = LengthWatch(self.parts.config.rollout, metrics, said=said)
 
     def evaluate(self) -> None:
         """A held-out evaluation of the student as it is, where there are held-out prompts."""
@@ -100,12 +103,15 @@ class Progress:
         self.display.update(result.metrics, texts[0])
 
     def inspect(self, result: StepResult) -> None:
-        """Reports a skipped step or a jump of the gradient; too many skipped in a row end the run."""
+        """Reports a skipped step, a jump of the gradient, or completions that are cut by length; too many skipped in a
+        row end the run."""
         metrics, step, prompts = result.metrics, result.metrics["step"], self.parts.texts(result.prompts)
         median = self._gradients.spike(metrics["grad_norm"])
         if median is not None:
             message = f"gradient norm {metrics['grad_norm']:.3g}, {metrics['grad_norm'] / median:.0f} times the median"
             self.notice("gradient_spike", step, f"step {step}: {message}; prompts: {suspects(prompts)}")
+        if complaint := self._lengths.complaint(metrics, last=step == self.parts.trainer.total_steps):
+            self.notice("truncated", step, complaint)
         if result.sound:
             return
         figures = f"loss {metrics['loss']:.3g}, gradient norm {metrics['grad_norm']:.3g}"

@@ -11,6 +11,7 @@ from distill.config import FrozenModel, StudentConfig, TeacherConfig
 from distill.loss import ModelParts
 from distill.models import ModelError, load_model, load_tokenizer, split_head
 from distill.servers import Server
+from distill.teachers.rounding import round_weights
 from distill.teachers.served import connect
 from distill.teachers.teacher import Teacher, context_of
 
@@ -70,8 +71,8 @@ def _local(
     else:
         model = load_model(reference, dtype=dtype, device=device, attention=attention, trust_remote_code=trusted)
         model.requires_grad_(False)
-    if section.precision == "int8":
-        _to_int8(model)
+    if section.precision in ("int8", "int4"):
+        round_weights(model, section.precision)
     body, head = split_head(model)
     present = HostMemory(body, device).present if section.offload else contextlib.nullcontext
     return Teacher(None, model, ModelParts(body, head, dtype, present), tokenizer, context_of(model), section)
@@ -82,21 +83,6 @@ def _origin(section: FrozenModel, student: StudentConfig) -> tuple[str, bool]:
     if section.model == "base":
         return student.model, student.trust_remote_code
     return section.model, section.trust_remote_code
-
-
-def _to_int8(model: PreTrainedModel) -> None:
-    """Rounds the weights of the body's linear layers to 8 bits, one scale a row; head and embeddings stay."""
-    if getattr(model, "hf_quantizer", None):
-        raise ModelError("teacher.precision int8: the model is stored quantised already, and used so: leave it out")
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise ModelError(
-            f"teacher.precision int8 needs the package torchao ({error}): pip install 'distill-on-policy[int8]'"
-        ) from None
-    head = model.get_output_embeddings()
-    chosen = {"filter_fn": lambda module, _: isinstance(module, nn.Linear) and module is not head}
-    quantize_(split_head(model)[0], Int8WeightOnlyConfig(), **chosen)
 
 
 class HostMemory:
