@@ -138,7 +138,7 @@ def test_refusal_says_where_what_and_what_was_expected(refused, text, options, e
 def test_ways_of_following_the_student_that_are_meant(value, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(MINIMAL)
-    assert load_config(path, {"teacher": {"update": value}}).teacher.update == value
+    assert load_config(path, {"teacher": {"update": value, "model": "base"}}).teacher.update == value
 
 
 @pytest.mark.parametrize("value", ["every:0", "ema:0.0", "ema:.5", "every:20 ", "frozen\n", "ever:20"])

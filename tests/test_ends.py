@@ -83,14 +83,6 @@ def test_the_refusal_says_the_line_that_makes_the_run_go(write_config, unlike, t
     assert written["eos_token_id"] == named_ids(["<|end|>", "a"], tiny_tokenizer())
 
 
-def test_an_id_that_only_the_student_has_is_refused(write_config, unlike, capsys):
-    tokenizer = load_tokenizer(unlike["student.model"])
-    tokenizer.add_tokens(["<|extra|>"])
-    tokenizer.save_pretrained(unlike["student.model"])
-    assert main(["--config", str(write_config({**unlike, "rollout.stop_ids": ["<|end|>", "<|extra|>"]}))]) == 2
-    assert "share the ids below 260, so that 260 is never sampled" in capsys.readouterr().err
-
-
 # So many that completions end on them soon, and not at once.
 STOPS = [30, 45, 60, 75, 90, 105, 120, 135, 150, 165, 180, 195, 210, 225, 240, 255]
 

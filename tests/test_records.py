@@ -12,7 +12,6 @@ from distill.prompts import PromptError, load_prompts
 from distill.run import checkpoint
 from distill.run.identity import Identity
 from distill.runtime import read_json_lines
-from distill.teachers import TeacherPrompts
 
 ROWS = [
     {"prompt": "One", "teacher_prompt": "The first", "weight": 1.5, "tags": ["a", "b"], "made": {"by": "hand"}},
@@ -154,16 +153,15 @@ def test_the_label_of_an_evaluation_is_the_old_one_until_further_columns_are_use
 
 
 @pytest.fixture
-def hinted(write_config, tmp_path, monkeypatch):
+def hinted(write_config, tmp_path):
     """A run whose teachers' prompts are made from a column: its configuration's path, and what writes that column."""
-    monkeypatch.setattr(TeacherPrompts, "columns", ("hint",))
 
     def rewrite(hint, where="train"):
         rows = [{"prompt": f"Say {i}.", "hint": hint, "unused": hint, "teacher": "b"} for i in range(3)]
         return write(tmp_path / f"{where}.jsonl", rows)
 
     changes = {"prompts.train": str(rewrite("x")), "prompts.eval": str(rewrite("x", "eval")), "training.max_steps": 1}
-    path = write_config({**changes, "teacher.others": {"b": "base"}})
+    path = write_config({**changes, "teacher.others": {"b": "base"}, "teacher.column": "hint"})
     execute(path)
     return path, rewrite
 
