@@ -20,6 +20,7 @@ from rich.text import Text
 from distill.config import Config, ConfigError, load_config
 from distill.models import ModelError, load_model, load_tokenizer, named_ids
 from distill.prompts import PromptError, tokenise
+from distill.teachers import OwnPrompts
 
 COLUMN = 28  # characters that a column needs to be readable; a narrower terminal gets one answer below the other
 
@@ -56,8 +57,12 @@ class Speaker:
         system: str | None = None,
         template: dict[str, Any] | None = None,
         stops: Sequence[int] = (),
+        own: OwnPrompts | None = None,
     ) -> None:
-        """`template` are the arguments of its chat template, `stops` the ids that end an answer: absent, its own."""
+        """`template` are the arguments of its chat template, `stops` the ids that end an answer: absent, its own; `own`
+        is what it sees in place of a line.
+        """
+        self.own = own
         self.model, self.tokenizer, self.options, self.template = model, tokenizer, options, template or {}
         self.ends = {"eos_token_id": list(stops)} if stops else {}
         self.templated = templated and tokenizer.chat_template is not None
@@ -66,6 +71,8 @@ class Speaker:
     def answer(self, line: str, streamer: Any = None) -> str:
         """The model's answer to `line`, as text."""
         self.messages.append({"role": "user", "content": line})
+        if self.own is not None:
+            self.messages = self.own({}, self.messages, line) or self.messages
         ids = tokenise(self.messages, self.tokenizer, self.templated, **self.template)
         prompt = torch.tensor([ids], device=self.model.device)
         sampled = {"do_sample": True, "temperature": self.options.temperature, "top_p": 0.9, "top_k": 0}
@@ -91,8 +98,8 @@ def _three(run: Path, options: argparse.Namespace) -> Any:
             f"command that began it"
         )
     config = load_config(run / "config.yaml")
-    speakers = _speakers(run, config, options)
     console = Console()
+    speakers = _speakers(run, config, options, console)
 
     def talk(line: str) -> None:
         answers = {}
@@ -112,37 +119,48 @@ def _three(run: Path, options: argparse.Namespace) -> Any:
     return talk
 
 
-def _speakers(run: Path, config: Config, options: argparse.Namespace) -> dict[str, Speaker]:
-    student, teacher = config.student, config.teacher
-    templated = config.prompts.chat_template != "never"
+def _speakers(run: Path, config: Config, options: argparse.Namespace, console: Console) -> dict[str, Speaker]:
+    """The student before and after, and every teacher that is not on a server, each seeing what it saw in the run."""
+    student, prompts = config.student, config.prompts
     own = load_tokenizer(str(run / "final"), trust_remote_code=student.trust_remote_code)
-    stops = named_ids(config.rollout.stop_ids, own)
-
-    def speaker(
-        reference: str, tokenizer: Any, trusted: bool, drop_layers: tuple[int, ...] = (), **seen: Any
-    ) -> Speaker:
-        model = load_model(reference, drop_layers=drop_layers, trust_remote_code=trusted, **_placed())
-        return Speaker(model, tokenizer, options, templated, stops=stops, **seen)
-
+    common = {"templated": prompts.chat_template != "never", "stops": named_ids(config.rollout.stop_ids, own)}
+    seen = {"system": prompts.system_prompt, "template": student.chat_template_kwargs}
     dropped = student.drop_layers
-    scores = student if teacher.model == "base" else teacher
-    frozen, trusted = scores.model, scores.trust_remote_code
     if (run / "layers.json").exists():  # chosen by the run
         dropped = tuple(json.loads((run / "layers.json").read_text(encoding="utf-8"))["dropped"])
-    seen = {"system": config.prompts.system_prompt, "template": student.chat_template_kwargs}
+    models: dict[tuple, Any] = {}
+
+    def speaker(
+        reference: str, trusted: bool, tokenizer: Any, drop_layers: Sequence[int] = (), **of_this: Any
+    ) -> Speaker:
+        key = reference, tuple(drop_layers)
+        if key not in models:
+            models[key] = load_model(reference, drop_layers=drop_layers, trust_remote_code=trusted, **_placed())
+        return Speaker(models[key], tokenizer, options, **common, **of_this)
+
     found = {
-        "student before": speaker(student.model, own, student.trust_remote_code, dropped, **seen),
-        "student after": speaker(str(run / "final"), own, student.trust_remote_code, **seen),
+        "student before": speaker(student.model, student.trust_remote_code, own, dropped, **seen),
+        "student after": speaker(str(run / "final"), student.trust_remote_code, own, **seen),
     }
-    theirs = own
-    # As in the run: the teacher sees what the student sees, unless it has a prompt of its own.
-    if teacher.system_prompt or teacher.chat_template_kwargs:
-        theirs = load_tokenizer(frozen, trust_remote_code=trusted)
-        if config.prompts.chat_template not in ("auto", "never"):
-            theirs.chat_template = own.chat_template
-        seen = {"system": teacher.system_prompt or seen["system"], "template": teacher.chat_template_kwargs}
-    # One on a server may be too large for this machine.
-    return found if teacher.server else found | {"teacher": speaker(frozen, theirs, trusted, **seen)}
+    if config.teacher.server:  # it may be too large for this machine
+        return found
+    for name, section in config.teacher.all().items():
+        who = f"teacher {name}" if name else "teacher"
+        scores = student if section.model == "base" else section
+        reference, trusted, tokenizer = scores.model, scores.trust_remote_code, own
+        # As in the run: a teacher sees what the student sees, unless it has a prompt of its own.
+        rewritten = OwnPrompts(section, who) if section.prompt_template else None
+        if columns := [column for column in (rewritten.columns if rewritten else ()) if column != "prompt"]:
+            console.print(f"{who}: sees what you write, without the records' {', '.join(columns)}", markup=False)
+            rewritten = None
+        if section.system_prompt or section.chat_template_kwargs or rewritten:
+            tokenizer = load_tokenizer(reference, trust_remote_code=trusted)
+            if prompts.chat_template not in ("auto", "never"):
+                tokenizer.chat_template = own.chat_template
+        template = {**seen["template"], **section.chat_template_kwargs}
+        system = section.system_prompt or seen["system"]
+        found[who] = speaker(reference, trusted, tokenizer, system=system, template=template, own=rewritten)
+    return found
 
 
 def _one(options: argparse.Namespace) -> Any:

@@ -5,7 +5,16 @@ In: the `teacher` section. Out: `Teacher`s, whose parts the loss takes, and what
 
 from distill.teachers.following import FollowingTeacher
 from distill.teachers.local import load_teachers
+from distill.teachers.own_prompts import OwnPrompts
 from distill.teachers.prompts import TeacherPrompts, teacher_prompts
 from distill.teachers.teacher import Teacher, context_of
 
-__all__ = ["FollowingTeacher", "Teacher", "TeacherPrompts", "context_of", "load_teachers", "teacher_prompts"]
+__all__ = [
+    "FollowingTeacher",
+    "OwnPrompts",
+    "Teacher",
+    "TeacherPrompts",
+    "context_of",
+    "load_teachers",
+    "teacher_prompts",
+]
