@@ -134,7 +134,9 @@ def _evaluate_models(options: argparse.Namespace, console: Console) -> dict[str,
     config = _configuration(options)
     device = choose_device(config.training.device)
     pair = load_pair(config, device, choose_dtype(config.training.precision, device))
-    prompts, seen = load_prompt_sets(config, pair, console)[0]
+    prompts, seen, remarks = load_prompt_sets(config, pair, console)[0]
+    for line in remarks:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if options.sample_from == "teacher" and len(pair.teachers) > 1:
         raise ConfigError("--sample-from teacher: the run has several teachers: give one by --teacher, or leave it out")
     for model in (pair.student_parts, *(teacher.parts for teacher in pair.teachers)):

@@ -47,7 +47,8 @@ class RunParts:
         self.dropped_layers = self._choose_layers(pair, start)
         self.student = make_student(pair.student, config, self.dropped_layers)
         whole = ModelParts(*split_head(self.student), self.dtype)
-        self.notices: list[tuple[str, str]] = []
+        of_sets = (self.prompts, self.held_out) if self.held_out else (self.prompts,)
+        self.notices = [("prompts", line) for prompts in of_sets for line in prompts.remarks]
         """Events of the loading, with what is said of each."""
         self.following = self._follower()
         if self.following:
@@ -165,7 +166,7 @@ class RunParts:
         return epoch_batches(order, config.prompts_per_batch)
 
     def _make_trainer(self) -> Trainer:
-        config, training, (prompts, seen) = self.config, self.config.training, self.prompts
+        config, training, (prompts, seen, _) = self.config, self.config.training, self.prompts
         return Trainer(
             self.student,
             self.student_parts,

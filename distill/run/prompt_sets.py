@@ -1,5 +1,6 @@
 """The training and the held-out prompts of a run, as the student sees them and as its teachers do."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,12 @@ class Prompts(NamedTuple):
 
     student: PromptSet
     teacher: TeacherPrompts | None
+    remarks: Sequence[str] = ()
+    """What is to be said of what the teachers see."""
 
     def identity(self) -> Identity:
         """What tells these prompts from others, as far as a run's numbers depend on them."""
-        student, teacher = self
+        student, teacher, _ = self
         own = (*student.columns, *(["tools"] if any(student.tools) else []))
         named = ["teacher"] if any(student.teachers) else []
         further = () if teacher is None else tuple(sorted({*teacher.columns} - {*own, "teacher"}))
@@ -74,9 +77,7 @@ def load_prompt_sets(config: Config, pair: Pair, console: Console) -> tuple[Prom
             templated=settings.chat_template != "never",
             template_arguments=config.student.chat_template_kwargs,
         )
-        for line in seen.remarks if seen else ():
-            tell(f"{path}: {line}")
-        return Prompts(prompts, seen)
+        return Prompts(prompts, seen, [f"{path}: {line}" for line in (seen.remarks if seen else ())])
 
     train = load(settings.train, settings.limit, "rollout.max_new_tokens", config.rollout.max_new_tokens)
     if settings.eval is None:
@@ -88,7 +89,7 @@ def load_prompt_sets(config: Config, pair: Pair, console: Console) -> tuple[Prom
 
 def evaluation_arguments(config: Config, prompts: Prompts, pad_token_id: int) -> dict[str, Any]:
     """On what and how `evaluate` looks at a student, as its keyword arguments."""
-    settings, (student, teacher) = config.evaluation, prompts
+    settings, (student, teacher, _) = config.evaluation, prompts
     return {
         "prompts": left_pad(student.token_ids, pad_token_id),
         "teacher_view": teacher and teacher.view(range(len(student))),

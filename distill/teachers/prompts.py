@@ -103,7 +103,10 @@ class _Sight:
             )
         arguments = {**template_arguments, **self.section.chat_template_kwargs}
         templated = has_template and (templated or self._of_all)
-        self._tokeniser = PromptTokeniser(teacher.tokenizer, templated, special=special, **arguments)
+        try:
+            self._tokeniser = PromptTokeniser(teacher.tokenizer, templated, special=special, **arguments)
+        except TypeError as error:  # one that has another meaning here
+            raise PromptError(f"{self._key}.chat_template_kwargs: {error}") from None
 
     def ids(self, prompts: PromptSet, index: int) -> list[int]:
         """A prompt's ids as the teacher sees it: the very list of the student's where nothing is changed."""
