@@ -87,4 +87,4 @@ def test_what_fewer_bits_cost(weights: str, record, keep) -> None:
     keep(f"precision, weights {weights}", found)
     assert found["int4"]["bytes"] < 0.66 * found["int8"]["bytes"] < 0.2 * found["float32"]["bytes"]
     assert found["int8"]["kl"] < 0.02
-    assert found["int4"]["kl"] < 0.5
+    assert found["int4"]["kl"] < 1

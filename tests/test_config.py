@@ -146,7 +146,7 @@ def test_ways_that_are_not(refused, value):
     assert "expected frozen, every:STEPS or ema:DECAY" in refused(MINIMAL, "--teacher.update", value)
 
 
-def test_no_message_shows_a_regular_expression(refused):
+def test_no_message_shows_a_regular_expression():
     assert "pattern=" not in "".join(
         (ROOT / "distill/config" / f"{name}.py").read_text() for name in ("sections", "teacher", "values")
     )

@@ -94,7 +94,7 @@ def _probes(
 ) -> Iterator[list[list[str]]]:
     """Lists of groups of texts to try, the most telling first; a group's are tokenised together.
 
-    None where the settings that decide are the same. A tokenizer in Python takes too long to try all that both have.
+    None at all where the settings that decide are the same. A tokenizer in Python is too slow for what both have.
     """
     in_python = written is None or other_written is None
     settings = {} if in_python else json.loads(written), {} if in_python else json.loads(other_written)
