@@ -53,7 +53,7 @@ def scored(model: nn.Module, rollouts) -> Tensor:
         rollouts.prompt_mask,
         rollouts.completion_ids,
         rollouts.completion_lengths,
-        rollouts.prompt_index,
+        torch.arange(len(rollouts.completion_ids)),  # one of each prompt
     )
     return parts.head.logits(hidden).log_softmax(-1)
 

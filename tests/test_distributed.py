@@ -67,8 +67,11 @@ def quiet() -> dict[str, str]:
 
 @pytest.fixture
 def uneven(write_config, tmp_path, tiny_pair):
-    """Writes the configuration of a run whose steps have three prompts, three, or one; a third has another teacher."""
-    records = [{"prompt": prompt} | ({} if at % 3 else {"teacher": "two"}) for at, prompt in enumerate(SEVEN)]
+    """Writes the configuration of a run whose steps have three prompts, three, or one; a third has another teacher, and
+    as many have both.
+    """
+    teacher = ("two", {"two": 0.25, "main": 0.75}, None)
+    records = [{"prompt": prompt, "teacher": teacher[at % 3]} for at, prompt in enumerate(SEVEN)]
     (tmp_path / "seven.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     teachers = {"prompts.train": str(tmp_path / "seven.jsonl"), "teacher.others": {"two": str(tiny_pair["student"])}}
 
@@ -140,6 +143,18 @@ def test_two_and_four_ranks_do_what_one_does(changes, runs, uneven, whole, tmp_p
     shares = [int(kept.replace(",", "")) / int(of.replace(",", "")) for kept, of in KEPT.findall(said)]
     expected = [1 / size if parallel == "shard" else 1 for size, parallel in runs]
     assert shares == pytest.approx(expected, rel=0.02)
+
+
+def test_a_teacher_that_follows_does_so_on_every_rank(uneven, whole, tmp_path, tiny_pair):
+    others = {"two": {"model": str(tiny_pair["teacher"]), "system_prompt": "Be brief."}}
+    changes = {"teacher.model": "base", "teacher.update": "ema:0.75", "teacher.others": others, **ALL_WEIGHTS}
+    path, runs = uneven(changes), [(2, "shard"), (3, "replicate")]
+    folders = [tmp_path / f"{size}-{parallel}" for size, parallel in runs]
+    results, said = over_ranks(tmp_path, *(job(path, folder, *run) for run, folder in zip(runs, folders, strict=True)))
+    assert [set(result["statuses"]) for result in results] == [{0}] * len(runs), said
+    one = whole(changes)
+    for folder in folders:
+        assert_close_runs(one, folder)
 
 
 def test_a_signal_to_one_of_four_ranks_stops_all_and_two_continue_and_one_ends(uneven, whole, tmp_path):

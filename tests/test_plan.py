@@ -267,3 +267,15 @@ def test_the_page_is_what_the_command_makes():
     assert text.split(begin + "\n")[1].split(end)[0] == page.section(), (
         "run: python -m benchmarks.plan --page docs/scaling.md"
     )
+
+
+def test_a_teacher_in_4_bits_and_one_that_follows_take_what_they_take():
+    def held(**teacher) -> dict[str, float]:
+        config = load_config(ROOT / "configs/self.yaml", {"teacher": {"update": "frozen", **teacher}})
+        machine = GPUS["h100"]
+        return predict(work_of(config, machine, 64), machine, Layout()).held
+
+    plain, following, small = held(), held(update="ema:0.9"), held(precision="int4")
+    assert following["teacher that follows"] == pytest.approx(plain["student"])
+    assert plain["teacher that follows"] == 0
+    assert small["teacher"] == pytest.approx(plain["teacher"] * 5 / 16)

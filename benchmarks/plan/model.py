@@ -45,13 +45,15 @@ class Work:
     micro_batch: int | Literal["auto"] = USUAL_TOKENS
     itemsize: int = 4
     rollout_itemsize: int = 4
-    teacher_itemsize: int = 4
+    teacher_itemsize: float = 4
     lora_rank: int = 0
     checkpointing: bool = False
     scores_first: bool = False
     one_model: bool = False
     """The teacher is the student's own model, loaded once."""
     offload: bool = False
+    follows: bool = False
+    """A copy of what is trained follows it as the teacher, beside the teacher of step 0."""
     memory_gib: float | None = None
 
     @property
@@ -65,8 +67,8 @@ class Work:
 
     @property
     def scoring_itemsize(self) -> int:
-        """Of the arithmetic that scores: 8 bits are for weights alone."""
-        return self.itemsize if self.teacher_itemsize == 1 else self.teacher_itemsize
+        """Of the arithmetic that scores: 8 and fewer bits are for weights alone."""
+        return self.itemsize if self.teacher_itemsize <= 1 else int(self.teacher_itemsize)
 
     def chunk(self, K: int, machine: Machine) -> tuple[int, int]:
         """Rows of a chunk of the fused head, and bytes of a column of one row."""
@@ -165,6 +167,7 @@ def held_bytes(work: Work, machine: Machine, layout: Layout) -> dict[str, float]
         "sampling copy": copy,  # which the passes compute with, too, where they round alike
         "working copy": working,
         "teacher": work.teacher_itemsize * teacher / layout.shards if local else 0,
+        "teacher that follows": 4 * work.trained / layout.shards if work.follows else 0,
         "runtime": machine.efficiency.runtime_bytes,
     }
 

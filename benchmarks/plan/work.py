@@ -9,7 +9,7 @@ from distill.config import Config
 from distill.loss.advantage import needs_scores
 from distill.rollout.choice import WORTHWHILE_SPEEDUP
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "int8": 1}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 5 / 8}
 # A served teacher's weights in bfloat16, and a tenth of them for its keys and values.
 SERVED_BYTES = 2.2
 
@@ -41,6 +41,7 @@ def work_of(config: Config, machine: Machine, prompt_tokens: int, completion_tok
         scores_first=needs_scores(config.loss),
         one_model=shares,
         offload=teacher.offload,
+        follows=teacher.update != "frozen",
         memory_gib=rollout.memory_gib,
     )
 

@@ -52,7 +52,7 @@ class RunParts:
         """Events of the loading, with what is said of each."""
         self.following = self._follower()
         if self.following:
-            models[0] = ModelParts(*split_head(self.following.model), self.dtype)
+            models[0] = ModelParts(*split_head(self.following.model), pair.teachers[0].parts.dtype)
         for who, model in (("student", whole), *(("teacher", model) for model in models.values())):
             if reason := check_sharing(model):
                 self.notices.append(("sharing", f"the {who} computes a prompt once for each of its rows, as {reason}"))
