@@ -83,6 +83,18 @@ def test_the_refusal_says_the_line_that_makes_the_run_go(write_config, unlike, t
     assert written["eos_token_id"] == named_ids(["<|end|>", "a"], tiny_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--rollout.stop_ids", '["<|end|>", 7]'], ("<|end|>", 7)),
+        (["--rollout.stop_ids", "7"], (7,)),
+        (["--rollout.stop_ids", "<|end|>"], ("<|end|>",)),
+    ],
+)
+def test_on_the_command_line_digits_are_an_id(write_config, words, expected):
+    assert parse_command_line(["--config", str(write_config()), *words]).rollout.stop_ids == expected
+
+
 # So many that completions end on them soon, and not at once.
 STOPS = [30, 45, 60, 75, 90, 105, 120, 135, 150, 165, 180, 195, 210, 225, 240, 255]
 

@@ -18,6 +18,7 @@ from distill.config.values import (
     Reference,
     Section,
     TemplateArguments,
+    TokenName,
     Url,
     as_list,
     no_nul,
@@ -114,9 +115,9 @@ class RolloutConfig(Section):
     """Leave out tokens less likely than this fraction of the likeliest; 0 is off."""
     prompts_per_batch: Positive | None = None
     """Prompts sampled in one generate call; `training.prompts_per_step` if absent."""
-    stop_ids: Annotated[tuple[Integer | str, ...], BeforeValidator(as_list)] = ()
-    """Tokens that end a completion, by name or id, as [<|im_end|>, 0]; absent: the model's own end-of-sequence ids,
-    which student and teacher must then share. The trained model ends on them too."""
+    stop_ids: Annotated[tuple[TokenName, ...], BeforeValidator(as_list)] = ()
+    """Tokens that end a completion, by name or id (what is in digits), as [<|im_end|>, 0]; absent: the model's own
+    end-of-sequence ids, which student and teacher must then share. The trained model ends on them too."""
     mask_truncated: bool = False
     """Leave completions that were cut by length out of the loss; they still count in every statistic."""
     engine: Literal["auto", "native", "transformers", "vllm"] = "auto"

@@ -65,4 +65,13 @@ class Section(BaseModel):
 
 
 def as_list(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | int) else value
+
+
+def _as_id(value: Any) -> Any:
+    # The command line hands the entries of a list on as text.
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+TokenName = Annotated[Integer | str, BeforeValidator(_as_id)]
+"""A token by its name or its id; what is written in digits is an id."""
