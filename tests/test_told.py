@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import torch
 import yaml
 from markupsafe import escape
 from test_train import execute
@@ -11,6 +12,7 @@ from test_train import execute
 from distill import chat
 from distill.config import in_words, load_config
 from distill.report.page import report_page
+from distill.runtime import read_json_lines
 
 SAID = {
     "student": (
@@ -32,9 +34,9 @@ def told(write_config, tiny_pair, tmp_path):
     """The folder of a run in which teachers see what the student does not, one follows it, and records mix them."""
     pytest.importorskip("tensorboard")
     for kind, words in (("train", ("red", "blue")), ("eval", ("pink", "grey"))):
+        teacher = {words[0]: {"main": 0.25, "b": 0.75}, words[1]: "b"}
         records = [
-            {"prompt": f"Say {word}.", "answer": word, "hint": f"{word}!", "teacher": {"main": 0.5, "b": 0.5}}
-            for word in words
+            {"prompt": f"Say {word}.", "answer": word, "hint": f"{word}!", "teacher": teacher[word]} for word in words
         ]
         (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     changes = {
@@ -64,7 +66,8 @@ def test_report_card_and_trackers_say_what_the_teachers_were(told):
     words = in_words(load_config(told / "config.yaml"))
     assert set(words) == set(SAID)
     page, card = report_page(told), (told / "final" / "README.md").read_text()
-    assert "teacher has a prompt of its own for 2 of 2 prompts" in page
+    assert "teacher has a prompt of its own for 1 of 1 prompts" in page
+    assert "teacher.others.b has a prompt of its own for 2 of 2 prompts" in page
     for who, parts in SAID.items():
         assert f'<th scope="row">{who}</th><td>{escape(words[who])}</td>' in page
         assert f"- {who}: " in card
@@ -75,6 +78,13 @@ def test_report_card_and_trackers_say_what_the_teachers_were(told):
 
     tracked = EventAccumulator(str(told / "tensorboard"), size_guidance={"tensors": 0})
     tracked.Reload()
+    lines = read_json_lines(told / "evaluations.jsonl")
+    for name, tag in (("main 0.25, b 0.75", "main 0.25_ b 0.75"), ("b", "b")):
+        assert f'<th scope="row">{name}</th>' in page
+        kl = [line["by_teacher"][name]["reverse_kl"] for line in lines]
+        assert [event.value for event in tracked.Scalars(f"eval/reverse_kl/{tag}")] == pytest.approx(kl)
+    sums, tokens = (torch.tensor(lines[-1]["clusters"][key]) for key in ("sums", "tokens"))
+    assert kl[-1] == pytest.approx(float(sums[1] / tokens[1]))  # of the second prompt
     (text,) = tracked.Tensors("config/text_summary")[0].tensor_proto.string_val
     kept = json.loads(text.decode().strip("`\n"))
     assert kept == yaml.safe_load((told / "config.yaml").read_text())

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from distill.config import Config, ConfigError
+from distill.config import MAIN, Config, ConfigError
 from distill.prompts import PromptSet, left_pad, load_prompts
 from distill.run.display import counting
 from distill.run.identity import Identity
@@ -21,6 +21,12 @@ class Prompts(NamedTuple):
     teacher: TeacherPrompts | None
     remarks: Sequence[str] = ()
     """What is to be said of what the teachers see."""
+
+    @property
+    def teachers(self) -> list[str]:
+        """Who scores each prompt, in words: a name, or those of a mixture with their shares."""
+        each = [{name or MAIN: 1} if not isinstance(name, dict) else name for name in self.student.teachers]
+        return [", ".join(f"{who} {share:g}" if len(of) > 1 else who for who, share in of.items()) for of in each]
 
     def identity(self) -> Identity:
         """What tells these prompts from others, as far as a run's numbers depend on them."""

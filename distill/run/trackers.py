@@ -11,6 +11,7 @@ import json
 import math
 import os
 import queue
+import re
 import threading
 import time
 import uuid
@@ -223,9 +224,14 @@ class _Worker(threading.Thread):
 
 
 def _told(kind: str, record: dict[str, Any]) -> Told:
-    """The finite numbers of a record, those of a list by their place in it."""
+    """The finite numbers of a record, those of a list by their place in it, and of each teacher by its name."""
     figures = {}
-    for key, value in record.items():
+    teachers = {
+        f"{key}/{re.sub(r'[^a-zA-Z0-9_. -]', '_', name)}": of[key]  # all that every tracker takes in a name
+        for name, of in record.get("by_teacher", {}).items()
+        for key in of
+    }
+    for key, value in (record | teachers).items():
         for place, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if key != "step" and isinstance(number, int | float) and math.isfinite(number):
                 figures[f"{kind}/{key}" if place is None else f"{kind}/{key}/{place}"] = float(number)

@@ -5,6 +5,7 @@ be compared with a later one.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,11 @@ class ClusterSums(NamedTuple):
     def of(cls, values: Tensor, cluster: Tensor) -> "ClusterSums":
         """Adds up values [K] by their clusters [K] int64, which are numbered from 0."""
         return cls(cluster.bincount(weights=values.double().cpu()), cluster.bincount().double())
+
+    def of_label(self, labels: Sequence[str]) -> "dict[str, ClusterSums]":
+        """The clusters of each label; a cluster has one."""
+        which = {label: torch.tensor([each == label for each in labels]) for label in dict.fromkeys(labels)}
+        return {label: ClusterSums(self.sums[own], self.tokens[own]) for label, own in which.items()}
 
     @property
     def mean(self) -> float:

@@ -39,9 +39,17 @@ class Evaluation:
         """Of `reverse_kl`, over clusters."""
         return self.clusters.standard_error
 
-    def record(self, prompts: str) -> dict[str, Any]:
-        """The figures as a JSON object, with what `change_since` needs; `prompts` tells these from other prompts."""
-        return {
+    def record(self, prompts: str, labels: Sequence[str] = ()) -> dict[str, Any]:
+        """The figures as a JSON object, with what `change_since` needs; `prompts` tells these from other prompts.
+
+        `labels` are the prompts' teachers, by which figures are given too where there are several.
+        """
+        several = self.clusters.of_label(labels) if len(set(labels)) > 1 else {}
+        each = {
+            name: {"reverse_kl": _known(of.mean), "standard_error": _known(of.standard_error)}
+            for name, of in several.items()
+        }
+        return ({"by_teacher": each} if each else {}) | {
             "reverse_kl": self.reverse_kl,
             "standard_error": self.standard_error,
             "student_entropy": self.student_entropy,
@@ -49,6 +57,10 @@ class Evaluation:
             "completion_tokens": self.completion_tokens,
             "clusters": {"prompts": prompts, **self.clusters.record()},
         }
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def change_since(first: dict[str, Any], last: dict[str, Any]) -> dict[str, float | None]:
@@ -62,7 +74,7 @@ def change_since(first: dict[str, Any], last: dict[str, Any]) -> dict[str, float
     if old and new and old["prompts"] == new["prompts"] and len(old["sums"]) == len(new["sums"]):
         change, error = ClusterSums.of_record(old).change_to(ClusterSums.of_record(new))
     names = ("reverse_kl_change", "reverse_kl_change_standard_error")
-    return {name: x if math.isfinite(x) else None for name, x in zip(names, (change, error), strict=True)}
+    return {name: _known(x) for name, x in zip(names, (change, error), strict=True)}
 
 
 @torch.no_grad()
