@@ -258,7 +258,7 @@ def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple
     everything = [torch.arange(len(group.completion_lengths))]
     trained = [p for p in model.parameters() if p.requires_grad]
     plain_rows = check_sharing(parts) or ""
-    hidden = [each * 0.5 for each in score([parts], group, everything)]  # of a teacher that differs
+    hidden = {key: each * 0.5 for key, each in score([parts], group, everything).items()}  # of a teacher that differs
     accumulate_gradients(parts, [parts], hidden, group, everything, options, vocab_size=vocab_size)
     ours = [p.grad for p in trained]
     if model._can_set_experts_implementation():
@@ -270,7 +270,7 @@ def _against_autograd(model: nn.Module, rollouts: Any, vocab_size: int) -> tuple
         logits = model(input_ids=torch.cat([prompt, tokens])[None], use_cache=False).logits[0, -length - 1 : -1]
         logprob = _picked(logits[:, :vocab_size], tokens)
         logprob_error = max(logprob_error, float((logprob.detach() - rollouts.logprob[row, :length]).abs().max()))
-        reward = _picked(parts.head.logits(hidden[row]), tokens) - logprob
+        reward = _picked(parts.head.logits(hidden[0, row]), tokens) - logprob
         loss = loss - (reward.detach() * logprob).mean() / len(group.completion_lengths)
     plain = torch.autograd.grad(loss, trained, allow_unused=True)
     return plain_rows, logprob_error, _relative(ours, plain)

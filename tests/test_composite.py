@@ -47,9 +47,9 @@ def tiny_composite(family: str, seed: int = 0):
 def save(tmp_path):
     """Writes a tiny model of a family with a tokenizer and what its pictures go through; returns its folder."""
 
-    def write(family: str, dtype: torch.dtype = torch.float32):
-        folder = tmp_path / family
-        tiny_composite(family).to(dtype).save_pretrained(folder)
+    def write(family: str, dtype: torch.dtype = torch.float32, seed: int = 0):
+        folder = tmp_path / f"{family}-{seed}"
+        tiny_composite(family, seed).to(dtype).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         (folder / "preprocessor_config.json").write_text('{"image_processor_type": "SomeImageProcessor"}')
         return folder
@@ -95,6 +95,7 @@ def test_the_language_model_is_trained_and_all_else_is_saved_as_it_was(write_con
     folder = save(family, torch.bfloat16)
     engine = "transformers" if family == "qwen3_5" else "native"
     changes = {"student.model": str(folder), "training.max_steps": 2, "rollout.engine": engine, "prompts.eval": None}
+    changes["teacher.model"] = str(save(family, seed=1))  # what a tokenizer is depends on the family
     run = execute(write_config(changes | {"training.learning_rate": 0.01}))
     trained = {name for name, p in run.parts.student.named_parameters() if p.requires_grad}
     assert trained

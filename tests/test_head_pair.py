@@ -50,4 +50,4 @@ def test_a_teacher_elsewhere_says_what_one_here_computes():
     assert stats.reverse_kl.isnan().all()
     assert scored.teacher_entropy.isnan().all()
     assert heads.agreement(hidden[0], said).isnan().all()
-    assert heads.theirs([None], torch.tensor([0]), hidden[0]).shape == (9, 1)
+    assert heads.theirs({}, 0, torch.tensor([0]), hidden[0]).shape == (9, 1)

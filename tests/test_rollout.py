@@ -23,12 +23,12 @@ NEVER = (96,)
 GREEDY = {"top_k": 1}
 
 
-@pytest.fixture(autouse=True)
 def mask_of(rollouts: Rollouts) -> torch.Tensor:
     """[R, T] bool, true where there is a completion token."""
     return torch.arange(rollouts.completion_ids.shape[1]) < rollouts.completion_lengths[:, None]
 
 
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Models this small gain nothing from threads, and lose much where other processes want the cores."""
     threads = torch.get_num_threads()

@@ -1,6 +1,7 @@
 """Conversations with tools: what the chat template gets, from whichever file, and control tokens that stay text."""
 
 import json
+import sys
 
 import pytest
 from conftest import CHAT_TEMPLATE, tiny_tokenizer
@@ -123,8 +124,13 @@ def test_a_last_turn_of_calls_alone_is_empty_and_one_nested_too_deep_is_refused(
     assert load(path).empty == 1
     deep = '{"messages": [{"role": "user", "content": "a", "x": ' + "[" * 900 + "]" * 900 + "}]}"
     path.write_text(deep + "\n" + deep.replace("[" * 900, "[" * 5).replace("]" * 900, "]" * 5))
-    with pytest.raises(PromptError, match="line 1: this prompt cannot be tokenised: maximum recursion depth"):
-        load(path)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)  # Python's own, which libraries raise
+    try:
+        with pytest.raises(PromptError, match="line 1: this prompt cannot be tokenised: maximum recursion depth"):
+            load(path)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_a_template_that_reads_parts_gets_null_content_as_it_is():

@@ -190,7 +190,11 @@ EFFECTS = {
     "teacher.model": ({}, "other", "numbers"),
     "teacher.trust_remote_code": ({"teacher.model": "remote"}, True, "accepted"),
     "teacher.others": ({"prompts.train": "named"}, "two", "accepted"),
+    "student.chat_template_kwargs": ({}, {"opening": "Well"}, "numbers"),
+    "teacher.update": ({"teacher.model": "base", "teacher.system_prompt": "Be brief."}, "every:1", "numbers"),
     "teacher.system_prompt": ({}, "Be brief.", "numbers"),
+    "teacher.column": ({"prompts.train": "columns", "prompts.eval": None}, "other", "numbers"),
+    "teacher.prompt_template": ({}, "{{ prompt }} Be brief.", "numbers"),
     "teacher.chat_template_kwargs": ({}, {"opening": "Well"}, "numbers"),
     "teacher.precision": ({}, "bfloat16", "numbers"),
     "teacher.offload": ({}, True, "refused"),
@@ -204,6 +208,7 @@ EFFECTS = {
     "prompts.eval_limit": ({}, 1, lambda run: len(run.parts.held_out.student)),
     "prompts.streaming": ({}, True, "refused"),
     "prompts.chat_template": ({}, "never", "numbers"),
+    "prompts.system_prompt": ({}, "Be brief.", "numbers"),
     "prompts.max_tokens": ({"prompts.eval": None}, 28, lambda run: run.parts.prompts.student.too_long),
     "prompts.control_tokens": ({"prompts.train": "controls"}, "special", "numbers"),
     "prompts.shuffle": ({}, False, "numbers"),
@@ -220,6 +225,7 @@ EFFECTS = {
     "rollout.async_batches": (ON_VLLM | {"rollout.server": "student"}, 1, "numbers"),
     "rollout.precision": ({}, "bfloat16", lambda run: run.parts.engine.precision),
     "rollout.memory_gib": ({}, 0.5, lambda run: run.parts.engine._memory_budget_bytes),
+    "rollout.stop_ids": ({}, list(range(4, 260, 2)), "numbers"),
     "rollout.mask_truncated": ({}, True, "numbers"),
     "training.num_rollouts_per_prompt": ({}, 3, "numbers"),
     "training.prompts_per_step": ({}, 2, "numbers"),
@@ -293,7 +299,7 @@ def others(tmp_path, tiny_pair, poisoned, servers):
     (tmp_path / "columns.jsonl").write_text('{"prompt": "Say red.", "other": "Say blue."}\n')
 
     def stand_in(key: str, value):
-        if key == "prompts.column":
+        if key in ("prompts.column", "teacher.column"):
             return value
         if value == "columns":
             return str(tmp_path / "columns.jsonl")

@@ -123,6 +123,10 @@ class RunParts:
         update = self.config.teacher.update
         return None if update == "frozen" else FollowingTeacher(self.student, update)
 
+    def _follow(self, step: int) -> None:
+        self.following.after_step(step)
+        self.teachers[0].refresh()
+
     def _teachers_now(self, models: dict[int, ModelParts]) -> list[ModelParts]:
         """Those that score in training; without evaluations, one that is followed by another is not kept."""
         if self.following is None:
@@ -181,5 +185,5 @@ class RunParts:
             limits=self.limits,
             async_batches=config.rollout.async_batches,
             ranks=self.ranks,
-            after_step=self.following.after_step if self.following else lambda step: None,
+            after_step=self._follow if self.following else lambda step: None,
         )

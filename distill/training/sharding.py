@@ -37,7 +37,9 @@ def share_out(model: "PreTrainedModel", parts: ModelParts, mesh: DeviceMesh) -> 
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = shards[f"{path}.{name}".lstrip(".")]
-    return parts._replace(body=called, head=_GatheredHead(called.model, parts.head), one_call=True)
+    # What the root has gathered stays until a backward pass, which a teacher never has.
+    head = _GatheredHead(called.model, parts.head)
+    return parts._replace(body=called, head=head, one_call=True, refresh=called.reshard)
 
 
 class _Called(nn.Module):
