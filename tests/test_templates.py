@@ -146,7 +146,7 @@ def test_the_teachers_own_prompt_is_in_the_file_s_template(write_config, everyth
             {**everything, "teacher.chat_template_kwargs": {"opening": "So, "}, "training.max_steps": 1},
         )
     )
-    assert tiny_tokenizer().decode(run.parts.prompts.teacher.seen[0][0][0]) == SEEN[1:].replace("Oh", "So")
+    assert tiny_tokenizer().decode(run.parts.prompts.teacher.seen[0][0][0]) == SEEN.replace("Oh", "So")
 
 
 def test_chat_speaks_as_the_run_did(write_config, everything, tmp_path, monkeypatch, capsys):
