@@ -60,6 +60,8 @@ def _values(annotation: Any, metadata: list[Any]) -> str:
         return ", or ".join([*inner, "null"] if type(None) in arguments else inner)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
+    if origin is dict:
+        return "mapping"
     if origin is tuple:
         return f"list of {_values(arguments[0], [])}"
     names = {int: "integer", float: "number", bool: "`true`, `false`"}
