@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     options, console = parser.parse_args(argv), Console()
     try:
-        figures = _evaluate_models(options, console)
+        config = _configuration(options)
+        figures = _evaluate_models(config, options.sample_from, console)
     except ValidationError as error:
         problem = error.errors()[0]
         print(f"{problem['loc'][-1]}: found {problem['input']!r}: {problem['msg']}", file=sys.stderr)
@@ -64,7 +65,13 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(name.replace("_", " "), f"{figure.mean:.4f}", f"{figure.low:.4f} to {figure.high:.4f}")
     console.print(table)
     if options.json:
-        record = vars(options) | {name: figure._asdict() for name, figure in figures.items()}
+        asked = {
+            "num_rollouts": config.evaluation.num_rollouts_per_prompt,
+            "max_new_tokens": config.rollout.max_new_tokens,
+            "temperature": config.rollout.temperature,
+            "seed": config.evaluation.seed,
+        }
+        record = vars(options) | asked | {name: figure._asdict() for name, figure in figures.items()}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
     return 0
@@ -94,7 +101,8 @@ def _of_run(run: Path, sections: dict[str, dict[str, Any]]) -> Config:
     config = load_config(run / "config.yaml")
     if not (run / "final").is_dir() and "model" not in sections["student"]:
         raise ConfigError(f"{run}: a run's folder without final/, which is written at the run's end")
-    first, held_out = config.student.model, config.prompts.eval or config.prompts.train
+    first, prompts = config.student.model, config.prompts
+    held_out, limit = (prompts.eval, prompts.eval_limit) if prompts.eval else (prompts.train, prompts.limit)
     # `base` is the student before it was trained.
     others = {
         name: first if other == "base" else other for name, other in config.model_dump()["teacher"]["others"].items()
@@ -111,7 +119,7 @@ def _of_run(run: Path, sections: dict[str, dict[str, Any]]) -> Config:
             "others": others,
             **sections["teacher"],
         },
-        "prompts": {"train": str(held_out), "eval": None, "limit": config.prompts.eval_limit, **sections["prompts"]},
+        "prompts": {"train": str(held_out), "eval": None, "limit": limit, **sections["prompts"]},
         "rollout": {
             "engine": "auto",
             "server": None,
@@ -130,26 +138,25 @@ def _of_run(run: Path, sections: dict[str, dict[str, Any]]) -> Config:
     return config
 
 
-def _evaluate_models(options: argparse.Namespace, console: Console) -> dict[str, Figure]:
-    config = _configuration(options)
+def _evaluate_models(config: Config, sample_from: str, console: Console) -> dict[str, Figure]:
     device = choose_device(config.training.device)
     pair = load_pair(config, device, choose_dtype(config.training.precision, device))
     prompts, seen, remarks = load_prompt_sets(config, pair, console)[0]
     for line in remarks:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if options.sample_from == "teacher" and len(pair.teachers) > 1:
+    if sample_from == "teacher" and len(pair.teachers) > 1:
         raise ConfigError("--sample-from teacher: the run has several teachers: give one by --teacher, or leave it out")
     for model in (pair.student_parts, *(teacher.parts for teacher in pair.teachers)):
         check_sharing(model)
     limits = MemoryLimits(config.training.tokens_per_micro_batch, device=device)
-    sampler = pair.student if options.sample_from == "student" else pair.teachers[0].model
+    sampler = pair.student if sample_from == "student" else pair.teachers[0].model
     precision = str(pair.student_parts.dtype).removeprefix("torch.")
     engine = make_engine(sampler, config, pair.tokenizer, pair.vocab_size, precision, limits)
     if engine.fallback:
         console.print(f"completions come from transformers' own loop, as {engine.fallback}", markup=False)
     view = seen and seen.view(range(len(prompts)))
     own = left_pad(prompts.token_ids, pair.tokenizer.pad_token_id)
-    asked = view.prompts[0] if view and options.sample_from == "teacher" else own
+    asked = view.prompts[0] if view and sample_from == "teacher" else own
     ids, mask = (tensor.to(device) for tensor in asked)
     count = config.evaluation.num_rollouts_per_prompt
     with console.status(f"{len(prompts)} prompts, {count} completions of each"):

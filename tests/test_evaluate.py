@@ -168,6 +168,8 @@ def test_a_run_is_evaluated_with_the_prompts_that_its_teachers_saw(write_config,
     }
     run, target = execute(write_config(changes)), tmp_path / "figures.json"
     assert main(["--run", str(tmp_path / "run"), "--json", str(target)]) == 0
+    asked = {"num_rollouts": 1, "max_new_tokens": 6, "temperature": 1.0, "seed": 1234}
+    assert asked.items() <= json.loads(target.read_text()).items()
     found = json.loads(target.read_text())["reverse_kl"]["mean"]
     assert found == pytest.approx(run.progress.evaluations[-1]["reverse_kl"], rel=1e-4)
     alone = ["--run", str(tmp_path / "run"), "--teacher", str(tiny_pair["teacher"]), "--json", str(target)]
