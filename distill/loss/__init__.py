@@ -10,7 +10,7 @@ from distill.loss.model_parts import ModelParts
 from distill.loss.options import LossOptions
 from distill.loss.rollouts import Rollouts
 from distill.loss.sharing import check_sharing
-from distill.loss.token_statistics import statistics
+from distill.loss.token_statistics import over_teachers, statistics
 
 __all__ = [
     "AGREEMENT_TOKENS",
@@ -24,6 +24,7 @@ __all__ = [
     "TeacherView",
     "accumulate_gradients",
     "check_sharing",
+    "over_teachers",
     "score",
     "statistics",
 ]

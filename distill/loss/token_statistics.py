@@ -1,6 +1,6 @@
 """The statistics of a group's tokens without gradients: for evaluations, and for whoever wants to look."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,27 @@ from distill.loss.head_pair import HeadPair, TeacherStates
 from distill.loss.model_parts import ModelParts
 from distill.runtime import to_device
 from distill_kernels import TokenStats
+
+
+def over_teachers(
+    teachers: Sequence[ModelParts],
+    group: Group,
+    micro_batches: Sequence[Tensor],
+    measure: Callable[[int, Tensor], Tensor],
+) -> Tensor | None:
+    """[n, K] over a group's K tokens, each teacher's weighted: `measure` gives [n, k] of a teacher and some rows.
+
+    None where there are no rows. A row that is in several micro-batches counts once.
+    """
+    total, K = None, int(group.completion_lengths.sum())
+    for teacher, parts in group.by_teacher(micro_batches):
+        with teachers[teacher].present():
+            found = torch.cat([measure(teacher, rows) for rows in parts], 1)
+        tokens = to_device(torch.cat([group.tokens_of(rows) for rows in parts]), found.device)
+        weight = group.weights[:, teacher].repeat_interleave(group.completion_lengths)
+        placed = found.new_zeros(len(found), K).index_copy(1, tokens, found) * to_device(weight, found.device)
+        total = placed if total is None else total + placed
+    return total
 
 
 @torch.no_grad()
@@ -27,16 +48,15 @@ def statistics(
 
     `teacher_hidden` is what `score` gave for the group, where it is known.
     """
-    total = None
-    for teacher, parts in group.by_teacher(micro_batches):
-        heads, seen, found = HeadPair(student, teachers[teacher], 1.0, vocab_size), group.seen_by(teacher), []
-        with heads.teacher.present():
-            for rows in parts:
-                known = teacher_hidden and torch.cat([teacher_hidden[teacher, row] for row in rows.tolist()])
-                theirs = heads.teacher.hidden(*seen.inputs(rows)) if known is None else known
-                hidden, ids = student.hidden(*group.inputs(rows)), group.valid(group.completion_ids, rows)
-                found.append(heads.statistics(hidden, theirs, ids))
-        weight = group.weights[:, teacher].repeat_interleave(group.completion_lengths)
-        of_teacher = torch.stack(list(in_row_order(found, group, parts))) * to_device(weight, hidden.device)
-        total = of_teacher if total is None else total + of_teacher
-    return in_row_order([], group, []) if total is None else TokenStats(*total)
+    pairs = [HeadPair(student, teacher, 1.0, vocab_size) for teacher in teachers]
+
+    def measure(teacher: int, rows: Tensor) -> Tensor:
+        heads, hidden = pairs[teacher], student.hidden(*group.inputs(rows))
+        if teacher_hidden is None:
+            theirs = heads.teacher.hidden(*group.seen_by(teacher).inputs(rows))
+        else:
+            theirs = heads.theirs(teacher_hidden, teacher, rows, hidden)
+        return torch.stack(list(heads.statistics(hidden, theirs, group.valid(group.completion_ids, rows))))
+
+    found = over_teachers(teachers, group, micro_batches, measure)
+    return in_row_order([], group, []) if found is None else TokenStats(*found)

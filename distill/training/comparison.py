@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.loss import AGREEMENT_TOKENS, Group, HeadPair, ModelParts
+from distill.loss import AGREEMENT_TOKENS, Group, HeadPair, ModelParts, over_teachers
 from distill.runtime import MemoryLimits
 from distill.training.clusters import ClusterSums
 from distill.training.evaluation import clusters_of
@@ -40,21 +40,14 @@ def compare(
 
     Each teacher scores what the group says that it sees; of a mixture of teachers figures are weighted.
     """
-    lengths = group.completion_lengths
 
-    def measure(parts: list[Tensor]) -> Tensor:
-        total = None
-        for teacher, of_teacher in group.by_teacher(parts):
-            heads, seen = HeadPair(student, teachers[teacher], 1.0, vocab_size), group.seen_by(teacher)
-            for rows in of_teacher:
-                weight = group.weights[rows, teacher].repeat_interleave(lengths[rows])
-                values = _of_rows(heads, group, seen, rows)  # [n, k]
-                total = values.new_zeros(len(NAMES), int(lengths.sum())) if total is None else total
-                total.index_add_(1, group.tokens_of(rows).to(total.device), values * weight.to(total.device))
-        return total
+    def measure(teacher: int, rows: Tensor) -> Tensor:
+        return _of_rows(HeadPair(student, teachers[teacher], 1.0, vocab_size), group, group.seen_by(teacher), rows)
 
-    values = limits.in_micro_batches("evaluation", group.seen_lengths, measure)
-    cluster = clusters_of(group).repeat_interleave(lengths).to(values.device)
+    values = limits.in_micro_batches(
+        "evaluation", group.seen_lengths, lambda parts: over_teachers(teachers, group, parts, measure)
+    )
+    cluster = clusters_of(group).repeat_interleave(group.completion_lengths).to(values.device)
     figures = {name: Figure.of(of_one, cluster) for name, of_one in zip(NAMES, values, strict=True)}
     return {name: figure.exp() if name.endswith("perplexity") else figure for name, figure in figures.items()}
 
@@ -63,8 +56,7 @@ def _of_rows(heads: HeadPair, group: Group, seen: Group, rows: Tensor) -> Tensor
     """[n, k] of the k tokens of some rows, in the order of NAMES."""
     swapped = heads._replace(student=heads.teacher, teacher=heads.student)
     ids, ours = group.valid(group.completion_ids, rows), heads.student.hidden(*group.inputs(rows))
-    with heads.teacher.present():
-        theirs = heads.teacher.hidden(*seen.inputs(rows))
+    theirs = heads.teacher.hidden(*seen.inputs(rows))
     stats, forward = heads.statistics(ours, theirs, ids), swapped.statistics(theirs, ours, ids)
     tokens = zip(ours.split(AGREEMENT_TOKENS), theirs.split(AGREEMENT_TOKENS), strict=True)
     agreement = torch.cat([heads.agreement(*both) for both in tokens]).float()
