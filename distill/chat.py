@@ -144,10 +144,9 @@ def _speakers(run: Path, config: Config, options: argparse.Namespace, console: C
     }
     if config.teacher.server:  # it may be too large for this machine
         return found
-    for name, section in config.teacher.all().items():
+    for name, section in config.teacher.resolved(student).items():
         who = f"teacher {name}" if name else "teacher"
-        scores = student if section.model == "base" else section
-        reference, trusted, tokenizer = scores.model, scores.trust_remote_code, own
+        reference, trusted, tokenizer = section.model, section.trust_remote_code, own
         # As in the run: a teacher sees what the student sees, unless it has a prompt of its own.
         rewritten = OwnPrompts(section, who) if section.prompt_template else None
         if columns := [column for column in (rewritten.columns if rewritten else ()) if column != "prompt"]:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from distill.config.sections import StudentConfig
 from distill.config.values import Integer, Number, Reference, Section, TemplateArguments, Url, written_as
 
 MAIN = "main"
@@ -81,6 +82,14 @@ class TeacherConfig(FrozenModel):
         if MAIN in others:
             raise ValueError(f"another name than {MAIN!r}, which is what mixtures call teacher.model")
         return others
+
+    def resolved(self, student: StudentConfig) -> dict[str | None, FrozenModel]:
+        """The same with the student's own model for `base`, and whether its code is trusted."""
+        own = {"model": student.model, "trust_remote_code": student.trust_remote_code}
+        return {
+            name: section.model_copy(update=own) if section.model == "base" else section
+            for name, section in self.all().items()
+        }
 
     def all(self) -> dict[str | None, FrozenModel]:
         """Every teacher's section by its name, that of `teacher.model` first, as None."""

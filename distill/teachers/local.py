@@ -31,30 +31,27 @@ def load_teachers(
     """
     loaded: list[Teacher] = []
     models: dict[tuple, Teacher] = {}  # several teachers may be one model that sees different prompts
-    for name, section in config.all().items():
-        reference, trusted = _origin(section, student)
-        key = reference, trusted, section.precision, section.offload
+    for name, section in config.resolved(student).items():
+        key = section.model, section.trust_remote_code, section.precision, section.offload
         if key not in models:
-            tokenizer = load_tokenizer(reference, trust_remote_code=trusted)
+            tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
             if config.server:
-                models[key] = _served(config, section, reference, tokenizer)
+                models[key] = _served(config, section, tokenizer)
             else:
-                shared = base if reference == student.model else None
-                models[key] = _local(section, reference, trusted, tokenizer, device, dtype, attention, shared)
+                shared = base if section.model == student.model else None
+                models[key] = _local(section, tokenizer, device, dtype, attention, shared)
         loaded.append(models[key]._replace(name=name, section=section))
     return loaded
 
 
-def _served(config: TeacherConfig, section: FrozenModel, reference: str, tokenizer: PreTrainedTokenizerBase) -> Teacher:
+def _served(config: TeacherConfig, section: FrozenModel, tokenizer: PreTrainedTokenizerBase) -> Teacher:
     server = Server(config.server, "teacher.server", timeout_seconds=config.timeout_seconds, retries=config.retries)
-    parts, context = connect(server, reference, tokenizer)
+    parts, context = connect(server, section.model, tokenizer)
     return Teacher(None, None, parts, tokenizer, context, section)
 
 
 def _local(
     section: FrozenModel,
-    reference: str,
-    trusted: bool,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     dtype: torch.dtype,
@@ -69,20 +66,14 @@ def _local(
     if base is not None and section.precision == "auto" and not section.offload:
         model = base.requires_grad_(False)
     else:
-        model = load_model(reference, dtype=dtype, device=device, attention=attention, trust_remote_code=trusted)
+        trusted = section.trust_remote_code
+        model = load_model(section.model, dtype=dtype, device=device, attention=attention, trust_remote_code=trusted)
         model.requires_grad_(False)
     if section.precision in ("int8", "int4"):
         round_weights(model, section.precision)
     body, head = split_head(model)
     present = HostMemory(body, device).present if section.offload else contextlib.nullcontext
     return Teacher(None, model, ModelParts(body, head, dtype, present), tokenizer, context_of(model), section)
-
-
-def _origin(section: FrozenModel, student: StudentConfig) -> tuple[str, bool]:
-    """The model that a teacher's reference names, and whether its code is trusted."""
-    if section.model == "base":
-        return student.model, student.trust_remote_code
-    return section.model, section.trust_remote_code
 
 
 class HostMemory:
