@@ -33,14 +33,17 @@ def check_pair(
     teacher_tokenizer: PreTrainedTokenizerBase,
     *,
     stops: Sequence[int] = (),
+    vocab_size: int | None = None,
 ) -> int:
     """Checks before the first step that student and teacher agree; returns the number V of shared real tokens.
 
     Raises `ModelError` when their tokenizers differ, when they end a completion differently, when a head is narrower
     than the tokenizer, or when body and head do not reproduce a model's own logits. Of a `teacher` that is None, which
-    another process has, only the tokenizer is compared. `stops`, where a run names them, are the ends of both.
+    another process has, only the tokenizer is compared. `stops`, where a run names them, are the ends of both;
+    `vocab_size` is V where the tokenizers have been compared.
     """
-    vocab_size = check_tokenizers(student_tokenizer, teacher_tokenizer)
+    if vocab_size is None:
+        vocab_size = check_tokenizers(student_tokenizer, teacher_tokenizer)
     _check_split("student", student, vocab_size)
     _check_gradient(student)
     if teacher is None:

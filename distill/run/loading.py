@@ -42,10 +42,10 @@ class Pair(NamedTuple):
 def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     """Loads the models and checks them against each other. Raises `ModelError` and `PromptError`."""
     options, attention = config.student, config.training.attention
-    template = template_of(config)
+    template = _template_of(config)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     stops = named_ids(config.rollout.stop_ids, tokenizer)
-    _check_tokenizers(config, tokenizer)
+    known = _vocab_sizes(config, tokenizer)
     # The student's weights stay float32 whatever it is computed in: small updates would round away.
     trusted = options.trust_remote_code
     base = load_model(options.model, trust_remote_code=trusted, device=device, attention=attention, trained=True)
@@ -58,7 +58,8 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     vocab_sizes = []
     for teacher in teachers:
         with teacher.parts.present():
-            vocab_sizes.append(check_pair(base, teacher.model, tokenizer, teacher.tokenizer, stops=stops))
+            options_of = {"stops": stops, "vocab_size": known[teacher.name]}
+            vocab_sizes.append(check_pair(base, teacher.model, tokenizer, teacher.tokenizer, **options_of))
     if stops:  # for whoever samples from what is saved
         base.generation_config.eos_token_id = stops
     contexts = [context_of(base), *(teacher.context for teacher in teachers)]
@@ -72,18 +73,21 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     )
 
 
-def template_of(config: Config) -> str | None:
+def _template_of(config: Config) -> str | None:
     """The chat template of the file that `prompts.chat_template` names. Raises `PromptError`."""
     named = config.prompts.chat_template
     return None if named in ("auto", "never") else read_template(Path(named))
 
 
-def _check_tokenizers(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a teacher whose tokenizer is not the student's, before any weights are read. Raises `ModelError`."""
-    for name, teacher in config.teacher.all().items():
-        if teacher.model not in ("base", config.student.model):
+def _vocab_sizes(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str | None, int]:
+    """The tokens that each teacher shares with the student, found before any weights are read. Raises `ModelError`."""
+    found: dict[str | None, int] = {}
+    for name, teacher in config.teacher.resolved(config.student).items():
+        other = tokenizer
+        if teacher.model != config.student.model:
             other = load_tokenizer(teacher.model, trust_remote_code=teacher.trust_remote_code)
-            check_tokenizers(tokenizer, other, f"teacher.others.{name}" if name else "teacher")
+        found[name] = check_tokenizers(tokenizer, other, f"teacher.others.{name}" if name else "teacher")
+    return found
 
 
 def make_student(base: PreTrainedModel, config: Config, dropped: Sequence[int]) -> PreTrainedModel:
