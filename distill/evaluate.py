@@ -101,22 +101,17 @@ def _of_run(run: Path, sections: dict[str, dict[str, Any]]) -> Config:
     config = load_config(run / "config.yaml")
     if not (run / "final").is_dir() and "model" not in sections["student"]:
         raise ConfigError(f"{run}: a run's folder without final/, which is written at the run's end")
-    first, prompts = config.student.model, config.prompts
+    prompts = config.prompts
     held_out, limit = (prompts.eval, prompts.eval_limit) if prompts.eval else (prompts.train, prompts.limit)
     # `base` is the student before it was trained.
-    others = {
-        name: first if other == "base" else other for name, other in config.model_dump()["teacher"]["others"].items()
-    }
-    for other in others.values():
-        if isinstance(other, dict) and other["model"] == "base":
-            other["model"] = first
+    teachers = {name: each.model_dump() for name, each in config.teacher.resolved(config.student).items()}
     whole = {"model": str(run / "final"), "drop_layers": (), "lora": None}
     over = {
         "student": whole | sections["student"],
         "teacher": {
-            "model": first if config.teacher.model == "base" else config.teacher.model,
+            **teachers.pop(None),
             "update": "frozen",
-            "others": others,
+            "others": teachers,
             **sections["teacher"],
         },
         "prompts": {"train": str(held_out), "eval": None, "limit": limit, **sections["prompts"]},
@@ -141,8 +136,9 @@ def _of_run(run: Path, sections: dict[str, dict[str, Any]]) -> Config:
 def _evaluate_models(config: Config, sample_from: str, console: Console) -> dict[str, Figure]:
     device = choose_device(config.training.device)
     pair = load_pair(config, device, choose_dtype(config.training.precision, device))
-    prompts, seen, remarks = load_prompt_sets(config, pair, console)[0]
-    for line in remarks:
+    found = load_prompt_sets(config, pair, console)[0]
+    prompts, seen = found.student, found.teacher
+    for line in found.remarks:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if sample_from == "teacher" and len(pair.teachers) > 1:
         raise ConfigError("--sample-from teacher: the run has several teachers: give one by --teacher, or leave it out")

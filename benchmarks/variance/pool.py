@@ -126,7 +126,7 @@ class PoolMaker:
 
     def make(self, prompt: int, count: int, progress: Progress, task: Any) -> PromptPool:
         """`count` rollouts of the prompt with this index, and their gradients."""
-        parts, (prompts, seen, _) = self.parts, self.parts.prompts
+        parts, prompts, seen = self.parts, self.parts.prompts.student, self.parts.prompts.teacher
         ids, mask = left_pad([prompts.token_ids[prompt]], parts.tokenizer.pad_token_id)
         rollouts = parts.engine.generate(
             ids.to(parts.device), mask.to(parts.device), num_rollouts=count, prompt_keys=torch.tensor([prompt])

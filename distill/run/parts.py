@@ -39,7 +39,6 @@ class RunParts:
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         self.servers = [teacher.parts.body.server for teacher in pair.teachers if teacher.parts.sampled_only]
         self.prompts, self.held_out = load_prompt_sets(config, pair, console)
-        self.identity = self.prompts.identity()
         models = {id(teacher.parts.body): teacher.parts for teacher in pair.teachers}  # each once
         for model in models.values():
             check_against_itself(model, self.prompts.student.token_ids[0], self.vocab_size)
@@ -64,7 +63,7 @@ class RunParts:
         if config.student.lora:
             self.tell(describe(self.student))
         if start:
-            accept(start, config, self.identity, self.student)
+            accept(start, config, self.prompts.identity, self.student)
         self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded, device=device)
         steps = config.training.total_steps(map(len, self._batches(0)))
         compiled = wants_compiling(config, device, ranks, steps) and self._compile()
@@ -170,7 +169,8 @@ class RunParts:
         return epoch_batches(order, config.prompts_per_batch)
 
     def _make_trainer(self) -> Trainer:
-        config, training, (prompts, seen, _) = self.config, self.config.training, self.prompts
+        config, training = self.config, self.config.training
+        prompts, seen = self.prompts.student, self.prompts.teacher
         return Trainer(
             self.student,
             self.student_parts,

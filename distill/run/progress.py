@@ -77,7 +77,7 @@ class Progress:
             **evaluation_arguments(config, parts.held_out, parts.tokenizer.pad_token_id),
         )
         step, count = self.step, config.evaluation.num_rollouts_per_prompt
-        record = {"step": step, **result.record(parts.held_out.identity().label, parts.held_out.teachers)}
+        record = {"step": step, **result.record(parts.held_out.identity.label, parts.held_out.teachers)}
         self.evaluations.append(record)
         record |= change_since(self.evaluations[0], record)
         self.output.log("evaluations", [record])
@@ -135,7 +135,7 @@ class Progress:
         state = {
             "trainer": state,
             "config": parts.config.model_dump(mode="json"),
-            **parts.identity.state(),
+            **parts.prompts.identity.state(),
             # `auto` was decided by a measurement, which another day could decide otherwise.
             "rollout_precision": parts.engine.precision,
             "layer_choice": parts.layer_choice,

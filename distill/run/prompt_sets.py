@@ -1,8 +1,9 @@
 """The training and the held-out prompts of a run, as the student sees them and as its teachers do."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
@@ -14,13 +15,19 @@ from distill.run.loading import Pair
 from distill.teachers import TeacherPrompts, teacher_prompts
 
 
-class Prompts(NamedTuple):
+@dataclass(frozen=True)
+class Prompts:
     """One prompt set, as the student sees it and as the teachers do where that differs."""
 
     student: PromptSet
     teacher: TeacherPrompts | None
-    remarks: Sequence[str] = ()
-    """What is to be said of what the teachers see."""
+    path: Path
+    """Where they are from."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is to be said of what the teachers see."""
+        return [f"{self.path}: {line}" for line in (self.teacher.remarks if self.teacher else ())]
 
     @property
     def teachers(self) -> list[str]:
@@ -28,9 +35,10 @@ class Prompts(NamedTuple):
         each = [{name or MAIN: 1} if not isinstance(name, dict) else name for name in self.student.teachers]
         return [", ".join(f"{who} {share:g}" if len(of) > 1 else who for who, share in of.items()) for of in each]
 
+    @cached_property
     def identity(self) -> Identity:
         """What tells these prompts from others, as far as a run's numbers depend on them."""
-        student, teacher, _ = self
+        student, teacher = self.student, self.teacher
         own = (*student.columns, *(["tools"] if any(student.tools) else []))
         named = ["teacher"] if any(student.teachers) else []
         further = () if teacher is None else tuple(sorted({*teacher.columns} - {*own, "teacher"}))
@@ -83,7 +91,7 @@ def load_prompt_sets(config: Config, pair: Pair, console: Console) -> tuple[Prom
             templated=settings.chat_template != "never",
             template_arguments=config.student.chat_template_kwargs,
         )
-        return Prompts(prompts, seen, [f"{path}: {line}" for line in (seen.remarks if seen else ())])
+        return Prompts(prompts, seen, path)
 
     train = load(settings.train, settings.limit, "rollout.max_new_tokens", config.rollout.max_new_tokens)
     if settings.eval is None:
@@ -95,7 +103,7 @@ def load_prompt_sets(config: Config, pair: Pair, console: Console) -> tuple[Prom
 
 def evaluation_arguments(config: Config, prompts: Prompts, pad_token_id: int) -> dict[str, Any]:
     """On what and how `evaluate` looks at a student, as its keyword arguments."""
-    settings, (student, teacher, _) = config.evaluation, prompts
+    settings, student, teacher = config.evaluation, prompts.student, prompts.teacher
     return {
         "prompts": left_pad(student.token_ids, pad_token_id),
         "teacher_view": teacher and teacher.view(range(len(student))),
