@@ -125,6 +125,17 @@ def assert_close_runs(one, other) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=TOLERANCE * max(1, tensor.abs().max()))
 
 
+def assert_ranks_do_what_one_does(path, runs, alone, tmp_path) -> str:
+    """That the run of each (ranks, parallel) is that of `alone`, which makes it here; returns what all said."""
+    folders = [tmp_path / f"{size}-{parallel}" for size, parallel in runs]
+    results, said = over_ranks(tmp_path, *(job(path, folder, *run) for run, folder in zip(runs, folders, strict=True)))
+    assert [set(result["statuses"]) for result in results] == [{0}] * len(runs), said
+    one = alone()
+    for folder in folders:
+        assert_close_runs(one, folder)
+    return said
+
+
 @pytest.mark.parametrize(
     ("changes", "runs"),
     [
@@ -134,13 +145,7 @@ def assert_close_runs(one, other) -> None:
     ids=["all weights", "frozen weights"],
 )
 def test_two_and_four_ranks_do_what_one_does(changes, runs, uneven, whole, tmp_path):
-    path = uneven(changes)
-    folders = [tmp_path / f"{size}-{parallel}" for size, parallel in runs]
-    results, said = over_ranks(tmp_path, *(job(path, folder, *run) for run, folder in zip(runs, folders, strict=True)))
-    assert [set(result["statuses"]) for result in results] == [{0}] * len(runs), said
-    one = whole(changes)
-    for folder in folders:
-        assert_close_runs(one, folder)
+    said = assert_ranks_do_what_one_does(uneven(changes), runs, lambda: whole(changes), tmp_path)
     # Rank 0 keeps, of one weight or another, the larger part where they do not come out even.
     shares = [int(kept.replace(",", "")) / int(of.replace(",", "")) for kept, of in KEPT.findall(said)]
     expected = [1 / size if parallel == "shard" else 1 for size, parallel in runs]
@@ -152,13 +157,8 @@ def test_a_teacher_that_follows_does_so_on_every_rank(uneven, whole, tmp_path, t
     changes = {"teacher.model": "base", "teacher.update": "ema:0.75", "teacher.others": others, **ALL_WEIGHTS}
     # Without a prompt of its own it would be the student at first, and what Adam makes large mere rounding.
     changes["teacher.system_prompt"] = "Be kind."
-    path, runs = uneven(changes), [(2, "shard"), (3, "replicate")]
-    folders = [tmp_path / f"{size}-{parallel}" for size, parallel in runs]
-    results, said = over_ranks(tmp_path, *(job(path, folder, *run) for run, folder in zip(runs, folders, strict=True)))
-    assert [set(result["statuses"]) for result in results] == [{0}] * len(runs), said
-    one = whole(changes)
-    for folder in folders:
-        assert_close_runs(one, folder)
+    runs = [(2, "shard"), (3, "replicate")]
+    assert_ranks_do_what_one_does(uneven(changes), runs, lambda: whole(changes), tmp_path)
 
 
 def test_a_signal_to_one_of_four_ranks_stops_all_and_two_continue_and_one_ends(uneven, whole, tmp_path):
