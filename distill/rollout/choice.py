@@ -8,10 +8,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill.models import compile_layers, linear_layers, native_refusal, split_head
+from distill.rollout.decode import Step, decode_step
 from distill.rollout.decode_probe import can_repeat, check_decode
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.generation_copy import GenerationCopy, PackedLinear
 from distill.rollout.native import NativeEngine
+from distill.rollout.plain_step import plain_step
 from distill.rollout.stock import StockEngine
 from distill.runtime import is_out_of_memory
 
@@ -59,18 +61,32 @@ def _native(model: PreTrainedModel, compiled: bool, **options: Any) -> NativeEng
         raise NotImplementedError(reason)
     made = NativeEngine(model, **options)
     _probe(model, made, options["dtype"])
+    if model.device.type == "cuda" and _takes_plain_steps(model, made, options["dtype"]):
+        made.step, made.repeats = plain_step, True
+        return made
     made.repeats = can_repeat(made.body)
     if compiled:
         compile_layers(made.body)
     return made
 
 
-def _probe(model: PreTrainedModel, made: NativeEngine, dtype: torch.dtype) -> None:
+def _takes_plain_steps(model: PreTrainedModel, made: NativeEngine, dtype: torch.dtype) -> bool:
+    try:
+        _probe(model, made, dtype, plain_step)
+        return can_repeat(made.body, plain_step)
+    # Layers of another kind, or a card that has no room for a kernel: the model's own layers do it then.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+
+
+def _probe(model: PreTrainedModel, made: NativeEngine, dtype: torch.dtype, step: Step = decode_step) -> None:
     exact = probed_dtype(model, dtype)
     if exact != dtype:
         try:
             probed = GenerationCopy(model, exact, eos_token_ids=(), pad_token_id=0, pack=False)
-            check_decode(split_head(probed.model)[0])
+            check_decode(split_head(probed.model)[0], step)
         except NotImplementedError:
             raise
         # What a kernel or the memory does not allow in this precision says nothing about the one that is sampled in.
@@ -78,7 +94,7 @@ def _probe(model: PreTrainedModel, made: NativeEngine, dtype: torch.dtype) -> No
             pass
         else:
             return
-    check_decode(made.body)
+    check_decode(made.body, step)
 
 
 def probed_dtype(model: PreTrainedModel, dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.models import attention_as, split_head, tensors_of
-from distill.rollout.decode import Completions, Decoder
+from distill.rollout.decode import Completions, Decoder, Step, decode_step
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.kv_cache import ATTENTION_NAME, PromptCache, Room
 from distill.rollout.prefill import prefill
@@ -31,6 +31,7 @@ class NativeEngine(RolloutEngine):
     engine = "native"
     repeats = False
     """Whether steps are captured."""
+    step: Step = staticmethod(decode_step)
 
     def __init__(self, model: PreTrainedModel, *, memory_budget_bytes: int | None = None, **options: Any) -> None:
         """`memory_budget_bytes` bounds what a wave of rows may take beside the weights; None takes half of the rest."""
@@ -84,6 +85,7 @@ class NativeEngine(RolloutEngine):
             eos_token_ids=self.eos_token_ids,
             pad_token_id=self.pad_token_id,
             repeat=self.repeats,
+            step=self.step,
         )
         return self._kept.decoder
 

@@ -2,6 +2,7 @@
 
 from distill_kernels import reference
 from distill_kernels.decode_attention import decode_attention
+from distill_kernels.decode_linear import added, begun, normed_gate, normed_heads
 from distill_kernels.linear_distill_loss import linear_distill_loss
 from distill_kernels.linear_reverse_kl import linear_reverse_kl
 from distill_kernels.prefix_attention import prefix_attention
@@ -16,9 +17,13 @@ __all__ = [
     "Sample",
     "Shared",
     "TokenStats",
+    "added",
+    "begun",
     "decode_attention",
     "linear_distill_loss",
     "linear_reverse_kl",
+    "normed_gate",
+    "normed_heads",
     "prefix_attention",
     "record_draw",
     "reference",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill_kernels.triton_decode_piece import attend_piece, newest, nothing, store_piece
 from distill_kernels.triton_heads import load_rows
-from distill_kernels.triton_math import FUSION, given_or, offset_of
+from distill_kernels.triton_math import FUSION, given_or, offset_of, starts_early, take_turn
 
 PROGRAMS = 256  # about two for every multiprocessor of a large card: fewer are cut into more pieces
 PIECES = 16  # the most that a prompt, or a row's own keys, are cut into
@@ -73,8 +73,9 @@ def _pieces_kernel(
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN_M: tl.constexpr, PROMPT: tl.constexpr,
     PADDED: tl.constexpr, ENDED: tl.constexpr, NEW: tl.constexpr, ONLY: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, PRECISION: tl.constexpr,
+    CAP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    take_turn(EARLY)
     G: tl.constexpr = HQ // HKV
     pid = tl.program_id(0)
     if pid < prompt_programs:
@@ -160,8 +161,9 @@ def _pieces_kernel(
 def _merge_kernel(
     pieces, piece_lse, out, ended, sinks, R,
     HQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, PIECES: tl.constexpr,
-    ENDED: tl.constexpr, SINKS: tl.constexpr,
+    ENDED: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    take_turn(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     there = head < HQ
@@ -236,6 +238,7 @@ def attend(
         )
     strides = [stride for tensor in (keys, values, *stored) for stride in tensor.stride()[:3]]
     strides += [stride for tensor in new for stride in tensor.stride()[:2]]
+    early = starts_early(query.device)
     # Nats before a cap, bits where there is none: exponentials are of base 2.
     factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
     _pieces_kernel[(prompt_programs + R * Hkv * chosen.own_pieces,)](
@@ -279,6 +282,8 @@ def attend(
         WINDOW=window < P + T,
         CAP=softcap is not None,
         PRECISION="ieee",
+        EARLY=early,
+        launch_pdl=early,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
         maxnreg=chosen.registers,
@@ -300,6 +305,8 @@ def attend(
             PIECES=number,
             ENDED=ended is not None,
             SINKS=sinks is not None,
+            EARLY=early,
+            launch_pdl=early,
             **FUSION,
         )
 

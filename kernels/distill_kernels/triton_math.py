@@ -6,9 +6,13 @@ Columns past the end load as -inf, which exp turns into 0. A logit of -inf is ke
 for each lane of a block and are reduced once a row; only the maxima are reduced once a block.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 BLOCK = 2048  # columns that a program holds at once; tests make it smaller, `benchmarks/row_blocks.py` times others
 WARPS = 16
@@ -21,9 +25,24 @@ def launch_options(V: int) -> dict[str, int]:
     return {"BLOCK": min(BLOCK, triton.next_power_of_2(V)), "num_warps": WARPS, **FUSION}
 
 
+@functools.cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a launch there can begin before the one before it has ended: programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def given_or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
     """An absent tensor needs some pointer, which no kernel follows."""
     return stand_in if tensor is None else tensor
+
+
+@triton.jit
+def take_turn(EARLY: tl.constexpr):
+    """Lets the next launch begin, whose programs come here too, and waits until the one before has ended: first of all
+    in a kernel of which `starts_early` holds, before anything is read that another may have written."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

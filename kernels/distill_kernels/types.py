@@ -45,5 +45,24 @@ class Head(NamedTuple):
         return self if self.bias is None else self._replace(bias=self.bias[:V])
 
 
+class Norm(NamedTuple):
+    """An RMS norm: weight * x / sqrt(mean(x^2) + eps)."""
+
+    weight: Tensor
+    """[H]."""
+    eps: float
+
+
+class Stream(NamedTuple):
+    """What goes from layer to layer in a decode step, with what the next layer's norm makes of it but for its root."""
+
+    hidden: Tensor
+    """x, [R, H]."""
+    scaled: Tensor
+    """x times the norm's weight, [R, H]."""
+    squares: Tensor
+    """The sums of x^2 over some parts of a row, float32 [parts, R]."""
+
+
 OBJECTIVES = ("sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd")
 """The objectives of `linear_distill_loss`; the position is the code that kernels and custom ops receive."""
