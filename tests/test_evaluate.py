@@ -51,13 +51,16 @@ def plain_figures(folders, group: Group) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts):
+@pytest.mark.parametrize(
+    "device", ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
+)
+def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts, device):
     config = Config(
         student={"model": str(tiny_pair["student"])},
         teacher={"model": str(tiny_pair["teacher"])},
         prompts={"train": prompts},
     )
-    pair = load_pair(config, torch.device("cpu"), torch.float32)
+    pair = load_pair(config, torch.device(device), torch.float32)
     engine = local_engine(
         pair.student,
         sampling=SamplingOptions(40),
@@ -67,10 +70,11 @@ def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts):
         seed=0,
         vocab_size=pair.vocab_size,
     )
-    ids = left_pad([tiny_tokenizer()(text)["input_ids"] for text in PROMPTS], 0)
-    group = Group.of(engine.generate(*ids, num_rollouts=3, prompt_keys=torch.arange(3)))
+    asked = (x.to(device) for x in left_pad([tiny_tokenizer()(text)["input_ids"] for text in PROMPTS], 0))
+    group = Group.of(engine.generate(*asked, num_rollouts=3, prompt_keys=torch.arange(3)))
     found = compare(pair.student_parts, [pair.teachers[0].parts], group, MemoryLimits(60), pair.vocab_size)
-    for name, by_prompt in plain_figures(tiny_pair, group).items():
+    here = group._replace(prompt_ids=group.prompt_ids.cpu(), completion_ids=group.completion_ids.cpu())
+    for name, by_prompt in plain_figures(tiny_pair, here).items():
         sums, counts = torch.stack([v.sum() for v in by_prompt]), torch.tensor([float(len(v)) for v in by_prompt])
         mean = sums.sum() / counts.sum()
         error = ((sums - mean * counts).square().sum() * 3 / 2).sqrt() / counts.sum()
