@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -97,6 +98,29 @@ def test_the_command(tiny_pair, prompts, tmp_path, capsys, sampler):
     # Each model finds its own completions the likelier ones.
     own, other = (f"{name}_perplexity" for name in ("student", "teacher")[:: 1 if sampler == "student" else -1])
     assert figures[own]["mean"] < figures[other]["mean"]
+
+
+def test_a_teacher_in_host_memory_comes_to_sample(tiny_pair, prompts, monkeypatch):
+    """As with `teacher.offload`: it is there whenever it computes."""
+    inside, calls = [], []
+
+    @contextmanager
+    def present():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def load(*arguments):
+        pair = load_pair(*arguments)
+        (teacher,) = pair.teachers
+        teacher.model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(bool(inside)))
+        return pair._replace(teachers=[teacher._replace(parts=teacher.parts._replace(present=present))])
+
+    monkeypatch.setattr("distill.evaluate.load_pair", load)
+    models = ["--student", str(tiny_pair["student"]), "--teacher", str(tiny_pair["teacher"])]
+    assert main([*models, "--prompts", str(prompts), "--sample-from", "teacher", "--max-new-tokens", "4"]) == 0
+    assert calls
+    assert all(calls)
 
 
 def test_a_model_agrees_with_itself(tiny_pair, prompts, tmp_path):
