@@ -145,19 +145,22 @@ def _evaluate_models(config: Config, sample_from: str, console: Console) -> dict
     for model in (pair.student_parts, *(teacher.parts for teacher in pair.teachers)):
         check_sharing(model)
     limits = MemoryLimits(config.training.tokens_per_micro_batch, device=device)
-    sampler = pair.student if sample_from == "student" else pair.teachers[0].model
+    sampler, parts = pair.student, pair.student_parts
+    if sample_from == "teacher":
+        sampler, parts = pair.teachers[0].model, pair.teachers[0].parts
     precision = str(pair.student_parts.dtype).removeprefix("torch.")
-    engine = make_engine(sampler, config, pair.tokenizer, pair.vocab_size, precision, limits)
-    if engine.fallback:
-        console.print(f"completions come from transformers' own loop, as {engine.fallback}", markup=False)
     view = seen and seen.view(range(len(prompts)))
     own = left_pad(prompts.token_ids, pair.tokenizer.pad_token_id)
     asked = view.prompts[0] if view and sample_from == "teacher" else own
     ids, mask = (tensor.to(device) for tensor in asked)
     count = config.evaluation.num_rollouts_per_prompt
     with console.status(f"{len(prompts)} prompts, {count} completions of each"):
-        engine = engine.variant(seed=config.evaluation.seed, max_new_tokens=config.rollout.max_new_tokens)
-        rollouts = engine.generate(ids, mask, num_rollouts=count, prompt_keys=torch.arange(len(prompts)))
+        with parts.present():
+            engine = make_engine(sampler, config, pair.tokenizer, pair.vocab_size, precision, limits)
+            if engine.fallback:
+                console.print(f"completions come from transformers' own loop, as {engine.fallback}", markup=False)
+            engine = engine.variant(seed=config.evaluation.seed, max_new_tokens=config.rollout.max_new_tokens)
+            rollouts = engine.generate(ids, mask, num_rollouts=count, prompt_keys=torch.arange(len(prompts)))
         group = Group.of(rollouts, view)._replace(prompt_ids=own[0].to(device), prompt_mask=own[1])
         return compare(pair.student_parts, [t.parts for t in pair.teachers], group, limits, pair.vocab_size)
 

@@ -67,6 +67,43 @@ def _set_blocks(patch: pytest.MonkeyPatch, block: int) -> None:
 
 
 @contextmanager
+def tensor_cores() -> Iterator[None]:
+    """On a CPU half-precision operands stay as they are, rows are aligned, and bfloat16 is rounded, as on CUDA."""
+    ordinary = chunks.HeadProducts.__init__
+
+    def native(products, *arguments) -> None:
+        ordinary(products, *arguments)
+        products.native, products.operand = products.dtype != products.accumulate, products.dtype
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(chunks.ROW_ALIGNMENT, "cpu", 64)
+        patch.setattr(chunks.HeadProducts, "__init__", native)
+        patch.setattr(torch, "mm", product_of_tensor_cores)
+        patch.setattr(torch, "addmm", lambda add, a, b, **rest: product_of_tensor_cores(a, b, add=add, **rest))
+        if INTERPRETING:
+            from triton.runtime import interpreter
+
+            truncating = interpreter._convert_float  # cuts bfloat16 off
+
+            def rounding(values, from_dtype, to_dtype, mode):
+                if to_dtype.name != "bf16":
+                    return truncating(values, from_dtype, to_dtype, mode)
+                return torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
+
+            patch.setattr(interpreter, "_convert_float", rounding)
+        yield
+
+
+def product_of_tensor_cores(a: Tensor, b: Tensor, *, out_dtype, out: Tensor | None = None, add: Tensor | None = None):
+    """`torch.mm` and `torch.addmm` with `out_dtype` as CUDA has them, whose conditions it checks, on a CPU."""
+    assert a.dtype == b.dtype != out_dtype == torch.float32
+    assert add is None or add.dtype == out_dtype
+    assert out is None or out.dtype == out_dtype
+    result = a.float() @ b.float() + (0 if add is None else add)
+    return result if out is None else out.copy_(result)
+
+
+@contextmanager
 def poisoned() -> Iterator[None]:
     """Uninitialised tensors are NaN, or the largest integer, as PyTorch's deterministic mode makes them."""
     before = torch.are_deterministic_algorithms_enabled()

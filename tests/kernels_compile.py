@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import triton
+from kernels_common import tensor_cores
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -43,7 +44,7 @@ FLOATS = "*fp32"
 POINTERS = {
     "student_ptr": FLOATS, "teacher_ptr": FLOATS, "student_bias": FLOATS, "teacher_bias": FLOATS, "logits": "*bf16",
     "token_ids": "*i64", "at_sampling_ptr": FLOATS, "advantage_ptr": FLOATS, "weight_ptr": FLOATS,
-    "stats": FLOATS, "normalisers": FLOATS, "losses": FLOATS,
+    "stats": FLOATS, "normalisers": FLOATS, "losses": FLOATS, "lost": FLOATS,
     "row_scale": FLOATS, "grad_ptr": "*bf16", "gradient_ptr": "*bf16", "upstream": FLOATS, "row_ids": "*i64",
     "step_ptr": "*i64", "logprobs": FLOATS,
     "hidden": "*bf16", "weight": "*bf16", "teacher": FLOATS, "e_ptr": "*bf16",
@@ -176,20 +177,27 @@ def compile_product_rows() -> None:
     compile_kernel(rows._target_kernel, 4, COLUMNS=tile.columns, COUNT=8)
 
 
-def loss_of(rows: int) -> None:
+def loss_of(rows: int, dtype: torch.dtype = torch.float32) -> None:
     """In chunks of 16 rows."""
-    hidden, weight = torch.randn(2, rows, 8), torch.randn(2, 96, 8)
+    hidden, weight = torch.randn(2, rows, 8).to(dtype), torch.randn(2, 96, 8).to(dtype)
     arguments = hidden[0].requires_grad_(), weight[0], hidden[1], weight[1], torch.zeros(rows, dtype=torch.int64)
     options = {"sampling_logprob": torch.zeros(rows + 1)[1:], "advantage": torch.zeros(rows)}
     linear_distill_loss(*arguments, torch.ones(rows), workspace_bytes=16 * 10 * 128, **options)
 
 
-def student_loss_of(rows: int) -> None:
+def student_loss_of(rows: int, dtype: torch.dtype = torch.float32) -> None:
     """`loss_of` with a teacher elsewhere."""
-    hidden, weight, vectors = torch.randn(rows, 8), torch.randn(96, 8), torch.zeros(3, rows + 1)[:, 1:]
+    hidden, weight, vectors = torch.randn(rows, 8).to(dtype), torch.randn(96, 8).to(dtype), torch.zeros(3, rows + 1)
+    vectors = vectors[:, 1:]
     said = dict(zip(("teacher_logprob", "sampling_logprob", "advantage"), vectors, strict=True))
     arguments = hidden.requires_grad_(), weight, None, None, torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     linear_distill_loss(*arguments, workspace_bytes=16 * 6 * 128, **said)
+
+
+def rounded_losses_of(rows: int) -> None:
+    """Both in half precision, whose row kernels weigh the gradient and say what they rounded off."""
+    with tensor_cores():
+        loss_of(rows, torch.bfloat16), student_loss_of(rows, torch.bfloat16)
 
 
 def product_of(rows: int) -> None:
@@ -252,7 +260,8 @@ def check_specialisations() -> None:
     chunks.ROW_ALIGNMENT["cpu"] = 64
     student_product.STUDENT_PRODUCT = False
     for launch in (
-        loss_of, student_loss_of, product_of, statistics_of, sample_of, draw_of, attention_of, windowed_attention_of
+        loss_of, student_loss_of, rounded_losses_of, product_of, statistics_of, sample_of, draw_of, attention_of,
+        windowed_attention_of,
     ):  # fmt: skip
         for kernel in kernels:
             bind = create_function_from_signature(kernel.signature, kernel.params, target)
@@ -340,12 +349,12 @@ def main() -> None:
                 triton_rows._rows_kernel, warps, BLOCK=block, OBJECTIVE=objective, GRADIENT=objective >= 0,
                 STUDENT_BIAS=extras, TEACHER_BIAS=extras, STUDENT_CAP=extras, TEACHER_CAP=extras,
                 IMPORTANCE=extras and objective == 0, ADVANTAGE=extras and objective == 0, WEIGHT=objective >= 0,
-                NORMALISERS=objective == -1,
+                NORMALISERS=objective == -1, LOST=objective == 0,
             )  # fmt: skip
     for extras in (False, True):
         compile_kernel(
             triton_student_rows._student_rows_kernel, warps, BLOCK=block, GRADIENT=True, STUDENT_BIAS=extras,
-            STUDENT_CAP=extras, TEACHER=extras, IMPORTANCE=extras, ADVANTAGE=True, WEIGHT=True,
+            STUDENT_CAP=extras, TEACHER=extras, IMPORTANCE=extras, ADVANTAGE=True, WEIGHT=True, LOST=True,
         )  # fmt: skip
     compile_product()
     compile_product_rows()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -51,13 +52,16 @@ def plain_figures(folders, group: Group) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts):
+@pytest.mark.parametrize(
+    "device", ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
+)
+def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts, device):
     config = Config(
         student={"model": str(tiny_pair["student"])},
         teacher={"model": str(tiny_pair["teacher"])},
         prompts={"train": prompts},
     )
-    pair = load_pair(config, torch.device("cpu"), torch.float32)
+    pair = load_pair(config, torch.device(device), torch.float32)
     engine = local_engine(
         pair.student,
         sampling=SamplingOptions(40),
@@ -67,10 +71,11 @@ def test_every_figure_is_that_of_whole_logits(tiny_pair, prompts):
         seed=0,
         vocab_size=pair.vocab_size,
     )
-    ids = left_pad([tiny_tokenizer()(text)["input_ids"] for text in PROMPTS], 0)
-    group = Group.of(engine.generate(*ids, num_rollouts=3, prompt_keys=torch.arange(3)))
+    asked = (x.to(device) for x in left_pad([tiny_tokenizer()(text)["input_ids"] for text in PROMPTS], 0))
+    group = Group.of(engine.generate(*asked, num_rollouts=3, prompt_keys=torch.arange(3)))
     found = compare(pair.student_parts, [pair.teachers[0].parts], group, MemoryLimits(60), pair.vocab_size)
-    for name, by_prompt in plain_figures(tiny_pair, group).items():
+    here = group._replace(prompt_ids=group.prompt_ids.cpu(), completion_ids=group.completion_ids.cpu())
+    for name, by_prompt in plain_figures(tiny_pair, here).items():
         sums, counts = torch.stack([v.sum() for v in by_prompt]), torch.tensor([float(len(v)) for v in by_prompt])
         mean = sums.sum() / counts.sum()
         error = ((sums - mean * counts).square().sum() * 3 / 2).sqrt() / counts.sum()
@@ -93,6 +98,29 @@ def test_the_command(tiny_pair, prompts, tmp_path, capsys, sampler):
     # Each model finds its own completions the likelier ones.
     own, other = (f"{name}_perplexity" for name in ("student", "teacher")[:: 1 if sampler == "student" else -1])
     assert figures[own]["mean"] < figures[other]["mean"]
+
+
+def test_a_teacher_in_host_memory_comes_to_sample(tiny_pair, prompts, monkeypatch):
+    """As with `teacher.offload`: it is there whenever it computes."""
+    inside, calls = [], []
+
+    @contextmanager
+    def present():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def load(*arguments):
+        pair = load_pair(*arguments)
+        (teacher,) = pair.teachers
+        teacher.model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(bool(inside)))
+        return pair._replace(teachers=[teacher._replace(parts=teacher.parts._replace(present=present))])
+
+    monkeypatch.setattr("distill.evaluate.load_pair", load)
+    models = ["--student", str(tiny_pair["student"]), "--teacher", str(tiny_pair["teacher"])]
+    assert main([*models, "--prompts", str(prompts), "--sample-from", "teacher", "--max-new-tokens", "4"]) == 0
+    assert calls
+    assert all(calls)
 
 
 def test_a_model_agrees_with_itself(tiny_pair, prompts, tmp_path):

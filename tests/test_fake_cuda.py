@@ -11,24 +11,40 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import include_paths, library_paths
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from distill.config import Config
+from distill.loss import GroupGradient, LossOptions, ModelParts, Rollouts, TeacherView
+from distill.loss.advantage import advantages
+from distill.models import Head
+from distill.prompts import left_pad
+from distill.run import layer_choice
+from distill.runtime import MemoryLimits
+from distill.training import compare, evaluate, token_view
+from distill.training.diagnostics import step_metrics
+from distill_kernels import TokenStats
 
 GUARD = """#include <c10/core/impl/FakeGuardImpl.h>
 namespace c10 { C10_REGISTER_GUARD_IMPL(CUDA, impl::FakeGuardImpl<kCUDA>); }"""
 B, N, P, T, H, HEADS, LAYERS = 2, 16, 256, 512, 1024, 16, 3  # as Qwen3-0.6B, but for the layers
+V = 151_936
 integers = partial(torch.zeros, dtype=torch.long, device="cuda")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or torch.backends.cuda.is_built(), reason="needs g++, and no CUDA")
-def test_decode_and_scoring_without_a_card(tmp_path: Path) -> None:
+def test_decode_scoring_and_figures_without_a_card(tmp_path: Path) -> None:
     (tmp_path / "guard.cpp").write_text(GUARD)
     paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     compiler = ["g++", "-std=c++20", "-shared", "-fPIC", "guard.cpp", "-o", "guard.so", *paths, "-lc10"]
@@ -106,10 +122,91 @@ def decode_and_score() -> None:
     assert (found.shape, found.dtype, found.device.type) == ((sum(lengths), H), torch.bfloat16, "cuda")
 
 
+class Apart(TorchDispatchMode):
+    """Tensors of the host are real, those of the card hold nothing, and no operation but a copy takes both.
+
+    What was copied to the card comes back as it was, and what was made there as zeros.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        to = torch.device(kwargs.get("device") or "meta").type
+        if func is aten._local_scalar_dense.default and devices == {"cuda"}:
+            return 0
+        if func is aten._to_copy.default and devices == {"cuda"} and to == "cpu":
+            with unset_fake_temporarily():
+                made_there = torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            return self.kept.get(args[0], made_there)
+        assert len(devices) < 2, f"{func} mixes {devices}"
+        with nullcontext() if "cuda" in (*devices, to) else unset_fake_temporarily():
+            found = func(*args, **kwargs)
+        if (devices, to) == ({"cpu"}, "cuda"):
+            self.kept[found] = args[0]
+        return found
+
+
+class Parts(ModelParts):
+    """A model whose hidden states hold nothing."""
+
+    def hidden(self, prompt_ids, prompt_mask, completion_ids, lengths, index, **options) -> torch.Tensor:
+        assert {each.device.type for each in (prompt_ids, completion_ids)} == {"cuda"}
+        assert {each.device.type for each in (prompt_mask, lengths, index)} == {"cpu"}
+        return torch.zeros(int(lengths.sum()), H, device="cuda")
+
+
+class Engine:
+    """Gives completions of 1 to 4 tokens."""
+
+    def variant(self, **options) -> "Engine":
+        return self
+
+    def generate(self, prompt_ids, prompt_mask, *, num_rollouts, prompt_keys) -> Rollouts:
+        assert prompt_ids.device.type == prompt_mask.device.type == "cuda"
+        rows = torch.arange(len(prompt_ids) * num_rollouts)
+        logprobs = torch.zeros(2, len(rows), 4, device="cuda")
+        sampled = integers(len(rows), 4), (rows % 4 + 1).cuda(), *logprobs, (rows % 2 == 0).cuda()
+        return Rollouts(prompt_ids, prompt_mask, *sampled, num_rollouts)
+
+
+def figures() -> None:
+    """What an evaluation, a comparison, a step and a choice of layers say of a group's tokens."""
+    parts = Parts(None, Head(torch.zeros(V, H, device="cuda"), None, None, 1.0), torch.float32)
+    models, limits, prompts = [parts, parts], MemoryLimits(64), [[1, 2, 3], [4, 5], [6]]
+    weight = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])  # both score the second prompt, each as it sees it
+    view = TeacherView([left_pad(prompts, 0), left_pad([[7], [8, 9], [1]], 0)], weight)
+    options = {"num_rollouts": 2, "max_new_tokens": 4, "seed": 0, "vocab_size": V, "limits": limits}
+    found = evaluate(Engine(), parts, models, left_pad(prompts, 0), teacher_view=view, **options)
+    assert len(found.record("", ["one", "both", "other"])["by_teacher"]) == 3
+    compare(parts, models, found.group, limits, V)
+    tokenizer = SimpleNamespace(decode=lambda ids: "", pad_token_id=0)
+    token_view(tokenizer, parts, models, found.group, ["", ""], V)
+
+    lengths, index = found.group.completion_lengths, found.group.prompt_index
+    K = int(lengths.sum())
+    stats = TokenStats(*torch.zeros(6, K, device="cuda"))
+    result = GroupGradient(stats.reward.sum(), stats, torch.zeros(6, H, device="cuda"), torch.ones(2, device="cuda"))
+    step_metrics(result, found.group, result.loss, LossOptions())
+    for baseline, discount in product(("none", "group", "exact"), (0, 0.5, 1)):
+        credit = advantages(stats, lengths, index, LossOptions(baseline=baseline, discount=discount))
+        assert (credit.shape, credit.device.type) == ((K,), "cuda")
+
+    layer_choice.make_engine = lambda *_: Engine()
+    config = Config(student={"model": "one"}, teacher={"model": "other"}, prompts={"train": "some"})
+    teachers, student = [SimpleNamespace(parts=parts)] * 2, SimpleNamespace(device=torch.device("cuda"))
+    pair = SimpleNamespace(student=student, teachers=teachers, tokenizer=tokenizer, vocab_size=V)
+    seen = SimpleNamespace(student=SimpleNamespace(token_ids=prompts), teacher=SimpleNamespace(view=lambda _: view))
+    layer_choice._FixedCompletions(config, pair, seen, torch.float32)
+
+
 def model_in(dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    sizes = {"hidden_size": H, "intermediate_size": 3072, "vocab_size": 151_936, "num_hidden_layers": LAYERS}
+    sizes = {"hidden_size": H, "intermediate_size": 3072, "vocab_size": V, "num_hidden_layers": LAYERS}
     config = Qwen3Config(**sizes, num_attention_heads=HEADS, num_key_value_heads=8, tie_word_embeddings=True)
     with torch.device("cuda"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
@@ -119,3 +216,5 @@ if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1])
     with torch.no_grad(), FakeTensorMode():
         decode_and_score()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Apart():
+        figures()

@@ -2,45 +2,18 @@
 
 import pytest
 import torch
-from kernels_common import exact, over_implementations, running
+from kernels_common import exact, over_implementations, running, tensor_cores
 from kernels_linear import TENSORS, make, run
 from test_kernels_linear import over_objectives
 
-from distill_kernels import chunks, linear_distill_loss, linear_reverse_kl, reference
-
-
-def product_of_tensor_cores(a, b, *, out_dtype, out=None, add=None):
-    """`torch.mm` and `torch.addmm` with `out_dtype` as CUDA has them, whose conditions it checks, on a CPU."""
-    assert a.dtype == b.dtype != out_dtype == torch.float32
-    assert add is None or add.dtype == out_dtype
-    assert out is None or out.dtype == out_dtype
-    result = a.float() @ b.float() + (0 if add is None else add)
-    return result if out is None else out.copy_(result)
-
-
-@pytest.fixture
-def tensor_cores(monkeypatch):
-    """Half-precision operands stay as they are and rows are aligned, as on CUDA."""
-    ordinary = chunks.HeadProducts.__init__
-
-    def native(products, *arguments):
-        ordinary(products, *arguments)
-        products.native, products.operand = products.dtype != products.accumulate, products.dtype
-
-    def start():
-        monkeypatch.setitem(chunks.ROW_ALIGNMENT, "cpu", 64)
-        monkeypatch.setattr(chunks.HeadProducts, "__init__", native)
-        monkeypatch.setattr(torch, "mm", product_of_tensor_cores)
-        monkeypatch.setattr(torch, "addmm", lambda add, a, b, **rest: product_of_tensor_cores(a, b, add=add, **rest))
-
-    return start
+from distill_kernels import linear_distill_loss, linear_reverse_kl, reference
 
 
 @over_implementations
 @over_objectives
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("K", [0, 7])
-def test_products_of_tensor_cores(tensor_cores, implementation, objective, dtype, K):
+def test_products_of_tensor_cores(implementation, objective, dtype, K):
     """Against the CPU's own: several chunks, a bias with factors of many magnitudes, columns past the shared ones."""
     if implementation == "cuda" or (implementation == "twin" and objective == "sampled_reverse_kl"):
         pytest.skip("CUDA has its own; the twin's gradient of this objective is float32")
@@ -51,8 +24,8 @@ def test_products_of_tensor_cores(tensor_cores, implementation, objective, dtype
         arguments["student_bias"] = torch.randn(310, requires_grad=True)
         options = {"objective": objective, "vocab_size": 297, "student_softcap": 5.0}
         _, _, truth = run(linear_distill_loss, arguments, 1.7, **options)
-        tensor_cores()
-        _, _, gradients = run(linear_distill_loss, arguments, 1.7, workspace_bytes=3 * 10 * 320, **options)
+        with tensor_cores():
+            _, _, gradients = run(linear_distill_loss, arguments, 1.7, workspace_bytes=3 * 10 * 320, **options)
     assert not gradients["student_weight"][297:].any()
     for name, gradient in gradients.items():
         assert gradient.dtype == arguments[name].dtype
@@ -62,7 +35,7 @@ def test_products_of_tensor_cores(tensor_cores, implementation, objective, dtype
 
 @over_implementations
 @over_objectives
-def test_a_row_s_gradient_is_rounded_once(tensor_cores, implementation, objective):
+def test_a_row_s_gradient_is_rounded_once(implementation, objective):
     """What it is multiplied with is not rounded again on its way into the weight's: an entry of one row's gradient is
     half a unit in the last place of float16 off, 2^-11, and no more."""
     if implementation != "interpreted":
@@ -74,8 +47,8 @@ def test_a_row_s_gradient_is_rounded_once(tensor_cores, implementation, objectiv
         arguments["teacher_weight"] = arguments["teacher_weight"].float()
         floats = {name: exact(tensor) if tensor.is_floating_point() else tensor for name, tensor in arguments.items()}
         _, _, truth = run(reference.linear_distill_loss, floats, 1.0, objective=objective)
-        tensor_cores()
-        _, _, gradients = run(linear_distill_loss, arguments, 1.0, objective=objective, cast_weights=True)
+        with tensor_cores():
+            _, _, gradients = run(linear_distill_loss, arguments, 1.0, objective=objective, cast_weights=True)
     found, wanted = gradients["student_weight"].double(), truth["student_weight"]
     large = wanted.abs() > 1e-2 * wanted.abs().max()
     assert ((found - wanted) / wanted)[large].abs().max() < 2**-11 * 1.02

@@ -76,13 +76,14 @@ class _FixedCompletions:
         self._pair, self._dtype = pair, dtype
         self._teachers = [teacher.parts for teacher in pair.teachers]
         self._limits = MemoryLimits(config.training.tokens_per_micro_batch, device=pair.student.device)
-        ids, mask = left_pad(prompts.student.token_ids[:NUM_PROMPTS], pair.tokenizer.pad_token_id)
+        asked = left_pad(prompts.student.token_ids[:NUM_PROMPTS], pair.tokenizer.pad_token_id)
+        ids, mask = (tensor.to(pair.student.device) for tensor in asked)
         # The whole model writes here, which no server has.
         here = {"engine": "auto", "server": None} if config.rollout.engine == "vllm" else {}
         config = config.model_copy(update={"rollout": config.rollout.model_copy(update=here)})
         engine = make_engine(pair.student, config, pair.tokenizer, pair.vocab_size, "float32", self._limits)
         rollouts = engine.variant(seed=config.evaluation.seed, max_new_tokens=NUM_TOKENS).generate(
-            ids.to(pair.student.device), mask, num_rollouts=1, prompt_keys=torch.arange(len(ids))
+            ids, mask, num_rollouts=1, prompt_keys=torch.arange(len(ids))
         )
         self._group = Group.of(rollouts, prompts.teacher and prompts.teacher.view(range(len(ids))))
         self._hidden = self._limits.in_micro_batches(

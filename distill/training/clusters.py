@@ -25,7 +25,7 @@ class ClusterSums(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor, cluster: Tensor) -> "ClusterSums":
-        """Adds up values [K] by their clusters [K] int64, which are numbered from 0."""
+        """Adds up values [K], wherever they are, by their clusters [K] int64 on the host, which are numbered from 0."""
         return cls(cluster.bincount(weights=values.double().cpu()), cluster.bincount().double())
 
     def of_label(self, labels: Sequence[str]) -> "dict[str, ClusterSums]":

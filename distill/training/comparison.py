@@ -47,7 +47,7 @@ def compare(
     values = limits.in_micro_batches(
         "evaluation", group.seen_lengths, lambda parts: over_teachers(teachers, group, parts, measure)
     )
-    cluster = clusters_of(group).repeat_interleave(group.completion_lengths).to(values.device)
+    cluster = clusters_of(group).repeat_interleave(group.completion_lengths)
     figures = {name: Figure.of(of_one, cluster) for name, of_one in zip(NAMES, values, strict=True)}
     return {name: figure.exp() if name.endswith("perplexity") else figure for name, figure in figures.items()}
 

@@ -30,10 +30,13 @@ def write_gradients(
     factor: Tensor,
     needed: list[bool],
     gradients: Sequence[Tensor],
+    token_ids: Tensor,
+    lost: Tensor | None,
 ) -> None:
     """A chunk's gradients of hidden states, weight and bias, by its logits' gradient factor [k] * grad [k, V].
 
-    The first chunk writes the weight's, the others add to it.
+    The first chunk writes the weight's, the others add to it. `lost` [K], what rounding took from each row's entry at
+    its token, is given back in float32: most of p - onehot is that entry, whose rounding would not average out.
     """
     d_hidden, d_weight, d_bias = gradients
     V = len(head.weight)
@@ -44,6 +47,17 @@ def write_gradients(
         head.weight_gradient(grad, scaled, d_weight[:V], first=part.start == 0)
     if needed[2]:
         head.bias_gradient(grad, factor, d_bias[:V])
+    if lost is None:
+        return
+    ids = token_ids[part].clamp(0, V - 1)  # for an id outside the vocabulary nothing is lost
+    own = lost[part] * factor
+    if needed[0]:
+        d_hidden[part].addcmul_(own[:, None], head.weight[ids])
+    # Not `index_add_`, whose order on CUDA is another each time.
+    if needed[1]:
+        d_weight.index_put_((ids,), own[:, None] * hidden[part], accumulate=True)
+    if needed[2]:
+        d_bias.index_put_((ids,), own, accumulate=True)
 
 
 def keep_gradients(ctx, trained: Sequence[Tensor | None], needed: list[bool], output: Gradients) -> None:

@@ -12,7 +12,8 @@ importance_clip) are constants of the gradient; m = beta q + (1 - beta) p (Agarw
 linear in the losses of the tokens with known weights, so the gradient needs nothing from outside but one number: a
 chunk of rows is multiplied by both heads, one row kernel writes the student's logit gradient, and that goes straight
 into both gradients. The backward pass multiplies them by the upstream gradient; nothing is computed twice, no [K, V]
-tensor exists. Where `student_product.applies`, on Hopper, the student's product itself writes the logit gradient.
+tensor exists. Where `student_product.applies`, on Hopper, the student's product itself writes the logit gradient. In
+half precision p - onehot(y) loses part of its largest entry, which either way goes into the gradients all the same.
 
 FLOPs: 2 K V (3 Hs + Ht), or 2 K V (Hs + Ht) without gradients and 2 K V (2 Hs + Ht) with a frozen head. Bytes: the
 logits buffers are written once, read twice (once where no gradient is asked for), and the gradient is written and
@@ -76,10 +77,11 @@ def _linear_distill_loss(
     }
     way = _way(student, student_hidden, heads, temperature, objective, any(needed), workspace_bytes)
     teacher_room = teacher.room(way.rows)
+    lost = stats.new_empty(K) if way.rounds and OBJECTIVES[objective] == "sampled_reverse_kl" else None
     for part in chunks(K, way.rows):
         factor = weights[part] * (student_scale / temperature)
         # A row kernel that rounds the gradient weights it first, and leaves a factor that no product rounds.
-        weighted = {"token_weight": factor} if way.rounds else {}
+        weighted = {"token_weight": factor, "lost": None if lost is None else lost[part]} if way.rounds else {}
         grad = way.distill(
             student_hidden[part],
             teacher.logits(teacher_hidden[part], teacher_room),
@@ -98,7 +100,7 @@ def _linear_distill_loss(
         )
         factor = row_scale[part] if weighted else weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
         if grad is not None:
-            write_gradients(student, grad, student_hidden, part, factor, needed, gradients)
+            write_gradients(student, grad, student_hidden, part, factor, needed, gradients, token_ids, lost)
         del grad  # before the next chunk's logits
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]

@@ -53,6 +53,7 @@ def linear_student_loss(
     gradient, operand = any(needed), student.operand
     # The logits' gradient takes their place if the products take what the logits are.
     rounded = gradient and operand != stats.dtype
+    lost = stats.new_empty(K) if rounded else None
     rows = rows_per_chunk(K, V, stats.dtype.itemsize + rounded * operand.itemsize, workspace_bytes, device)
     room, half = student.room(rows), row_buffer(rows, V, operand, device) if rounded else None
     given = {"teacher_logprob": teacher_logprob, "sampling_logprob": sampling_logprob, "advantage": advantage}
@@ -62,7 +63,7 @@ def linear_student_loss(
         grad = None if not gradient else logits if half is None else half[: len(logits)]
         factor = weights[part] * (scale / temperature)
         # A row kernel that rounds the gradient weights it first, and leaves a factor that no product rounds.
-        weighted = {"token_weight": factor} if rounded else {}
+        weighted = {"token_weight": factor, "lost": lost[part]} if rounded else {}
         backend.implementation("student_rows", device).student_rows(
             logits,
             token_ids[part],
@@ -78,7 +79,7 @@ def linear_student_loss(
         )
         factor = row_scale[part] if weighted else factor * row_scale[part]
         if grad is not None:
-            write_gradients(student, grad, hidden, part, factor, needed, gradients)
+            write_gradients(student, grad, hidden, part, factor, needed, gradients, token_ids, lost)
         del logits, grad  # before the next chunk's
     loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
     return loss, *outputs[1:]

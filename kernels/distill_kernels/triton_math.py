@@ -194,6 +194,12 @@ def sampled_loss(
 
 
 @triton.jit
+def lost_to_rounding(entry, token_id, V, dtype: tl.constexpr):
+    """What a row's entry at its token loses in this dtype; 0 of a column that does not exist."""
+    return tl.where(token_id < V, entry - entry.to(dtype).to(tl.float32), 0.0)
+
+
+@triton.jit
 def log_mixture_of(p, q, beta):
     """log(beta q + (1 - beta) p), finite where both are 0."""
     return tl.log(tl.maximum(beta * q + (1 - beta) * p, 1.1754944e-38))

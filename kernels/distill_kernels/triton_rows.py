@@ -8,6 +8,7 @@ from distill_kernels.triton_math import (
     given_or,
     launch_options,
     log_mixture_of,
+    lost_to_rounding,
     mixture_kl,
     offset_of,
     power_and_part,
@@ -27,17 +28,18 @@ _NONE, _SAMPLED, _REVERSE, _FORWARD, _JSD = (tl.constexpr(code) for code in rang
 @triton.jit(
     do_not_specialize=["stats_stride", "normalisers_stride"],
     do_not_specialize_on_alignment=[
-        "token_ids", "at_sampling_ptr", "advantage_ptr", "weight_ptr", "stats", "normalisers", "losses", "row_scale"
+        "token_ids", "at_sampling_ptr", "advantage_ptr", "weight_ptr", "stats", "normalisers", "losses", "row_scale",
+        "lost",
     ],
 )  # fmt: skip
 def _rows_kernel(
     student_ptr, teacher_ptr, student_bias, teacher_bias, token_ids, at_sampling_ptr, advantage_ptr, weight_ptr,
-    stats, normalisers, losses, row_scale, grad_ptr,
+    stats, normalisers, losses, row_scale, lost, grad_ptr,
     student_stride, student_step, teacher_stride, teacher_step, stats_stride, normalisers_stride, grad_stride, V,
     student_scale, teacher_scale, student_softcap, teacher_softcap, inverse_temperature, importance_clip, beta,
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
     OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr, WEIGHT: tl.constexpr,
-    NORMALISERS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    NORMALISERS: tl.constexpr, LOST: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     student = student_ptr + offset_of(row, student_stride)
@@ -103,6 +105,7 @@ def _rows_kernel(
         if GRADIENT:
             student_kl = tl.where(infinite, 0.0, student_kl)
             grad = grad_ptr + offset_of(row, grad_stride)
+            entry = tl.zeros([BLOCK], tl.float32)
             # Last block first: what the sums have read last is what the L2 cache still holds.
             last = (V - 1) // BLOCK * BLOCK
             for back in range(0, V, BLOCK):
@@ -128,7 +131,11 @@ def _rows_kernel(
                     else:
                         gradient = p * (s - log_mixture_of(p, q, beta) - student_kl)
                 gradient = gradient * slope * part
+                if LOST:
+                    entry += tl.where(cols == token_id, gradient, 0.0)
                 tl.store(grad + cols, gradient.to(grad_ptr.dtype.element_ty), mask=cols < V)
+            if LOST:
+                tl.store(lost + row, lost_to_rounding(tl.sum(entry, 0), token_id, V, grad_ptr.dtype.element_ty))
 
 
 def token_stats(
@@ -173,12 +180,15 @@ def distill_rows(
     student_head: Head,
     teacher_head: Head,
     token_weight: Tensor | None = None,
+    lost: Tensor | None = None,
 ) -> None:
     """Statistics [6, k], losses [k] and the gradient of k rows of raw logits [k, V].
 
     The gradient of row k's loss with respect to its tempered logits is row_scale[k] * grad[k]; the factor stays
     apart because the caller can apply it to H columns instead of V. `grad` may be `student` itself, or None. With
     `token_weight` [k] float32 it is that of the weighted loss, and row_scale a power of two, which rounds nothing.
+    `lost` [k] float32, for `sampled_reverse_kl`, receives what the dtype of `grad` left out of each row's entry at its
+    token, in the units of `grad`.
     """
     _launch_rows(
         student,
@@ -197,6 +207,7 @@ def distill_rows(
         row_scale=row_scale,
         grad=grad,
         token_weight=token_weight,
+        lost=lost,
     )
 
 
@@ -219,6 +230,7 @@ def _launch_rows(
     row_scale: Tensor | None = None,
     grad: Tensor | None = None,
     token_weight: Tensor | None = None,
+    lost: Tensor | None = None,
 ) -> None:
     k, V = student.shape
     if k == 0:
@@ -236,6 +248,7 @@ def _launch_rows(
         given_or(normalisers, stats),
         given_or(losses, stats),
         given_or(row_scale, stats),
+        given_or(lost, stats),
         given_or(grad, student),
         student.stride(0),
         student.stride(1),
@@ -261,6 +274,7 @@ def _launch_rows(
         ADVANTAGE=advantage is not None,
         WEIGHT=token_weight is not None,
         NORMALISERS=normalisers is not None,
+        LOST=lost is not None,
         GRADIENT=grad is not None,
         **launch_options(V),
     )

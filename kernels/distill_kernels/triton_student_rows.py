@@ -7,6 +7,7 @@ from torch import Tensor
 from distill_kernels.triton_math import (
     given_or,
     launch_options,
+    lost_to_rounding,
     offset_of,
     power_and_part,
     row_sum,
@@ -20,15 +21,16 @@ from distill_kernels.types import Head
 @triton.jit(
     do_not_specialize=["stats_stride"],
     do_not_specialize_on_alignment=[
-        "token_ids", "teacher_ptr", "at_sampling_ptr", "advantage_ptr", "weight_ptr", "stats", "losses", "row_scale"
+        "token_ids", "teacher_ptr", "at_sampling_ptr", "advantage_ptr", "weight_ptr", "stats", "losses", "row_scale",
+        "lost",
     ],
 )  # fmt: skip
 def _student_rows_kernel(
     student_ptr, student_bias, token_ids, teacher_ptr, at_sampling_ptr, advantage_ptr, weight_ptr,
-    stats, losses, row_scale, grad_ptr, student_stride, student_step, stats_stride, grad_stride, V,
+    stats, losses, row_scale, lost, grad_ptr, student_stride, student_step, stats_stride, grad_stride, V,
     student_scale, student_softcap, inverse_temperature, importance_clip,
     STUDENT_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
-    ADVANTAGE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    ADVANTAGE: tl.constexpr, WEIGHT: tl.constexpr, LOST: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     student = student_ptr + offset_of(row, student_stride)
@@ -66,6 +68,7 @@ def _student_rows_kernel(
     tl.store(row_scale + row, factor)
     if GRADIENT:
         grad = grad_ptr + offset_of(row, grad_stride)
+        entry = tl.zeros([BLOCK], tl.float32)
         # Last block first: what the sums have read last is what the L2 cache still holds.
         last = (V - 1) // BLOCK * BLOCK
         for back in range(0, V, BLOCK):
@@ -75,7 +78,11 @@ def _student_rows_kernel(
                 inverse_temperature, STUDENT_BIAS, STUDENT_CAP,
             )  # fmt: skip
             gradient = (tl.exp(x - peak - log_total) - tl.where(cols == token_id, 1.0, 0.0)) * slope * part
+            if LOST:
+                entry += tl.where(cols == token_id, gradient, 0.0)
             tl.store(grad + cols, gradient.to(grad_ptr.dtype.element_ty), mask=cols < V)
+        if LOST:
+            tl.store(lost + row, lost_to_rounding(tl.sum(entry, 0), token_id, V, grad_ptr.dtype.element_ty))
 
 
 def student_rows(
@@ -93,12 +100,14 @@ def student_rows(
     temperature: float,
     head: Head,
     token_weight: Tensor | None = None,
+    lost: Tensor | None = None,
 ) -> None:
     """Statistics [6, k], losses [k] and the gradient of k rows of raw logits [k, V].
 
     The gradient of row k's loss with respect to its tempered logits is row_scale[k] * grad[k]. `grad` may be `logits`
     itself, or None. With `token_weight` [k] float32 it is that of the weighted loss, and row_scale a power of two,
-    which rounds nothing.
+    which rounds nothing. `lost` [k] float32 receives what the dtype of `grad` left out of each row's entry at its
+    token, in the units of `grad`.
     """
     k, V = logits.shape
     if k == 0:
@@ -112,6 +121,7 @@ def student_rows(
         stats,
         losses,
         row_scale,
+        given_or(lost, stats),
         given_or(grad, logits),
         logits.stride(0),
         logits.stride(1),
@@ -128,6 +138,7 @@ def student_rows(
         IMPORTANCE=sampling_logprob is not None,
         ADVANTAGE=advantage is not None,
         WEIGHT=token_weight is not None,
+        LOST=lost is not None,
         GRADIENT=grad is not None,
         **launch_options(V),
     )

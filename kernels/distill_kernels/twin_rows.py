@@ -72,12 +72,13 @@ def distill_rows(
     student_head: Head,
     teacher_head: Head,
     token_weight: Tensor | None = None,
+    lost: Tensor | None = None,
 ) -> None:
     """Statistics [6, k], losses [k] and the gradient of k rows of raw logits [k, V], which it overwrites.
 
     The gradient of row k's loss with respect to its tempered logits is row_scale[k] * grad[k]; the factor stays
     apart because the caller can apply it to H columns instead of V. `grad` may be `student` itself, or None.
-    `token_weight` [k] goes into the factor.
+    `token_weight` [k] goes into the factor. `lost` [k] becomes 0, as nothing is rounded here.
     """
     for part, (exps_s, exps_t, work) in row_slices(student):
         s = softmax_of(student[part], exps_s, student_head, temperature)
@@ -105,6 +106,8 @@ def distill_rows(
         losses[part], row_scale[part] = loss, factor
     if token_weight is not None:
         row_scale *= token_weight
+    if lost is not None:
+        lost.zero_()
 
 
 def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> Softmax:

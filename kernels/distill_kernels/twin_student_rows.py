@@ -24,11 +24,12 @@ def student_rows(
     temperature: float,
     head: Head,
     token_weight: Tensor | None = None,
+    lost: Tensor | None = None,
 ) -> None:
     """Statistics [6, k], losses [k] and the gradient of k rows of raw logits [k, V], which it overwrites.
 
     The gradient of row k's loss with respect to its tempered logits is row_scale[k] * grad[k]. `grad` may be `logits`
-    itself, or None. `token_weight` [k] goes into the factor.
+    itself, or None. `token_weight` [k] goes into the factor. `lost` [k] becomes 0, as nothing is rounded here.
     """
     stats.fill_(math.nan)
     if teacher_logprob is not None:
@@ -52,3 +53,5 @@ def student_rows(
             gradient.mul_(slope)
     if token_weight is not None:
         row_scale *= token_weight
+    if lost is not None:
+        lost.zero_()
