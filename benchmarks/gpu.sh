@@ -69,9 +69,9 @@ bench() { # bench SECONDS PART PYTEST_ARGUMENT...: a part that is a benchmark
   run "$@" --benchmark-disable --results "$out/$part.json"
 }
 
-cuda_tests=(tests/test_kernels_*.py tests/test_{decode,evaluate,trainer,rollout,teachers}.py)
+cuda_tests=(tests/test_kernels_*.py tests/test_{decode,evaluate,plain_step,trainer,rollout,teachers}.py)
 if [ "${DRY:-}" = 1 ]; then cuda_tests=(tests/test_decode.py tests/test_kernels_prefix_attention.py); fi
-if "$PYTHON" -c 'import xdist' 2>/dev/null && [ "${DRY:-}" != 1 ]; then cuda_tests+=(-n 6); fi
+if "$PYTHON" -c 'import xdist' 2>/dev/null && [ "${DRY:-}" != 1 ]; then cuda_tests+=(-n 12); fi
 
 for part in "${parts[@]}"; do
   case $part in

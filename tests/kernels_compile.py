@@ -27,6 +27,7 @@ from distill_kernels import (
     sample,
     student_product,
     triton_decode_attention,
+    triton_decode_linear,
     triton_math,
     triton_prefix_attention,
     triton_prefix_blocks,
@@ -297,6 +298,7 @@ def compile_attention(kernel, floats: str, most_registers: int, warps: int = 4, 
     types = partial(attention_type_of, floats=floats)
     divides = lambda name, kind: kind[0] == "*" or name.endswith(("row", "head", "slot"))  # noqa: E731 # or a stride
     for capability in CAPABILITIES:
+        constants["EARLY"] = capability >= 90
         compiled = build(kernel, capability, types, constants, divides, num_warps=warps, num_stages=stages)
         registers, stack = resources(compiled.asm["cubin"])
         shared = compiled.metadata.shared
@@ -339,8 +341,51 @@ def attention() -> None:
         )  # fmt: skip
 
 
+def decode_linear_type_of(name: str) -> str:
+    types = {"counters": "*i32", "R": "i32", "up_offset": "i64"}
+    types |= dict.fromkeys(("squares", "cos", "sin", "parts"), FLOATS)
+    return types.get(name) or ("fp32" if name.endswith("eps") else "*bf16")
+
+
+def compile_decode_linear() -> None:
+    """At Qwen3-0.6B's sizes, of few rows, of the most that a kernel multiplies, and of products that are ready: copies
+    ahead of use, and nothing but what follows a product is spilled."""
+    module = triton_decode_linear
+    own = {
+        module._heads_kernel: {"HQ": 16, "HKV": 8, "D": 128, "ROTARY": 128, "BIAS": True, "HEAD_NORM": True},
+        module._gate_kernel: {"N": 3072},
+        module._add_kernel: {"N": 1024, "BIAS": True},
+    }
+    squares = {"SQUARES": 32, "BLOCK_S": 32}
+    for capability, (kernel, constants), rows in product((80, 90, 100), own.items(), (16, 64, None)):
+        columns, K, width = {
+            module._heads_kernel: (4096, 1024, 128), module._gate_kernel: (6144, 1024, None),
+            module._add_kernel: (1024, 2048, None),
+        }[kernel]  # fmt: skip
+        ready, early = rows is None, capability >= 90
+        held = rows or (16 if width else 2)
+        plan = module.ready_plan(width) if ready else module.plan(columns, K, 2, rows, width=width)
+        stages = module.stages_of(plan, held, 2, 163 * 1024 if capability == 80 else SHARED_MEMORY)
+        names = [parameter.name for parameter in kernel.params]
+        constants = constants | {
+            "K": K, "READY": ready, "ROWS": held, "COLUMNS": plan.columns, "PARTS": plan.parts, "INNER": plan.inner,
+            "STAGES": stages, "EARLY": early, "FETCH": early, "STEP": 64, "PRECISION": "ieee",
+        } | {name: value for name, value in squares.items() if name in names}  # fmt: skip
+        divides = lambda name, kind: kind[0] == "*" or name == "up_offset"  # noqa: E731
+        compiled = build(kernel, capability, decode_linear_type_of, constants, divides, num_warps=plan.warps)
+        registers, stack = resources(compiled.asm["cubin"])
+        shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
+        used = f"{registers} registers, {stack} bytes of stack, {shared} of shared memory"
+        print(f"compiled {kernel.__name__} for {capability}: {rows} rows, {plan}, {used}")
+        assert stack <= MOST_STACK, used
+        assert shared <= (163 * 1024 if capability == 80 else SHARED_MEMORY), used
+        assert ready or len(re.findall(r"cp\.async\.cg", ptx)) >= 8, "nothing is copied ahead"
+        assert ("griddepcontrol.wait" in ptx) == early
+
+
 def main() -> None:
     attention()
+    compile_decode_linear()
     check_specialisations()
     block, warps = triton_math.BLOCK, triton_math.WARPS
     for objective in range(-1, 4):

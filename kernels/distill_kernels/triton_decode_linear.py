@@ -53,6 +53,16 @@ def plan(columns: int, inner: int, itemsize: int, rows: int, *, width: int | Non
     return Plan(tile, min(parts, triton.cdiv(inner, held), 8), held, 8 if many and tile > 64 else 4, stages)
 
 
+def ready_plan(width: int | None) -> Plan:
+    """For a product that is there."""
+    return Plan(width or 1024, 1, 16, stages=1)
+
+
+def stages_of(chosen: Plan, rows: int, itemsize: int, memory: int) -> int:
+    """Of a loop over both operands, as many as are wanted and find room in the bytes of a program's shared memory."""
+    return max(1, min(chosen.stages, (memory - 8192) // ((rows + chosen.columns) * chosen.inner * itemsize)))
+
+
 @triton.jit
 def _fetch(lines):
     """Has the L2 cache fetch the lines of these addresses."""
@@ -334,7 +344,7 @@ def _launch(x: Tensor, weights: Sequence[Tensor], tiles: int | None, width: int 
     (R, K), N = x.shape, sum(map(len, weights))
     ready = R > LARGEST_ROWS
     if ready:
-        rows, chosen = ready_rows, Plan(width or 1024, 1, 16, stages=1)
+        rows, chosen = ready_rows, ready_plan(width)
     else:
         rows = max(16, triton.next_power_of_2(R))
         chosen = plan(N, K, x.itemsize, rows, width=width)
@@ -342,10 +352,9 @@ def _launch(x: Tensor, weights: Sequence[Tensor], tiles: int | None, width: int 
     blocks, early = triton.cdiv(R, rows), starts_early(x.device)
     if blocks * tiles > TILES and not ready:
         raise ValueError(f"{R} rows and {tiles} tiles of the weight are more than the {TILES} there is room for")
-    held = (rows + chosen.columns) * chosen.inner * x.itemsize
     options = {
         "READY": ready, "ROWS": rows, "COLUMNS": chosen.columns, "PARTS": chosen.parts, "INNER": chosen.inner,
-        "STAGES": max(1, min(chosen.stages, _shared_memory(x.device) // held)), "EARLY": early,
+        "STAGES": stages_of(chosen, rows, x.itemsize, _shared_memory(x.device)), "EARLY": early,
         "FETCH": early and FETCH, "STEP": LINE // x.itemsize, "PRECISION": "ieee", "num_warps": chosen.warps,
         "launch_pdl": early, **FUSION,
     }  # fmt: skip
@@ -377,7 +386,5 @@ def _multiplied(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes of a program, less what all else takes."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 8192
+    """Bytes that a program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
