@@ -302,6 +302,7 @@ def compile_attention(kernel, floats: str, most_registers: int, warps: int = 4, 
         compiled = build(kernel, capability, types, constants, divides, num_warps=warps, num_stages=stages)
         registers, stack = resources(compiled.asm["cubin"])
         shared = compiled.metadata.shared
+        assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == constants["EARLY"]
         used = f"{registers} registers, {stack} bytes of stack, {shared} of shared memory"
         print(f"compiled {kernel.__name__} for {capability}: {floats} {constants}, {used}")
         # 99 KB of shared memory are what the smallest cards have.
@@ -362,14 +363,14 @@ def compile_decode_linear() -> None:
             module._heads_kernel: (4096, 1024, 128), module._gate_kernel: (6144, 1024, None),
             module._add_kernel: (1024, 2048, None),
         }[kernel]  # fmt: skip
-        ready, early = rows is None, capability >= 90
+        ready = rows is None
         held = rows or (16 if width else 2)
         plan = module.ready_plan(width) if ready else module.plan(columns, K, 2, rows, width=width)
         stages = module.stages_of(plan, held, 2, 163 * 1024 if capability == 80 else SHARED_MEMORY)
         names = [parameter.name for parameter in kernel.params]
         constants = constants | {
             "K": K, "READY": ready, "ROWS": held, "COLUMNS": plan.columns, "PARTS": plan.parts, "INNER": plan.inner,
-            "STAGES": stages, "EARLY": early, "FETCH": early, "STEP": 64, "PRECISION": "ieee",
+            "STAGES": stages, "PRECISION": "ieee",
         } | {name: value for name, value in squares.items() if name in names}  # fmt: skip
         divides = lambda name, kind: kind[0] == "*" or name == "up_offset"  # noqa: E731
         compiled = build(kernel, capability, decode_linear_type_of, constants, divides, num_warps=plan.warps)
@@ -380,7 +381,6 @@ def compile_decode_linear() -> None:
         assert stack <= MOST_STACK, used
         assert shared <= (163 * 1024 if capability == 80 else SHARED_MEMORY), used
         assert ready or len(re.findall(r"cp\.async\.cg", ptx)) >= 8, "nothing is copied ahead"
-        assert ("griddepcontrol.wait" in ptx) == early
 
 
 def main() -> None:

@@ -25,11 +25,11 @@ class Efficiency(NamedTuple):
     copying: float  # of the bandwidth, where weights and keys are read and activations passed on
     rows: float  # of the bandwidth, in the fused head's row function and in the sampler
     layer_seconds: float  # to launch one layer's forward, while a GPU computes; a backward takes twice that
-    decode_layer_seconds: float  # to launch one layer of a decode step
+    decode_layer_seconds: float  # to launch one layer of a decode step, a plain one where there are others
     runtime_bytes: int  # interpreter and libraries, or the CUDA context
 
 
-GPU = Efficiency(0.7, 0.5, 0.4, 0.75, 0.6, 1.55e-3, 7.5e-5, GIB)
+GPU = Efficiency(0.7, 0.5, 0.4, 0.75, 0.6, 1.55e-3, 2.6e-5, GIB)
 CPU = Efficiency(0.95, 0.95, 0.3, 0.8, 0.3, 1e-3, 8e-4, int(0.55 * GIB))
 
 

@@ -24,7 +24,7 @@ def plain_step(body: nn.Module, cache: DecodeCache, token_ids: Tensor, positions
     for number, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
         of_heads = layer.weights[:3], layer.biases[:3], layer.head_size, layer.head_norms, cos, sin
         query, key, value = (each[:, :, None] for each in normed_heads(stream, layer.norm.eps, *of_heads))
-        found = cache.attend(query, key, value, number, layer.scale, window=layer.window).flatten(1)
+        found = cache.attend(query, key, value, number, layer.scale, window=layer.window).flatten(1).to(x.dtype)
         stream = added(found, layer.weights[3], layer.biases[3], stream.hidden, layer.mlp_norm.weight)
         found = normed_gate(stream, layer.mlp_norm.eps, layer.gate, layer.up)
         stream = added(found, layer.down, None, stream.hidden, norm)

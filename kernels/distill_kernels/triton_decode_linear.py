@@ -2,10 +2,9 @@
 
 A few rows meet a whole weight, so that time is the weight's way from memory. Programs are cut to be about one for each
 multiprocessor: a tile of the weight's rows times a part of the inner dimension. Parts are added up in a fixed order by
-the program that is done last, which then makes what comes after. While it waits for the launch before it (see
-`take_turn`) a program has the L2 cache fetch its tile.
-
-More rows than LARGEST_ROWS are multiplied by cuBLAS, whose tiles are made for that, and the same kernels do the rest.
+the program that is done last, which then makes what comes after. More rows than LARGEST_ROWS are multiplied by cuBLAS,
+whose tiles are made for that, and the same kernels do the rest.
+Left out on purpose: beginning before the launch before has ended, which made a step of 16 rows slower on a card.
 """
 
 import functools
@@ -17,13 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.triton_math import FUSION, given_or, starts_early, take_turn
+from distill_kernels.triton_math import FUSION, given_or
 from distill_kernels.types import Norm, Stream
 
 PROGRAMS = 128  # about one for every multiprocessor of a large card
-LARGEST_ROWS = 64
-LINE = 128  # bytes that the L2 cache fetches at once
-FETCH = True
+LARGEST_ROWS = 64  # that a program multiplies
 TILES = 2**14  # of a launch, at most
 
 
@@ -64,27 +61,15 @@ def stages_of(chosen: Plan, rows: int, itemsize: int, memory: int) -> int:
 
 
 @triton.jit
-def _fetch(lines):
-    """Has the L2 cache fetch the lines of these addresses."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _product(
     x_rows, there, w_rows, exists, part,
     K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, INNER: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr, FETCH: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS] of x W^T over a part of the inner dimension; w_rows has another row of W for one there is not."""
+    """[ROWS, COLUMNS] of x W^T over a part of the inner dimension."""
     WIDTH: tl.constexpr = (K + PARTS * INNER - 1) // (PARTS * INNER) * INNER
     first = part * WIDTH
     last = tl.minimum(first + WIDTH, K)
-    if FETCH:
-        for k in tl.static_range(0, WIDTH, INNER):
-            _fetch(w_rows[:, None] + tl.minimum(first + k + tl.arange(0, INNER // STEP) * STEP, K - 1)[None, :])
-    take_turn(EARLY)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in tl.range(first, last, INNER, num_stages=STAGES):
         at = k + tl.arange(0, INNER)
@@ -136,8 +121,7 @@ def _heads_kernel(
     cos, sin, out, parts, counters, R, eps, query_eps, key_eps,
     K: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BIAS: tl.constexpr,
     HEAD_NORM: tl.constexpr, SQUARES: tl.constexpr, BLOCK_S: tl.constexpr, READY: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-    FETCH: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     HEADS: tl.constexpr = HQ + 2 * HKV
     HALF: tl.constexpr = ROTARY // 2
@@ -155,12 +139,11 @@ def _heads_kernel(
     exists = d < D
     done = True
     if READY:
-        take_turn(EARLY)
         rows = parts + r.to(tl.int64) * (HEADS * D) + head * D
     else:
         acc = _product(
-            x + r.to(tl.int64) * K, there, weight + (own * D + tl.minimum(d, D - 1)).to(tl.int64) * K, exists, part,
-            K, ROWS, COLUMNS, PARTS, INNER, STAGES, EARLY, FETCH, STEP, PRECISION,
+            x + r.to(tl.int64) * K, there, weight + (own * D + d).to(tl.int64) * K, exists, part,
+            K, ROWS, COLUMNS, PARTS, INNER, STAGES, PRECISION,
         )  # fmt: skip
         done = _all_done(acc, parts, counters, tile, part, ROWS, COLUMNS, PARTS)
         rows = parts + tile * (PARTS * ROWS * COLUMNS) + tl.arange(0, ROWS) * COLUMNS
@@ -192,7 +175,7 @@ def _gate_kernel(
     x, squares, gate, out, parts, counters, R, up_offset, eps,
     K: tl.constexpr, N: tl.constexpr, SQUARES: tl.constexpr, BLOCK_S: tl.constexpr, READY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr, FETCH: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = COLUMNS // 2
     part = tl.program_id(0) % PARTS
@@ -204,17 +187,16 @@ def _gate_kernel(
     inside = there[:, None] & (tile_n * HALF + half < N)[None, :]
     done = True
     if READY:
-        take_turn(EARLY)
         rows = parts + r.to(tl.int64) * (2 * N) + tile_n * HALF
         gates = _summed(rows, half, inside, 0, 1)
         ups = _summed(rows + N, half, inside, 0, 1)
     else:
         c = tl.arange(0, COLUMNS)  # columns of gate and up in turn
         n = tile_n * HALF + c // 2
-        w_rows = gate + (tl.minimum(n, N - 1).to(tl.int64) * K + c % 2 * up_offset)
+        w_rows = gate + (n.to(tl.int64) * K + c % 2 * up_offset)
         acc = _product(
             x + r.to(tl.int64) * K, there, w_rows, n < N, part,
-            K, ROWS, COLUMNS, PARTS, INNER, STAGES, EARLY, FETCH, STEP, PRECISION,
+            K, ROWS, COLUMNS, PARTS, INNER, STAGES, PRECISION,
         )  # fmt: skip
         gates, ups = tl.split(tl.reshape(acc, [ROWS, HALF, 2]))
         if PARTS > 1:
@@ -235,8 +217,7 @@ def _gate_kernel(
 def _add_kernel(
     x, weight, bias, residual, norm, out, scaled, squares, parts, counters, R,
     K: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr, READY: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-    FETCH: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
     tile_n = tl.program_id(0) // PARTS
@@ -247,12 +228,11 @@ def _add_kernel(
     exists = n < N
     done = True
     if READY:
-        take_turn(EARLY)
         rows = parts + r.to(tl.int64) * N + tile_n * COLUMNS
     else:
         acc = _product(
-            x + r.to(tl.int64) * K, there, weight + tl.minimum(n, N - 1).to(tl.int64) * K, exists, part,
-            K, ROWS, COLUMNS, PARTS, INNER, STAGES, EARLY, FETCH, STEP, PRECISION,
+            x + r.to(tl.int64) * K, there, weight + n.to(tl.int64) * K, exists, part,
+            K, ROWS, COLUMNS, PARTS, INNER, STAGES, PRECISION,
         )  # fmt: skip
         done = _all_done(acc, parts, counters, tile, part, ROWS, COLUMNS, PARTS)
         rows = parts + tile * (PARTS * ROWS * COLUMNS) + tl.arange(0, ROWS) * COLUMNS
@@ -349,14 +329,13 @@ def _launch(x: Tensor, weights: Sequence[Tensor], tiles: int | None, width: int 
         rows = max(16, triton.next_power_of_2(R))
         chosen = plan(N, K, x.itemsize, rows, width=width)
     tiles = tiles or triton.cdiv(N, chosen.columns)
-    blocks, early = triton.cdiv(R, rows), starts_early(x.device)
+    blocks = triton.cdiv(R, rows)
     if blocks * tiles > TILES and not ready:
         raise ValueError(f"{R} rows and {tiles} tiles of the weight are more than the {TILES} there is room for")
     options = {
         "READY": ready, "ROWS": rows, "COLUMNS": chosen.columns, "PARTS": chosen.parts, "INNER": chosen.inner,
-        "STAGES": stages_of(chosen, rows, x.itemsize, _shared_memory(x.device)), "EARLY": early,
-        "FETCH": early and FETCH, "STEP": LINE // x.itemsize, "PRECISION": "ieee", "num_warps": chosen.warps,
-        "launch_pdl": early, **FUSION,
+        "STAGES": stages_of(chosen, rows, x.itemsize, _shared_memory(x.device)), "PRECISION": "ieee",
+        "num_warps": chosen.warps, **FUSION,
     }  # fmt: skip
     if ready:
         parts = _multiplied(x, weights)

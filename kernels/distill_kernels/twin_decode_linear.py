@@ -47,8 +47,8 @@ def add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: 
 
 
 def begin(hidden: Tensor, norm: Tensor) -> Stream:
-    wide = _wide(hidden)
-    return Stream(hidden, (wide * norm).to(hidden.dtype), wide.square().sum(-1)[None])
+    length = torch.linalg.vector_norm(hidden, dim=-1, dtype=accumulation_dtype(hidden))
+    return Stream(hidden, (hidden * norm).to(hidden.dtype), length.square()[None])
 
 
 def _normed_product(stream: Stream, eps: float, weight: Tensor) -> Tensor:
