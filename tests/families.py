@@ -355,7 +355,8 @@ row, within {logprob:.0e} nats (float32), the tokens are those that transformers
 are those of plain autograd within {gradient:.0e} of their largest entry.
 
 - **Rollouts** come from our own decode loop, which computes a prompt once for all its rollouts, or from the loop of
-  transformers (`rollout.engine: auto`).
+  transformers (`rollout.engine: auto`). On a GPU, in bfloat16, plain layers (of Llama, Qwen2, Qwen3, Mistral and others
+  alike) have a decode step of our own; whether a model's are plain is found by trying.
 - **In training and scoring** a prompt is computed once for all its completions, or once for each of them.
 """
 

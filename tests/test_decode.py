@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from distill.rollout import SamplingOptions, local_engine
-from distill.rollout.decode import Completions, Decoder
+from distill.rollout.decode import Completions, Decoder, decode_step
 from distill.rollout.kv_cache import DecodeCache, PromptCache, Room
 from distill.rollout.prefill import prefill
 from distill_kernels import Sample
@@ -175,7 +176,7 @@ def test_decode_equals_the_forward_of_the_whole_row(repeat: bool) -> None:
     with torch.no_grad():
         cache, hidden = prefill(model.base_model, prompt, mask)
         decoder = Decoder(
-            model.base_model,
+            partial(decode_step, model.base_model),
             model.lm_head,
             like=cache,
             room=Room(2, 4, 6, 5),

@@ -178,7 +178,8 @@ class TrainingConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the decoder layers of student and teachers (`torch.compile`; on a GPU only). It takes about a minute at
-    the start, and every step less. `auto`: in runs of 500 optimizer steps or more; a line says so if it fails."""
+    the start, and every step less; where sampling has a step of its own, scoring and updates less. `auto`: in runs of
+    500 optimizer steps or more; a line says so if it fails."""
     device: Device = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:INDEX`."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -14,7 +14,7 @@ from distill.models.gradient_probe import gradients_differ
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
 from distill.models.norms import fuse_norms
-from distill.models.plain_layers import plain_layers
+from distill.models.plain import plain_layers
 from distill.models.siblings import join_siblings, read_together, replace_siblings
 from distill.models.sources import ModelError
 from distill.models.states import cache_argument, empty_cache, joined, keeps_states, of_rows, take_keys, tensors_of

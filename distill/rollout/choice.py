@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distill.models import compile_layers, linear_layers, native_refusal, split_head
-from distill.rollout.decode import Step, decode_step
-from distill.rollout.decode_probe import can_repeat, check_decode
+from distill.rollout.decode import decode_step
+from distill.rollout.decode_probe import Step, can_repeat, check_decode
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.generation_copy import GenerationCopy, PackedLinear
 from distill.rollout.native import NativeEngine
@@ -61,7 +61,9 @@ def _native(model: PreTrainedModel, compiled: bool, **options: Any) -> NativeEng
         raise NotImplementedError(reason)
     made = NativeEngine(model, **options)
     _probe(model, made, options["dtype"])
-    if model.device.type == "cuda" and _takes_plain_steps(model, made, options["dtype"]):
+    # In float32 no card has timed them.
+    half = model.device.type == "cuda" and options["dtype"] != torch.float32
+    if half and _takes_plain_steps(model, made, options["dtype"]):
         made.step, made.repeats = plain_step, True
         return made
     made.repeats = can_repeat(made.body)

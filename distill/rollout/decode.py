@@ -27,10 +27,6 @@ CPU_LADDER = tuple(sorted({round(1.12**power) for power in range(90)}))
 CUDA_LADDER = (1, *(rows for power in range(1, 13) for rows in (2**power, 3 * 2**power // 2)))
 
 
-# A body, a cache, token ids [R] and their positions [R] to the hidden states [R, H] that predict the next.
-Step = Callable[[nn.Module, DecodeCache, Tensor, Tensor], Tensor]
-
-
 @dataclass(frozen=True)
 class SamplingOptions:
     """How a token is drawn; temperature above 0, and top_k 0, top_p 1 and min_p 0 leave nothing out."""
@@ -80,7 +76,7 @@ class Decoder:
 
     def __init__(
         self,
-        body: nn.Module,
+        step: Callable[[DecodeCache, Tensor, Tensor], Tensor],
         logits_of: Callable[[Tensor], Tensor],
         *,
         like: PromptCache,
@@ -89,15 +85,11 @@ class Decoder:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         repeat: bool,
-        step: Step | None = None,
     ) -> None:
-        """`body` runs `shared_prefix_attention`; `logits_of` takes hidden states [R, H] to float32 logits [R, V].
-
-        Buffers are for caches `like` one, and have `room`. `repeat` says whether steps may be captured; `step` is
-        `decode_step`, or what does the same.
+        """`step` is `decode_step` of a body, or what does the same; `logits_of` takes hidden states [R, H] to float32
+        logits [R, V]. Buffers are for caches `like` one, and have `room`. `repeat` says whether steps may be captured.
         """
-        self.body, self.logits_of, self.warp, self.pad_token_id = body, logits_of, sampling.warp(), pad_token_id
-        self._decode_step = step or decode_step
+        self.step, self.logits_of, self.warp, self.pad_token_id = step, logits_of, sampling.warp(), pad_token_id
         self.cache, device = DecodeCache(like, room), like.mask.device
         self.ends = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
         self.seed = torch.zeros(1, dtype=torch.long, device=device)
@@ -166,7 +158,7 @@ class Decoder:
     def _step(self) -> None:
         """Feeds the tokens drawn last, and draws the next."""
         rows, position = self.cache.rows, self.cache.position
-        hidden = self._decode_step(self.body, self.cache, self._token_ids[:rows], self._positions[:rows] + position)
+        hidden = self.step(self.cache, self._token_ids[:rows], self._positions[:rows] + position)
         position.add_(1)
         self._draw(self.logits_of(hidden))
 

@@ -1,17 +1,20 @@
 """Whether a decode step means what a model's own forward means, and whether it may be repeated: found by trying."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from distill.models import attention_as, fits_capture, windowed_layers
-from distill.rollout.decode import Step, decode_step
+from distill.rollout.decode import decode_step
 from distill.rollout.kv_cache import ATTENTION_NAME, DecodeCache, Room
 from distill.rollout.prefill import prefill
 from distill.runtime import is_out_of_memory
 from distill_kernels.recording import Watch, capture
 
+# A body, a cache, token ids [R] and their positions [R] to the hidden states [R, H] that predict the next.
+Step = Callable[[nn.Module, DecodeCache, Tensor, Tensor], Tensor]
 PROMPT, STEPS, ROWS = 3, 3, 2
 # Of the largest element of the hidden states that are compared.
 TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.1

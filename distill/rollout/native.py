@@ -5,6 +5,7 @@ run, for all its seeds and lengths; they grow with what is asked, and go when me
 """
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakMethod
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from distill.models import attention_as, split_head, tensors_of
-from distill.rollout.decode import Completions, Decoder, Step, decode_step
+from distill.rollout.decode import Completions, Decoder, decode_step
 from distill.rollout.engine import RolloutEngine
 from distill.rollout.kv_cache import ATTENTION_NAME, PromptCache, Room
 from distill.rollout.prefill import prefill
@@ -29,9 +30,8 @@ class NativeEngine(RolloutEngine):
     """For models whose layers keep the keys and values of every position or a state; choice.py tells which do."""
 
     engine = "native"
-    repeats = False
-    """Whether steps are captured."""
-    step: Step = staticmethod(decode_step)
+    step, repeats = staticmethod(decode_step), False
+    """What a step does with the body, and whether it is captured."""
 
     def __init__(self, model: PreTrainedModel, *, memory_budget_bytes: int | None = None, **options: Any) -> None:
         """`memory_budget_bytes` bounds what a wave of rows may take beside the weights; None takes half of the rest."""
@@ -77,7 +77,7 @@ class NativeEngine(RolloutEngine):
         room = room if kept is None else room.grown(kept.cache.room)
         self._kept.decoder = kept = None  # before another takes the memory
         self._kept.decoder = Decoder(
-            self.body,
+            partial(self.step, self.body),
             self._logits,
             like=prompt,
             room=room if room.positions * self._token_bytes <= self._budget() else needed,
@@ -85,7 +85,6 @@ class NativeEngine(RolloutEngine):
             eos_token_ids=self.eos_token_ids,
             pad_token_id=self.pad_token_id,
             repeat=self.repeats,
-            step=self.step,
         )
         return self._kept.decoder
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distill.models import plain_layers
 from distill.rollout.kv_cache import DecodeCache
-from distill_kernels import added, begun, normed_gate, normed_heads
+from distill_kernels import Norm, added, begun, normed_gate, normed_heads
 
 
 def plain_step(body: nn.Module, cache: DecodeCache, token_ids: Tensor, positions: Tensor) -> Tensor:
@@ -22,7 +22,8 @@ def plain_step(body: nn.Module, cache: DecodeCache, token_ids: Tensor, positions
     norms = [layer.norm.weight for layer in layers[1:]] + [body.norm.weight]
     stream = begun(x, layers[0].norm.weight)
     for number, (layer, norm) in enumerate(zip(layers, norms, strict=True)):
-        of_heads = layer.weights[:3], layer.biases[:3], layer.head_size, layer.head_norms, cos, sin
+        head_norms = tuple(Norm(each.weight, each.eps) for each in layer.head_norms) or None
+        of_heads = layer.weights[:3], layer.biases[:3], layer.head_size, head_norms, cos, sin
         query, key, value = (each[:, :, None] for each in normed_heads(stream, layer.norm.eps, *of_heads))
         found = cache.attend(query, key, value, number, layer.scale, window=layer.window).flatten(1).to(x.dtype)
         stream = added(found, layer.weights[3], layer.biases[3], stream.hidden, layer.mlp_norm.weight)

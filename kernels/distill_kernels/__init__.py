@@ -10,9 +10,10 @@ from distill_kernels.prefix_layout import PrefixLayout, Shared
 from distill_kernels.record_draw import record_draw
 from distill_kernels.reverse_kl import reverse_kl
 from distill_kernels.sample import sample
-from distill_kernels.types import Sample, TokenStats
+from distill_kernels.types import Norm, Sample, TokenStats
 
 __all__ = [
+    "Norm",
     "PrefixLayout",
     "Sample",
     "Shared",

@@ -2,8 +2,8 @@
 
 A few rows meet a whole weight, so that time is the weight's way from memory. Programs are cut to be about one for each
 multiprocessor: a tile of the weight's rows times a part of the inner dimension. Parts are added up in a fixed order by
-the program that is done last, which then makes what comes after. More rows than LARGEST_ROWS are multiplied by cuBLAS,
-whose tiles are made for that, and the same kernels do the rest.
+the program that is done last, which then makes what comes after. More rows than LARGEST_ROWS, and a weight that takes
+longer to read than a launch, are multiplied by cuBLAS, and the same kernels do the rest.
 Left out on purpose: beginning before the launch before has ended, which made a step of 16 rows slower on a card.
 """
 
@@ -21,6 +21,7 @@ from distill_kernels.types import Norm, Stream
 
 PROGRAMS = 128  # about one for every multiprocessor of a large card
 LARGEST_ROWS = 64  # that a program multiplies
+LARGEST_WEIGHT = 32 * 2**20  # bytes, likewise; no card has timed a larger one
 TILES = 2**14  # of a launch, at most
 
 
@@ -322,7 +323,7 @@ class _Launch(NamedTuple):
 def _launch(x: Tensor, weights: Sequence[Tensor], tiles: int | None, width: int | None, ready_rows: int) -> _Launch:
     """`tiles` of the `width`, or as `plan` cuts the weights; where the product is ready, `ready_rows` at once."""
     (R, K), N = x.shape, sum(map(len, weights))
-    ready = R > LARGEST_ROWS
+    ready = R > LARGEST_ROWS or N * K * x.itemsize > LARGEST_WEIGHT
     if ready:
         rows, chosen = ready_rows, ready_plan(width)
     else:

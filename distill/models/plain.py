@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from distill.models.abilities import windowed_layers
 from distill.models.norms import RmsNorm
 from distill.models.siblings import Sibling
-from distill_kernels.types import Norm
 
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -29,14 +28,15 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 class PlainLayer(NamedTuple):
     """The tensors of one layer; weights are those of query, key and value, then of the output."""
 
-    norm: Norm
+    norm: RmsNorm
     weights: Sequence[Tensor]
     biases: Sequence[Tensor | None]
     head_size: int
-    head_norms: tuple[Norm, Norm] | None
+    head_norms: tuple[RmsNorm, ...]
+    """Of queries and of keys, or none."""
     scale: float
     window: int | None
-    mlp_norm: Norm
+    mlp_norm: RmsNorm
     gate: Tensor
     up: Tensor
     down: Tensor
@@ -77,7 +77,6 @@ def _plain(layer: nn.Module, window: int | None) -> PlainLayer | None:
         or [tuple(norm.weight.shape) for norm in of_heads] not in ([], [(size,), (size,)])
     ):
         return None
-    norm, mlp_norm, *head_norms = (Norm(norm.weight, norm.eps) for norm in norms)
     weights = [each.weight for each in products]
     gates = [each.weight for each in gates]
-    return PlainLayer(norm, weights, biases, size, tuple(head_norms) or None, scale, window, mlp_norm, *gates)
+    return PlainLayer(norms[0], weights, biases, size, tuple(of_heads), scale, window, norms[1], *gates)
