@@ -9,6 +9,7 @@
 #   step     the command at the sizes of Qwen3-0.6B from 4B, on random models made here
 #   train    the default recipe on real weights where the cache (DISTILL_CACHE) has them
 #   attention packed attention forward and backward, beside PyTorch's flash kernels over rows that repeat their prompt
+#   decode   the four products of a decode step's layer beside cuBLAS's and PyTorch's
 #   compiled phases of a step of the same sizes with compiled layers
 #   trl      a step of the same sizes by phases, and beside TRL where it is installed
 #
@@ -18,7 +19,7 @@
 # PYTHON names the interpreter (default: .venv's, else python3).
 set -euo pipefail
 parts=(tests kernels rollout step train)
-all="${parts[*]} attention compiled trl"
+all="${parts[*]} attention decode compiled trl"
 usage="usage: benchmarks/gpu.sh [--dry] OUT_DIR [PART ...], PART one of: $all"
 if [ "${1:-}" = --dry ]; then
   export DRY=1
@@ -80,6 +81,7 @@ for part in "${parts[@]}"; do
     rollout) bench 120 rollout benchmarks/test_rollout.py -k on_a_gpu ;;
     step) bench 120 step benchmarks/test_command.py -k qwen3 ;;
     attention) bench 60 attention benchmarks/test_prefix_attention.py ;;
+    decode) bench 60 decode benchmarks/test_decode_linear.py ;;
     compiled) bench 150 compiled benchmarks/test_step.py -k compiled_on_a_gpu ;;
     trl) bench 150 trl benchmarks/test_step.py -k beside_trl_on_a_gpu ;;
     train) bench 150 train benchmarks/test_command.py -k recipe ;;

@@ -26,9 +26,14 @@ DTYPE = torch.float32 if DRY else torch.bfloat16
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:
     """CALLS calls one after the other: as a graph on a GPU."""
+    return captured_each([call] * CALLS)
+
+
+def captured_each(calls: list[Callable[[], object]]) -> Callable[[], None]:
+    """These calls one after the other: as a graph on a GPU."""
 
     def repeated() -> None:
-        for _ in range(CALLS):
+        for call in calls:
             call()
 
     if gpu_or_cpu().type == "cpu":
@@ -39,7 +44,7 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         repeated()
 
-    def replay(_held: Callable[[], object] = call) -> None:  # what it reads has to stay where it is
+    def replay(_held: list[Callable[[], object]] = calls) -> None:  # what it reads has to stay where it is
         graph.replay()
 
     return replay
