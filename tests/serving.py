@@ -27,6 +27,7 @@ class ModelServer:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.faults: deque = deque()
+        self.drift, self._scored = 0.0, 0  # nats by which each answer is below the one before
         self.calls: list[tuple[str, dict]] = []
         self._lock = threading.Lock()
         self.max_model_len: int | None = 256
@@ -108,7 +109,9 @@ class ModelServer:
         ids = torch.tensor([token_ids])
         with self._lock:
             known = self.model(ids[:, :-1]).logits[0].log_softmax(-1)
-        return known.gather(1, ids[0, 1:, None])[:, 0].tolist()
+            self._scored += 1
+            drift = self.drift * self._scored if self.drift else 0
+        return (known.gather(1, ids[0, 1:, None])[:, 0] - drift).tolist()
 
     def _v1_completions(self, body: dict) -> dict:
         prompt = body["prompt"]

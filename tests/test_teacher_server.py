@@ -17,6 +17,8 @@ from distill.servers.client import CONCURRENT
 from distill.teachers.served import connect
 from distill.train import main
 
+# Rows that a server scores before the first step: the probe, and eight twice.
+CONNECTING = 17
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
@@ -91,7 +93,7 @@ def test_a_server_that_echoes_does_too(served_folder, write_config, server, tmp_
 def test_faults_that_pass_change_no_number(server, write_config, tmp_path):
     """Statuses 500, 503 and 429, a time-out and half an answer, all in one run: each is asked again."""
     execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "calm")})))
-    server.faults.extend([None, None, 500, "cut", 503, 429, None, 500, 60.0, None, 502, "cut"])
+    server.faults.extend([None] * CONNECTING + [None, 500, "cut", 503, 429, None, 500, 60.0, None, 502, "cut"])
     changes = {"training.output_dir": str(tmp_path / "rough"), "teacher.timeout_seconds": 2}
     execute(write_config(served(server, **changes)))
     assert not server.faults
@@ -104,7 +106,7 @@ def test_faults_that_pass_change_no_number(server, write_config, tmp_path):
 def test_a_stopped_server_is_waited_for(server, write_config, tmp_path):
     execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "calm")})))
     noticed = tmp_path / "rough" / "events.jsonl"
-    server.faults.extend([None] * 8 + [lambda: server.go_away(until=lambda: noticed.stat().st_size > 0)])
+    server.faults.extend([None] * (CONNECTING + 7) + [lambda: server.go_away(until=lambda: noticed.stat().st_size > 0)])
     changes = {"training.output_dir": str(tmp_path / "rough"), "teacher.retries": 14}
     execute(write_config(served(server, **changes)))
     assert {event["event"] for event in events_of(tmp_path / "rough")} == {"server"}
@@ -114,8 +116,8 @@ def test_a_stopped_server_is_waited_for(server, write_config, tmp_path):
 def test_a_server_that_stays_away_ends_the_run_resumably(server, write_config, tmp_path, capsys):
     """Status 2 and one message; the step is not trained on, and the same command continues to the same numbers."""
     execute(write_config(served(server, **{"training.output_dir": str(tmp_path / "calm")})))
-    # The probe of the start, 2 evaluated rows, twice as shown, and two steps of 2 rows; then nothing.
-    server.faults.extend([None] * 9 + [503] * 200)
+    # What is asked at the start, 2 evaluated rows, twice as shown, and two steps of 2 rows; then nothing.
+    server.faults.extend([None] * (CONNECTING + 8) + [503] * 200)
     path = write_config(served(server, **{"teacher.retries": 2}))
     assert main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
@@ -137,11 +139,23 @@ def test_a_server_without_prompt_logprobs_is_refused(server, write_config, capsy
 
 
 def test_one_that_stops_giving_them_ends_the_run(server, write_config, capsys):
-    server.faults.extend([None] * 7 + ["silent"] * 50)
+    server.faults.extend([None] * (CONNECTING + 6) + ["silent"] * 50)
     assert main(["--config", str(write_config(served(server)))]) == 2
     error = capsys.readouterr().err
     assert "returns no log-probabilities" in error
     assert "Saved after step 1" in error
+
+
+@pytest.mark.parametrize("drift", [0.01, 0.05, float("nan")])
+def test_one_that_answers_differently_when_asked_again_is_refused(server, write_config, capsys, drift):
+    """Rows that are scored a second time, in another order; what rounding may do is let pass."""
+    server.drift = drift
+    assert main(["--config", str(write_config(served(server)))]) == (0 if drift == 0.01 else 2)
+    error = capsys.readouterr().err
+    if drift != 0.01:
+        gap = "0.4" if drift == 0.05 else "nan"
+        assert f"{gap} nats a token apart, where 0.15 is allowed" in error
+        assert [path for path, _ in server.calls].count("/v1/completions") == CONNECTING
 
 
 def test_other_vocabularies_are_refused(server, tmp_path):

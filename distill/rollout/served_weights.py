@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.models import merged, save_model
-from distill.servers import PROBE, PromptScores, Server, ServerError, UnavailableError
+from distill.servers import PROBE, TOLERANCE, PromptScores, Server, ServerError, UnavailableError
 
 
 class ServedWeights:
@@ -131,7 +131,3 @@ class ServedWeights:
                 f"{self.server}: takes no weights: a vLLM server does when it is started with VLLM_SERVER_DEV_MODE=1 "
                 f"(on a network that only you reach); {self.server.hint}"
             ) from None
-
-
-# Mean absolute difference of the probe's log-probabilities, in nats. A head that was left behind is off by more.
-TOLERANCE = {"float32": 5e-3, "bfloat16": 0.15, "float16": 0.05}

@@ -4,6 +4,6 @@ In: a URL. Out: JSON, and log-probabilities of a prompt's tokens.
 """
 
 from distill.servers.client import Server, ServerError, UnavailableError, in_parallel
-from distill.servers.prompt_scores import PROBE, PromptScores
+from distill.servers.prompt_scores import PROBE, TOLERANCE, PromptScores
 
-__all__ = ["PROBE", "PromptScores", "Server", "ServerError", "UnavailableError", "in_parallel"]
+__all__ = ["PROBE", "TOLERANCE", "PromptScores", "Server", "ServerError", "UnavailableError", "in_parallel"]

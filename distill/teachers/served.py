@@ -35,7 +35,8 @@ class ServedTeacher(ModelParts):
 def connect(server: Server, reference: str, tokenizer: PreTrainedTokenizerBase) -> tuple[ServedTeacher, int | None]:
     """The teacher on a server, checked as far as it can be, and the tokens that it can take.
 
-    Raises `ServerError` for one that scores no prompts, or that has another vocabulary than `tokenizer`.
+    Raises `ServerError` for one that scores no prompts, that says something else when it is asked again, or that has
+    another vocabulary than `tokenizer`.
     """
     about = server.model(reference)
     scores = PromptScores(server, about["id"])
@@ -44,4 +45,5 @@ def connect(server: Server, reference: str, tokenizer: PreTrainedTokenizerBase) 
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     # With the last token of the vocabulary, which a smaller one does not have.
     scores.settle([*token_ids, vocab_size - 1])
+    scores.check_repeats(token_ids)
     return ServedTeacher(scores, None, torch.float32), about.get("max_model_len")
