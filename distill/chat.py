@@ -142,9 +142,9 @@ def _speakers(run: Path, config: Config, options: argparse.Namespace, console: C
         "student before": speaker(student.model, student.trust_remote_code, own, dropped, **seen),
         "student after": speaker(str(run / "final"), student.trust_remote_code, own, **seen),
     }
-    if config.teacher.server:  # it may be too large for this machine
-        return found
     for name, section in config.teacher.resolved(student).items():
+        if section.server:  # it may be too large for this machine
+            continue
         who = f"teacher {name}" if name else "teacher"
         reference, trusted, tokenizer = section.model, section.trust_remote_code, own
         # As in the run: a teacher sees what the student sees, unless it has a prompt of its own.

@@ -125,11 +125,12 @@ def _of_run(run: Path, sections: dict[str, dict[str, Any]]) -> Config:
         "training": {"eval_every": None, "parallel": "replicate", **sections["training"]},
         "evaluation": sections["evaluation"],
     }
-    if config.teacher.server and "model" in sections["teacher"]:
+    if "model" in sections["teacher"]:
         over["teacher"]["server"] = None
     config = load_config(run / "config.yaml", over)
-    if config.teacher.server:
-        raise ConfigError(f"{run}: its teacher was on a server, which says too little for this: give --teacher MODEL")
+    for key in config.teacher.served():
+        instead = ": give --teacher MODEL" if key == "teacher" else ""
+        raise ConfigError(f"{run}: {key} was on a server, which says too little for this{instead}")
     return config
 
 

@@ -1,5 +1,6 @@
 """`teacher.server`: against a real small server that scores, fails, stops and starts again."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -181,7 +182,10 @@ def test_a_short_context_limits_the_prompts(server, write_config, capsys):
     [
         ({"loss.objective": "reverse_kl"}, "loss.objective is 'reverse_kl'"),
         ({"loss.temperature": 2.0, "loss.importance_clip": None}, "loss.temperature is 2.0"),
-        ({"teacher.others": {"two": "x"}}, "teacher.others"),
+        (
+            {"teacher.others": {"two": {"model": "x", "server": "http://127.0.0.1:9", "offload": True}}},
+            "teacher.others.two.offload is True",
+        ),
         ({"teacher.precision": "int8"}, "teacher.precision is 'int8'"),
         ({"loss.baseline": "exact"}, "loss.baseline exact needs"),
         ({"student.drop_layers": "auto:1"}, "measures the exact reverse KL"),
@@ -192,6 +196,50 @@ def test_a_short_context_limits_the_prompts(server, write_config, capsys):
 def test_what_a_served_teacher_cannot_do_is_refused_with_the_reason(write_config, changes, expected):
     with pytest.raises(ConfigError, match=expected):
         load_config(write_config(SAMPLED | {"teacher.server": "http://127.0.0.1:9"} | changes))
+
+
+def test_one_of_several_teachers_on_a_server_is_refused_what_it_cannot(write_config):
+    others = {"two": {"model": "x", "server": "http://127.0.0.1:9"}}
+    path = write_config(SAMPLED | {"teacher.others": others, "loss.objective": "reverse_kl"})
+    with pytest.raises(ConfigError, match=r"loss.objective is 'reverse_kl', and with teacher.others.two.server"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("where", ["main", "other", "both"])
+def test_each_of_several_teachers_may_have_a_server(server, write_config, tmp_path, where):
+    """Records of one, of the other and of both, weighted: as if all were here."""
+    records = tmp_path / "records.jsonl"
+    shares = ["main", "two", {"main": 0.25, "two": 0.75}]
+    lines = [{"prompt": f"{n} + 1", "teacher": share} for n, share in enumerate(shares)]
+    records.write_text("\n".join(map(json.dumps, lines)))
+    folder = tmp_path / "second"
+    tiny_model("llama", vocab_size=260, seed=5).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    second = ModelServer(folder)
+    try:
+        common = SAMPLED | {
+            "prompts.train": str(records),
+            "training.prompts_per_step": 3,
+            "rollout.prompts_per_batch": 3,
+        }
+        common |= {"prompts.eval": None, "training.eval_every": None, "training.max_steps": 2, "training.num_epochs": 2}
+        for name, served_ones in (("here", ()), ("there", ("main", "other") if where == "both" else (where,))):
+            main_model, other = {"teacher.model": str(server.folder)}, {"model": str(folder)}
+            if "main" in served_ones:
+                main_model |= {"teacher.server": server.url}
+            if "other" in served_ones:
+                other |= {"server": second.url}
+            output = {"training.output_dir": str(tmp_path / name)}
+            execute(write_config(common | main_model | output | {"teacher.others": {"two": other}}))
+    finally:
+        second.stop()
+    for one, other in zip(metrics_of(tmp_path / "here"), metrics_of(tmp_path / "there"), strict=True):
+        for key in ("loss", "reverse_kl", "student_entropy", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), key
+        assert other["reverse_kl_exact"] is None
+    weights = weights_of(tmp_path / "here")
+    for name, weight in weights_of(tmp_path / "there").items():
+        torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=2e-5)
 
 
 def test_the_time_out_and_the_key_of_the_server_arrive(server, monkeypatch):

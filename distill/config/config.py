@@ -80,11 +80,11 @@ class Config(BaseSettings):
         self._check_following_teacher()
         if self.training.parallel == "shard" and (
             any(each.offload or each.precision in ("int8", "int4") for each in self.teacher.all().values())
-            or self.teacher.server
+            or self.teacher.served()
         ):
             raise ValueError(
                 "training.parallel shard gives each rank a part of the teacher as it is loaded: leave teacher.offload, "
-                "teacher.precision int8 or int4 and teacher.server out, or set training.parallel to replicate"
+                "teacher.precision int8 or int4 and servers of teachers out, or set training.parallel to replicate"
             )
         if self.training.eval_every and self.prompts.eval is None:
             raise ValueError("training.eval_every is set, but prompts.eval names no file")
@@ -140,18 +140,23 @@ class Config(BaseSettings):
             raise ValueError(f"{key}, and weights of {teacher.precision} cannot follow: leave teacher.precision out")
 
     def _check_served_teacher(self) -> None:
-        if self.teacher.server is None:
+        served = self.teacher.served()
+        if not served:
             return
         why = "a server says the log-probabilities of the sampled tokens only"
+        of_models = [
+            (f"{key}.{name}", getattr(section, name), needed)
+            for key, section in served.items()
+            for name, needed in (("precision", "auto"), ("offload", False))
+        ]
         for key, value, needed in (
             ("loss.objective", self.loss.objective, "sampled_reverse_kl"),
             ("loss.temperature", self.loss.temperature, 1),
-            ("teacher.others", self.teacher.others, {}),
-            ("teacher.precision", self.teacher.precision, "auto"),
-            ("teacher.offload", self.teacher.offload, False),
+            *of_models,
         ):
             if value != needed:
-                raise ValueError(f"{key} is {value!r}, and with teacher.server it must be {needed!r}: {why}")
+                first = next(iter(served))
+                raise ValueError(f"{key} is {value!r}, and with {first}.server it must be {needed!r}: {why}")
         if self.loss.baseline == "exact":
             raise ValueError(f"loss.baseline exact needs the teacher's whole distribution, but {why}: set it to group")
         if isinstance(self.student.drop_layers, str):

@@ -34,6 +34,8 @@ class FrozenModel(Section):
     third of it, and costs more accuracy."""
     offload: bool = False
     """Keep it in host memory while it does not score; on a CPU that is where it is anyway."""
+    server: Url | None = None
+    """A vLLM or SGLang server that scores in its place; `model` then names its tokenizer only."""
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "FrozenModel":
@@ -62,19 +64,17 @@ Update = Annotated[
 
 class TeacherConfig(FrozenModel):
     others: dict[str, OtherTeacher] = Field(default_factory=dict)
-    """Further teachers by name, each a model that is used as `teacher.model` is, or a section of its own with the keys
-    `model`, `system_prompt`, `column`, `prompt_template`, `chat_template_kwargs`, `precision`, `offload` and
-    `trust_remote_code`. A prompt whose record has `"teacher": NAME` is scored by that one; with `{NAME: 0.7, main:
+    """Further teachers by name, each a model that is used here as `teacher.model` is, or a section of its own with the
+    keys `model`, `system_prompt`, `column`, `prompt_template`, `chat_template_kwargs`, `precision`, `offload`, `server`
+    and `trust_remote_code`. A prompt whose record has `"teacher": NAME` is scored by that one; with `{NAME: 0.7, main:
     0.3}` its loss is the weighted sum of the losses to each, `main` being `teacher.model`."""
     update: Update = "frozen"
     """Whether a teacher of the student's own weights follows it: `every:20` takes them over every 20 steps, `ema:0.99`
     keeps 0.99 of its own at each step. Evaluations are against the teacher of step 0 in any case."""
-    server: Url | None = None
-    """A vLLM or SGLang server that scores in its place; `teacher.model` then names its tokenizer only."""
     timeout_seconds: Number = Field(300, gt=0)
-    """Longest wait for one answer of `teacher.server`."""
+    """Longest wait for one answer of a teacher's `server`."""
     retries: Integer = Field(8, ge=0)
-    """Further attempts at an answer of `teacher.server`, after pauses of 1, 2, 4, ... and at most 60 seconds."""
+    """Further attempts at an answer of a teacher's `server`, after pauses of 1, 2, 4, ... and at most 60 seconds."""
 
     @field_validator("others")
     @classmethod
@@ -96,5 +96,11 @@ class TeacherConfig(FrozenModel):
         own = {name: getattr(self, name) for name in FrozenModel.model_fields}
         found: dict[str | None, FrozenModel] = {None: FrozenModel(**own)}
         for name, other in self.others.items():
-            found[name] = FrozenModel(**own | {"model": other}) if isinstance(other, str) else other
+            here = own | {"model": other, "server": None}  # the server has another model
+            found[name] = FrozenModel(**here) if isinstance(other, str) else other
         return found
+
+    def served(self) -> dict[str, FrozenModel]:
+        """Those on a server, by the key of their section."""
+        sections = {f"teacher.others.{name}" if name else "teacher": each for name, each in self.all().items()}
+        return {key: section for key, section in sections.items() if section.server}

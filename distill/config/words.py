@@ -30,7 +30,7 @@ def in_words(config: Config) -> dict[str, str]:
     found = {"student": "; ".join(about)}
     for name, section in config.teacher.all().items():
         words = [*_of_model(section)]
-        if name is None and config.teacher.server:
+        if section.server:
             words.append("on a server")
         if name is None and config.teacher.update != "frozen":
             words.append(f"follows the student ({config.teacher.update}); evaluations are against that of step 0")

@@ -281,9 +281,21 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
         for key, value in keys.items():
             old = saved.get(section, {}).get(key, _default(section, key))
             same = value == old or (f"{section}.{key}" == "rollout.engine" and {value, old} == NATIVE)
+            if f"{section}.{key}" == "teacher.others":
+                same = _others(value) == _others(old)
             if not same and f"{section}.{key}" not in harmless:
                 changed.append(f"{section}.{key}: was {old!r}, now {value!r}")
     return changed
+
+
+def _others(teachers: dict[str, Any]) -> dict[str, Any]:
+    """`teacher.others` without what is harmless of a teacher."""
+    return {
+        name: {key: value for key, value in one.items() if f"teacher.{key}" not in HARMLESS}
+        if isinstance(one, dict)
+        else one
+        for name, one in teachers.items()
+    }
 
 
 def _default(section: str, key: str) -> Any:

@@ -138,9 +138,9 @@ class RunParts:
         """The teachers' parts, each model's shared out over the ranks once."""
         found: dict[int, ModelParts] = {}
         for teacher in pair.teachers:
-            if id(teacher.model) not in found:
-                found[id(teacher.model)] = self.ranks.shard(teacher.model, teacher.parts)
-        return [found[id(teacher.model)] for teacher in pair.teachers]
+            if id(teacher.parts.body) not in found:
+                found[id(teacher.parts.body)] = self.ranks.shard(teacher.model, teacher.parts)
+        return [found[id(teacher.parts.body)] for teacher in pair.teachers]
 
     def _choose_layers(self, pair: Pair, start: Checkpoint | None) -> Sequence[int]:
         """The layers to drop: as configured, as the checkpoint's run found them, or found now."""

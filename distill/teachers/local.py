@@ -32,11 +32,11 @@ def load_teachers(
     loaded: list[Teacher] = []
     models: dict[tuple, Teacher] = {}  # several teachers may be one model that sees different prompts
     for name, section in config.resolved(student).items():
-        key = section.model, section.trust_remote_code, section.precision, section.offload
+        key = section.model, section.trust_remote_code, section.precision, section.offload, section.server
         if key not in models:
             tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
-            if config.server:
-                models[key] = _served(config, section, tokenizer)
+            if section.server:
+                models[key] = _served(config, name, section, tokenizer)
             else:
                 shared = base if section.model == student.model else None
                 models[key] = _local(section, tokenizer, device, dtype, attention, shared)
@@ -44,8 +44,11 @@ def load_teachers(
     return loaded
 
 
-def _served(config: TeacherConfig, section: FrozenModel, tokenizer: PreTrainedTokenizerBase) -> Teacher:
-    server = Server(config.server, "teacher.server", timeout_seconds=config.timeout_seconds, retries=config.retries)
+def _served(
+    config: TeacherConfig, name: str | None, section: FrozenModel, tokenizer: PreTrainedTokenizerBase
+) -> Teacher:
+    key = f"teacher.others.{name}.server" if name else "teacher.server"
+    server = Server(section.server, key, timeout_seconds=config.timeout_seconds, retries=config.retries)
     parts, context = connect(server, section.model, tokenizer)
     return Teacher(None, None, parts, tokenizer, context, section)
 
