@@ -125,6 +125,17 @@ def test_weights_that_lie_one_behind_the_other(implementation):
 
 
 @over_implementations
+def test_large_weights(implementation, monkeypatch):
+    """Which another than our kernel multiplies, of few rows too."""
+    if implementation != "twin":
+        from distill_kernels import triton_decode_linear
+
+        monkeypatch.setattr(triton_decode_linear, "LARGEST_WEIGHT", 0)
+        monkeypatch.setattr(triton_decode_linear, "plan", None)
+    check(Case(5, bias=True, inner=600), torch.float32, implementation)
+
+
+@over_implementations
 def test_every_launch_leaves_the_counters_as_it_found_them(implementation):
     if implementation == "twin":
         return
