@@ -10,8 +10,8 @@ norm(x) is w * x / sqrt(mean(x^2) + eps). A `Stream` holds w * x and sums of x^2
 that a product begins at once and divides by the root when it is done. Sums are in float32; w * x, x and results are
 rounded once where they are stored.
 
-Bytes: the weight's, once for every 64 rows (from the L2 cache but the first time). Left out on purpose: gradients, and
-activations but SiLU.
+Bytes: the weight's; of more than 64 rows, and of large weights, where cuBLAS multiplies, also the float32 product's,
+written and read. Left out on purpose: gradients, and activations but SiLU.
 """
 
 from collections.abc import Sequence
