@@ -19,6 +19,7 @@ from distill_kernels import (
     PrefixLayout,
     Sample,
     Shared,
+    TopTokens,
     backend,
     chunks,
     linear_distill_loss,
@@ -34,6 +35,7 @@ from distill_kernels import (
     triton_prefix_gradients,
     triton_product_rows,
     triton_record_draw,
+    triton_rest_rows,
     triton_reverse_kl,
     triton_rows,
     triton_sample,
@@ -53,6 +55,7 @@ POINTERS = {
     "out": "*bf16", "lse": FLOATS, "other_out": "*bf16", "other_lse": FLOATS,
     "drawn_token_ids": "*i64", "drawn_logprob": FLOATS, "drawn_sampling_logprob": FLOATS, "rows": "*i64",
     "ended": "*i1", "ends": "*i64", "lengths": "*i64", "logprob": FLOATS, "sampling_logprob": FLOATS, "finished": "*i1",
+    "found": FLOATS, "log_total_ptr": FLOATS, "coefficient_ptr": FLOATS,
     "go_on": "*i64", "seed_ptr": "*i64", "peaks": FLOATS, "thresholds": FLOATS, "pieces": FLOATS, "winners": "*i32",
 }  # fmt: skip
 INTEGERS = {"V", "R", "M", "E", "T", "pad_token_id", "top_k", "tiles"}
@@ -201,6 +204,14 @@ def rounded_losses_of(rows: int) -> None:
         loss_of(rows, torch.bfloat16), student_loss_of(rows, torch.bfloat16)
 
 
+def top_loss_of(rows: int) -> None:
+    """`loss_of` with a teacher elsewhere that names two tokens."""
+    hidden, weight, ids = torch.randn(rows, 8), torch.randn(96, 8), torch.zeros(rows, dtype=torch.int64)
+    top = TopTokens(torch.arange(2).expand(rows, 2), torch.full((rows, 2), -2.0))
+    arguments = hidden.requires_grad_(), weight, None, None, ids, torch.ones(rows)
+    linear_distill_loss(*arguments, objective="reverse_kl", teacher_top=top, workspace_bytes=16 * 6 * 128)
+
+
 def product_of(rows: int) -> None:
     """`loss_of` through the student's product."""
     student_product.STUDENT_PRODUCT = True
@@ -251,6 +262,7 @@ def check_specialisations() -> None:
     backend._interpreting = True  # the launchers of CUDA, for tensors on a CPU
     target, seen = make_backend(GPUTarget("cuda", 90, 32)), defaultdict(set)
     kernels = (
+        triton_rest_rows._sums_kernel, triton_rest_rows._gradient_kernel,
         triton_rows._rows_kernel, triton_student_rows._student_rows_kernel, triton_reverse_kl._backward_kernel,
         triton_sample._threshold_kernel, triton_sample._race_kernel, triton_sample._merge_kernel,
         triton_student_product._references_kernel, triton_student_product._product_kernel,
@@ -261,7 +273,8 @@ def check_specialisations() -> None:
     chunks.ROW_ALIGNMENT["cpu"] = 64
     student_product.STUDENT_PRODUCT = False
     for launch in (
-        loss_of, student_loss_of, rounded_losses_of, product_of, statistics_of, sample_of, draw_of, attention_of,
+        loss_of, student_loss_of, rounded_losses_of, top_loss_of, product_of, statistics_of, sample_of, draw_of,
+        attention_of,
         windowed_attention_of,
     ):  # fmt: skip
         for kernel in kernels:
@@ -401,6 +414,9 @@ def main() -> None:
             triton_student_rows._student_rows_kernel, warps, BLOCK=block, GRADIENT=True, STUDENT_BIAS=extras,
             STUDENT_CAP=extras, TEACHER=extras, IMPORTANCE=extras, ADVANTAGE=True, WEIGHT=True, LOST=True,
         )  # fmt: skip
+    for extras in (False, True):
+        for kernel in (triton_rest_rows._sums_kernel, triton_rest_rows._gradient_kernel):
+            compile_kernel(kernel, warps, BLOCK=block, STUDENT_BIAS=extras, STUDENT_CAP=extras)
     compile_product()
     compile_product_rows()
     compile_prefix_attention()

@@ -3,7 +3,7 @@
 import torch
 from kernels_common import assert_as_good_as_pytorch, exact
 
-from distill_kernels import TokenStats, linear_distill_loss, reference
+from distill_kernels import TokenStats, TopTokens, linear_distill_loss, reference
 
 TENSORS = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "token_ids", "token_weight")
 TRAINED = ("student_hidden", "student_weight", "student_bias")
@@ -35,15 +35,20 @@ def run(function, arguments, upstream, **options):
     return loss, stats, gradients
 
 
+def copied(value, convert):
+    """An argument on the CPU, what is a float by `convert`."""
+    if isinstance(value, TopTokens):
+        return TopTokens(*(each.cpu() for each in value))
+    if not isinstance(value, torch.Tensor):
+        return value
+    return convert(value) if value.is_floating_point() else value.cpu()
+
+
 def compare(arguments, upstream=1.7, workspace_bytes=None, **options):
     """Everything against float64 and against PyTorch in the same dtype."""
     copies = []
     for convert in (lambda t: t.detach().cpu().clone().requires_grad_(t.requires_grad), exact):
-        copies.append({
-            name: convert(value) if isinstance(value, torch.Tensor) and value.is_floating_point()
-            else (value.cpu() if isinstance(value, torch.Tensor) else value)
-            for name, value in (arguments | options).items()
-        })  # fmt: skip
+        copies.append({name: copied(value, convert) for name, value in (arguments | options).items()})
     ours = run(linear_distill_loss, arguments, upstream, workspace_bytes=workspace_bytes, **options)
     same = run(reference.linear_distill_loss, copies[0], upstream)
     truth = run(reference.linear_distill_loss, copies[1], upstream)

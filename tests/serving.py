@@ -31,6 +31,7 @@ class ModelServer:
         self.calls: list[tuple[str, dict]] = []
         self._lock = threading.Lock()
         self.max_model_len: int | None = 256
+        self.max_logprobs = 20
         self.dtype, self.logprobs_mode, self.deaf = "torch.float32", "raw_logprobs", False
         self._start(port)
 
@@ -104,6 +105,19 @@ class ModelServer:
         return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
 
     @torch.no_grad()
+    def likeliest(self, token_ids: list[int], count: int) -> list[dict[str, dict]]:
+        """Of every place but the first: so many tokens, and the one that stands there."""
+        if count > self.max_logprobs:
+            raise ValueError(f"requested prompt logprobs of {count}, more than the maximum of {self.max_logprobs}")
+        with self._lock:
+            known = self.model(torch.tensor([token_ids])[:, :-1]).logits[0].log_softmax(-1)
+        found = []
+        for logprobs, token in zip(known, token_ids[1:], strict=True):
+            ids = {token, *logprobs.topk(min(count, len(logprobs))).indices.tolist()}
+            found.append({str(one): {"logprob": logprobs[one].item()} for one in ids})
+        return found
+
+    @torch.no_grad()
     def logprobs(self, token_ids: list[int]) -> list[float]:
         """Of every token but the first."""
         ids = torch.tensor([token_ids])
@@ -119,6 +133,10 @@ class ModelServer:
             raise ValueError(f"token id {max(prompt)} is out of vocabulary")
         if "n" in body:
             return {"choices": [self._sampled(body, number) for number in reversed(range(body["n"]))]}
+        if count := body.get("prompt_logprobs"):
+            if self.echo_only:
+                return {"choices": [{"text": ""}]}
+            return {"choices": [{"text": "", "prompt_logprobs": [None, *self.likeliest(prompt, count)]}]}
         found = self.logprobs(prompt)
         if body.get("echo"):
             return {"choices": [{"logprobs": {"token_logprobs": [None, *found, -1.0]}}]}

@@ -10,7 +10,10 @@ from distill.models import Head
 class Elsewhere(ModelParts):
     """A teacher that scores the sampled tokens only."""
 
-    sampled_only = True
+    sampled_only, width = True, 1
+
+    def named(self, hidden):
+        return None
 
 
 def test_master_weights_get_their_gradient_unrounded():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 NAMES = (
-    "reverse_kl", "linear", "student_loss", "student_product", "products", "sample", "decode_attention",
+    "reverse_kl", "linear", "student_loss", "top_loss", "student_product", "products", "sample", "decode_attention",
     "decode_linear", "decode_write", "record_draw", "prefix_attention", "contract", "accuracy",
 )  # fmt: skip
 FILES = tuple(f"test_kernels_{name}.py" for name in NAMES)

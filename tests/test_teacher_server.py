@@ -180,7 +180,8 @@ def test_a_short_context_limits_the_prompts(server, write_config, capsys):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"loss.objective": "reverse_kl"}, "loss.objective is 'reverse_kl'"),
+        ({"loss.objective": "reverse_kl", "teacher.server_gives": "sampled"}, "loss.objective is 'reverse_kl'"),
+        ({"teacher.server_gives": "top_k"}, "teacher.server_gives is top_k"),
         ({"loss.temperature": 2.0, "loss.importance_clip": None}, "loss.temperature is 2.0"),
         (
             {"teacher.others": {"two": {"model": "x", "server": "http://127.0.0.1:9", "offload": True}}},
@@ -198,11 +199,43 @@ def test_what_a_served_teacher_cannot_do_is_refused_with_the_reason(write_config
         load_config(write_config(SAMPLED | {"teacher.server": "http://127.0.0.1:9"} | changes))
 
 
-def test_one_of_several_teachers_on_a_server_is_refused_what_it_cannot(write_config):
-    others = {"two": {"model": "x", "server": "http://127.0.0.1:9"}}
-    path = write_config(SAMPLED | {"teacher.others": others, "loss.objective": "reverse_kl"})
-    with pytest.raises(ConfigError, match=r"loss.objective is 'reverse_kl', and with teacher.others.two.server"):
-        load_config(path)
+@pytest.mark.parametrize("objective", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_server_that_names_all_its_tokens_trains_like_a_loaded_teacher(server, write_config, tmp_path, objective):
+    """Every one of the vocabulary: the exact objective, but for rounding; what is said of the whole stays unknown."""
+    server.max_logprobs = 260
+    common = {"loss.objective": objective, "training.max_steps": 2}
+    local = {"teacher.model": str(server.folder), "training.output_dir": str(tmp_path / "local")}
+    execute(write_config(common | local))
+    there = {"teacher.server": server.url, "teacher.server_top_k": 260, "training.output_dir": str(tmp_path / "there")}
+    execute(write_config(common | there))
+    for one, other in zip(metrics_of(tmp_path / "there"), metrics_of(tmp_path / "local"), strict=True):
+        for key in ("loss", "reverse_kl", "student_entropy", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=2e-4, abs=1e-5), key
+        assert one["reverse_kl_exact"] is one["teacher_entropy"] is None
+    local = weights_of(tmp_path / "local")
+    for name, weight in weights_of(tmp_path / "there").items():
+        torch.testing.assert_close(weight, local[name], rtol=1e-3, atol=5e-5)
+
+
+def test_the_likeliest_tokens_alone_bring_the_student_closer(server, write_config, tmp_path):
+    """Five tokens of 260, over micro-batches."""
+    changes = {"loss.objective": "reverse_kl", "teacher.server_top_k": 5, "training.tokens_per_micro_batch": 40}
+    changes |= {"training.max_steps": 30, "training.num_epochs": 30, "training.learning_rate": 1e-2}
+    execute(write_config(changes | {"teacher.server": server.url}))
+    found = [line["loss"] for line in metrics_of(tmp_path / "run")]
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+
+
+def test_more_tokens_than_a_server_gives_are_refused(server, write_config, capsys):
+    path = write_config({"loss.objective": "reverse_kl", "teacher.server": server.url, "teacher.server_top_k": 21})
+    assert main(["--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "--max-logprobs" in error
+    assert "teacher.server_top_k" in error
+    server.echo_only = True
+    path = write_config({"loss.objective": "reverse_kl", "teacher.server": server.url, "teacher.server_top_k": 5})
+    assert main(["--config", str(path)]) == 2
+    assert "others give none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["main", "other", "both"])

@@ -199,6 +199,8 @@ EFFECTS = {
     "teacher.precision": ({}, "bfloat16", "numbers"),
     "teacher.offload": ({}, True, "refused"),
     "teacher.server": (SAMPLED, "served", "numbers"),
+    "teacher.server_gives": ({"loss.objective": "reverse_kl", "teacher.server": "served"}, "sampled", "refused"),
+    "teacher.server_top_k": ({"loss.objective": "reverse_kl", "teacher.server": "served"}, 3, "numbers"),
     "teacher.timeout_seconds": (SAMPLED | {"teacher.server": "slow", "teacher.retries": 0}, 0.1, "accepted"),
     "teacher.retries": (SAMPLED | {"teacher.server": "failing"}, 0, "accepted"),
     "prompts.train": ({}, "other", "numbers"),

@@ -74,7 +74,8 @@ def plan(config_file: str, gpu: str, gpus: int, prompt_tokens: int) -> str:
     else:
         lines.append(f"Choose: {page.choice(*chosen)}")
         if chosen[0].servers and config.loss.objective != "sampled_reverse_kl":
-            lines.append(f"A served teacher needs loss.objective: sampled_reverse_kl (found {config.loss.objective}).")
+            what = f"its {config.teacher.server_top_k} likeliest tokens for loss.objective: {config.loss.objective}"
+            lines.append(f"A served teacher names {what}; sampled_reverse_kl would ask of the sampled ones alone.")
     return "\n".join(lines)
 
 

@@ -67,6 +67,12 @@ class Config(BaseSettings):
     def prompts_per_batch(self) -> int:
         return self.rollout.prompts_per_batch or self.training.prompts_per_step
 
+    @property
+    def asked_top_k(self) -> int:
+        """How many of the likeliest tokens at each place a teacher's server is asked for."""
+        sampled = self.loss.objective == "sampled_reverse_kl" or self.teacher.server_gives == "sampled"
+        return 0 if sampled else self.teacher.server_top_k
+
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
         step, batch = self.training.prompts_per_step, self.prompts_per_batch
@@ -143,19 +149,25 @@ class Config(BaseSettings):
         served = self.teacher.served()
         if not served:
             return
-        why = "a server says the log-probabilities of the sampled tokens only"
+        first, gives, objective = next(iter(served)), self.teacher.server_gives, self.loss.objective
+        why = "a server says nothing of a teacher's whole distribution"
+        if gives == "sampled" and objective != "sampled_reverse_kl":
+            raise ValueError(
+                f"loss.objective is {objective!r}, which compares distributions, and teacher.server_gives is sampled: "
+                f"set that to top_k, or the objective to sampled_reverse_kl"
+            )
+        if gives == "top_k" and objective == "sampled_reverse_kl":
+            raise ValueError(
+                "teacher.server_gives is top_k, and sampled_reverse_kl asks of the sampled tokens only: leave "
+                "teacher.server_gives out, or set another loss.objective"
+            )
         of_models = [
             (f"{key}.{name}", getattr(section, name), needed)
             for key, section in served.items()
             for name, needed in (("precision", "auto"), ("offload", False))
         ]
-        for key, value, needed in (
-            ("loss.objective", self.loss.objective, "sampled_reverse_kl"),
-            ("loss.temperature", self.loss.temperature, 1),
-            *of_models,
-        ):
+        for key, value, needed in (("loss.temperature", self.loss.temperature, 1), *of_models):
             if value != needed:
-                first = next(iter(served))
                 raise ValueError(f"{key} is {value!r}, and with {first}.server it must be {needed!r}: {why}")
         if self.loss.baseline == "exact":
             raise ValueError(f"loss.baseline exact needs the teacher's whole distribution, but {why}: set it to group")

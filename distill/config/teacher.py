@@ -71,6 +71,12 @@ class TeacherConfig(FrozenModel):
     update: Update = "frozen"
     """Whether a teacher of the student's own weights follows it: `every:20` takes them over every 20 steps, `ema:0.99`
     keeps 0.99 of its own at each step. Evaluations are against the teacher of step 0 in any case."""
+    server_gives: Literal["auto", "sampled", "top_k"] = "auto"
+    """What a teacher's `server` is asked for: `sampled`, the log-probabilities of the sampled tokens, all that
+    `sampled_reverse_kl` needs; `top_k`, also its likeliest tokens at each place, for the other objectives, which then
+    compare these one by one and all others as one. `auto`: what the objective needs."""
+    server_top_k: Integer = Field(20, ge=1)
+    """How many of them. A vLLM server gives 20 at most unless it is started with `--max-logprobs`."""
     timeout_seconds: Number = Field(300, gt=0)
     """Longest wait for one answer of a teacher's `server`."""
     retries: Integer = Field(8, ge=0)

@@ -1,7 +1,7 @@
 """Two models' heads over the same tokens: what every call of a fused operation on their hidden states shares.
 
-A teacher on a server says log q(y) of the sampled tokens and no more: it has no head here, and what it said takes the
-place of its hidden states.
+A teacher on a server says log q(y) of the sampled tokens, and of its likeliest where it is asked: it has no head here,
+and what it said takes the place of its hidden states.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.forward import OneDnnLinears
 from distill.loss.model_parts import ModelParts
-from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl
+from distill_kernels import TokenStats, TopTokens, linear_distill_loss, linear_reverse_kl
 
 AGREEMENT_TOKENS = 32  # of a micro-batch whose likeliest tokens are compared
 
@@ -29,7 +29,7 @@ class HeadPair(NamedTuple):
     def theirs(self, found: TeacherStates, teacher: int, rows: Tensor, student_hidden: Tensor) -> Tensor:
         """[k, Ht] of what `score` found; 0 for a row that is computed only to take part, and counts for nothing."""
         if (teacher, int(rows[0])) not in found:
-            width = 1 if self.teacher.sampled_only else self.teacher.head.weight.shape[1]
+            width = self.teacher.width if self.teacher.sampled_only else self.teacher.head.weight.shape[1]
             return student_hidden.new_zeros(len(student_hidden), width)
         return torch.cat([found[teacher, row] for row in rows.tolist()])
 
@@ -43,6 +43,8 @@ class HeadPair(NamedTuple):
     ) -> tuple[Tensor, TokenStats]:
         """`linear_distill_loss` of K tokens with the options of its `objective`, and the detached statistics."""
         teacher, options = self._teacher(teacher_hidden)
+        if self.teacher.sampled_only and (top := self.teacher.named(teacher_hidden)):
+            options["teacher_top"] = TopTokens(*top)
         inputs = student_hidden, self.student.head.weight, *teacher, token_ids, token_weight
         return linear_distill_loss(*inputs, **objective, **options)
 

@@ -14,12 +14,11 @@ class ModelParts(NamedTuple):
     """A model as it is computed with: body, head (a `models.Head`), and the precision of the arithmetic."""
 
     body: nn.Module
-    head: tuple | None
-    """None of a model that is elsewhere, which is `sampled_only`."""
+    head: tuple | None  # None of a model that is elsewhere, which is `sampled_only`
     dtype: torch.dtype
     present: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     """Surrounds a phase in which the body computes: it may live elsewhere the rest of the time."""
-    sampled_only = False  # whether `hidden` gives log-probabilities of the sampled tokens [K, 1], all that is known
+    sampled_only = False  # whether `hidden` gives log-probabilities [K, width] instead, first the sampled token's
     one_call: bool = False
     """Whether `hidden` has to call the body once, as where its weights are gathered from other ranks for a call."""
     refresh: Callable[[], None] = lambda: None

@@ -288,8 +288,10 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     return changed
 
 
-def _others(teachers: dict[str, Any]) -> dict[str, Any]:
+def _others(teachers: Any) -> Any:
     """`teacher.others` without what is harmless of a teacher."""
+    if not isinstance(teachers, dict):
+        return teachers
     return {
         name: {key: value for key, value in one.items() if f"teacher.{key}" not in HARMLESS}
         if isinstance(one, dict)

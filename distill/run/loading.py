@@ -51,7 +51,9 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     base = load_model(options.model, trust_remote_code=trusted, device=device, attention=attention, trained=True)
     # Weights that are trained cannot be a teacher's.
     frozen = base if options.lora else None
-    teachers = load_teachers(config.teacher, device, dtype, attention, student=options, base=frozen)
+    teachers = load_teachers(
+        config.teacher, device, dtype, attention, student=options, base=frozen, top_k=config.asked_top_k
+    )
     if template is not None:
         for templated in (tokenizer, *(teacher.tokenizer for teacher in teachers)):
             templated.chat_template = template

@@ -24,10 +24,12 @@ def load_teachers(
     *,
     student: StudentConfig,
     base: PreTrainedModel | None,
+    top_k: int = 0,
 ) -> list[Teacher]:
     """`teacher.model` and `teacher.others`, without gradients; what is one model is loaded once. Raises `ModelError`.
 
-    `base` is the student's own model where its weights stay as they are, and then serves as teacher too.
+    `base` is the student's own model where its weights stay as they are, and then serves as teacher too. Servers are
+    asked for their `top_k` likeliest tokens.
     """
     loaded: list[Teacher] = []
     models: dict[tuple, Teacher] = {}  # several teachers may be one model that sees different prompts
@@ -36,7 +38,7 @@ def load_teachers(
         if key not in models:
             tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
             if section.server:
-                models[key] = _served(config, name, section, tokenizer)
+                models[key] = _served(config, name, section, tokenizer, top_k)
             else:
                 shared = base if section.model == student.model else None
                 models[key] = _local(section, tokenizer, device, dtype, attention, shared)
@@ -45,11 +47,11 @@ def load_teachers(
 
 
 def _served(
-    config: TeacherConfig, name: str | None, section: FrozenModel, tokenizer: PreTrainedTokenizerBase
+    config: TeacherConfig, name: str | None, section: FrozenModel, tokenizer: PreTrainedTokenizerBase, top_k: int
 ) -> Teacher:
     key = f"teacher.others.{name}.server" if name else "teacher.server"
     server = Server(section.server, key, timeout_seconds=config.timeout_seconds, retries=config.retries)
-    parts, context = connect(server, section.model, tokenizer)
+    parts, context = connect(server, section.model, tokenizer, top_k)
     return Teacher(None, None, parts, tokenizer, context, section)
 
 

@@ -1,7 +1,7 @@
 """`teacher.server`: a teacher that another process serves and that scores the sampled tokens over HTTP.
 
-It knows log q(y) of the tokens y that were sampled and nothing of the rest of the vocabulary, which is enough for
-`sampled_reverse_kl`. Its "hidden states" are those log-probabilities, one number a token; see `loss.HeadPair`.
+It says log q(y) of the tokens y that were sampled, which is enough for `sampled_reverse_kl`, and where it is asked for
+them its k likeliest tokens at each place. Its "hidden states" are these numbers; see `loss.HeadPair`.
 """
 
 import torch
@@ -18,28 +18,42 @@ class ServedTeacher(ModelParts):
     sampled_only = True
 
     def hidden(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, lengths: Tensor, index: Tensor):
-        """[k, 1] float32: log q(y) of every token of the rows, which are those of `completion_hidden`."""
+        """[K, 1 + 2 k] float32 of every token of the rows, which are those of `completion_hidden`: log q(y), and of the
+        k likeliest tokens that the server is asked for, k >= 0, their ids and their log-probabilities.
+        """
+        ask = self.body.top if self.body.top_k else lambda ids: [[value] for value in self.body.score(ids)]
         prompts = [ids[mask].tolist() for ids, mask in zip(prompt_ids.cpu(), prompt_mask.cpu(), strict=True)]
         completions = completion_ids.tolist()
         rows = [(prompts[p], completions[r][:n]) for r, (p, n) in enumerate(zip(index, lengths.tolist(), strict=True))]
 
-        def score(row: tuple[list[int], list[int]]) -> list[float]:
+        def score(row: tuple[list[int], list[int]]) -> list[list[float]]:
             prompt, completion = row
             # A slice from -0 would be the whole prompt.
-            return self.body.score(prompt + completion)[len(prompt) - 1 :] if completion else []
+            return ask(prompt + completion)[len(prompt) - 1 :] if completion else []
 
-        found = [logprob for of_row in in_parallel(score, rows) for logprob in of_row]
-        return torch.tensor(found, device=completion_ids.device)[:, None]
+        found = [said for of_row in in_parallel(score, rows) for said in of_row]
+        return torch.tensor(found, device=completion_ids.device).view(-1, self.width)
+
+    @property
+    def width(self) -> int:
+        return 1 + 2 * self.body.top_k
+
+    def named(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Ids and log-probabilities of the likeliest tokens in what `hidden` gave, if the server is asked for them."""
+        ids, logprob = hidden[:, 1:].chunk(2, 1)
+        return (ids.long(), logprob) if self.body.top_k else None  # in float32 every id below 2^24 is exact
 
 
-def connect(server: Server, reference: str, tokenizer: PreTrainedTokenizerBase) -> tuple[ServedTeacher, int | None]:
+def connect(
+    server: Server, reference: str, tokenizer: PreTrainedTokenizerBase, top_k: int = 0
+) -> tuple[ServedTeacher, int | None]:
     """The teacher on a server, checked as far as it can be, and the tokens that it can take.
 
     Raises `ServerError` for one that scores no prompts, that says something else when it is asked again, or that has
     another vocabulary than `tokenizer`.
     """
     about = server.model(reference)
-    scores = PromptScores(server, about["id"])
+    scores = PromptScores(server, about["id"], top_k)
     token_ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     server.check_tokenizer(scores.model, PROBE, token_ids)
     vocab_size = max(tokenizer.get_vocab().values()) + 1

@@ -10,7 +10,7 @@ from distill_kernels.prefix_layout import PrefixLayout, Shared
 from distill_kernels.record_draw import record_draw
 from distill_kernels.reverse_kl import reverse_kl
 from distill_kernels.sample import sample
-from distill_kernels.types import Norm, Sample, TokenStats
+from distill_kernels.types import Norm, Sample, TokenStats, TopTokens
 
 __all__ = [
     "Norm",
@@ -18,6 +18,7 @@ __all__ = [
     "Sample",
     "Shared",
     "TokenStats",
+    "TopTokens",
     "added",
     "begun",
     "decode_attention",

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from distill_kernels.types import TopTokens
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _check_cuda_values = False
@@ -146,6 +148,22 @@ def check_linear(
     for name, number in numbers.items():
         check_positive(name, number)
     return resolve_vocab_size(vocab_size, student[1].shape[0], list(sides.values())[-1][1].shape[0])
+
+
+def check_top(top: TopTokens, token_ids: Tensor, V: int) -> None:
+    """A teacher's likeliest tokens, [K, k] each, k from 1 to V."""
+    check_floats(teacher_top_logprob=top.logprob)
+    check_integers("teacher_top.token_ids", top.token_ids, token_ids.device)
+    for name, tensor in zip(("token_ids", "logprob"), top, strict=True):
+        if tensor.dim() != 2 or len(tensor) != len(token_ids) or not 1 <= tensor.shape[1] <= V:
+            raise ValueError(
+                f"teacher_top.{name} must be [{len(token_ids)}, k], k from 1 to {V}; found {list(tensor.shape)}"
+            )
+    if top.token_ids.shape != top.logprob.shape or top.logprob.device != token_ids.device:
+        raise ValueError(
+            f"teacher_top's tensors must be alike and where token_ids are; found {list(top.token_ids.shape)} and "
+            f"{list(top.logprob.shape)} on {top.logprob.device}"
+        )
 
 
 def _check_no_teacher(teacher: tuple[Tensor | None, ...], softcap: float | None, scale: float) -> None:

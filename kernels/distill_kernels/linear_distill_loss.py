@@ -32,7 +32,8 @@ from distill_kernels import backend, checks, student_product
 from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
 from distill_kernels.head_gradients import Gradients, keep_gradients, new_outputs, scaled_gradients, write_gradients
 from distill_kernels.linear_student_loss import linear_student_loss
-from distill_kernels.types import OBJECTIVES, Head, TokenStats
+from distill_kernels.linear_top_loss import linear_top_loss
+from distill_kernels.types import OBJECTIVES, Head, TokenStats, TopTokens
 
 
 @torch.library.custom_op("distill_kernels::linear_distill_loss", mutates_args=())
@@ -170,6 +171,7 @@ def _check_objective(
     beta: float,
     teacher: bool,
     teacher_logprob: Tensor | None,
+    teacher_top: TopTokens | None,
 ) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {objective!r}")
@@ -178,9 +180,16 @@ def _check_objective(
         raise ValueError(f"{', '.join(own)} belong to sampled_reverse_kl; found {objective!r}")
     if objective == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must lie between 0 and 1; found {beta}. Its limits are forward_kl and reverse_kl")
-    if not teacher and objective != "sampled_reverse_kl":
-        raise ValueError(f"without teacher_hidden there is sampled_reverse_kl only; found objective {objective!r}")
-    if not teacher and teacher_logprob is None and advantage is None:
+    sampled = objective == "sampled_reverse_kl"
+    if not teacher and not sampled and teacher_top is None:
+        raise ValueError(
+            f"without teacher_hidden there is sampled_reverse_kl only, and with teacher_top the others; found "
+            f"objective {objective!r}"
+        )
+    if teacher_top is not None and (teacher or sampled):
+        what = "a teacher that is here" if teacher else "sampled_reverse_kl, which asks of the sampled tokens only"
+        raise ValueError(f"teacher_top is for a teacher elsewhere and whole distributions; found {what}")
+    if not teacher and sampled and teacher_logprob is None and advantage is None:
         raise ValueError("without teacher_hidden the loss needs teacher_logprob or advantage: pass one of them")
 
 
@@ -193,6 +202,7 @@ def linear_distill_loss(
     token_weight: Tensor,
     *,
     teacher_logprob: Tensor | None = None,
+    teacher_top: TopTokens | None = None,
     objective: str = "sampled_reverse_kl",
     sampling_logprob: Tensor | None = None,
     importance_clip: float | None = None,
@@ -226,15 +236,17 @@ def linear_distill_loss(
     of leading columns that both models share; columns past it have gradient 0. `workspace_bytes` bounds the buffers.
 
     A teacher elsewhere: teacher_hidden and teacher_weight are None, teacher_logprob [K], nats, is what it says of the
-    tokens at this temperature. `sampled_reverse_kl` only; the statistics that nobody knows are NaN. An advantage may
-    take its place too: with 1 the loss is the tokens' cross entropy.
+    tokens at this temperature. The statistics that nobody knows are NaN. An advantage may take its place too: with 1
+    the loss is the tokens' cross entropy. `sampled_reverse_kl` only, unless `teacher_top` names the teacher's likeliest
+    tokens: then the other objectives compare these one by one and all others as one, see `linear_top_loss`.
 
     A token whose divergence is infinite makes the loss infinite and has gradient 0.
     Raises ValueError and IndexError as `linear_reverse_kl` does.
     """
     _check_objective(
-        objective, sampling_logprob, importance_clip, advantage, beta, teacher_hidden is not None, teacher_logprob
-    )
+        objective, sampling_logprob, importance_clip, advantage, beta, teacher_hidden is not None, teacher_logprob,
+        teacher_top,
+    )  # fmt: skip
     vectors = {
         "token_weight": token_weight,
         "teacher_logprob": teacher_logprob,
@@ -261,6 +273,12 @@ def linear_distill_loss(
     )
     needed = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in student]
     weight, *given = (None if vector is None else vector.detach() for vector in vectors.values())
+    if teacher_top is not None:
+        checks.check_top(teacher_top, token_ids, V)
+        top = teacher_top.token_ids, teacher_top.logprob.detach(), needed, OBJECTIVES.index(objective), beta
+        options = (temperature, V, student_softcap, student_scale, workspace_bytes, cast_weights)
+        loss, stats, *_ = linear_top_loss(*student, token_ids, weight, given[0], *top, *options)
+        return loss, TokenStats(*stats.unbind(0))
     if teacher_hidden is None:
         options = (importance_clip, temperature, V, student_softcap, student_scale, workspace_bytes, cast_weights)
         loss, stats, *_ = linear_student_loss(*student, token_ids, weight, *given, needed, *options)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill_kernels.counter import column_words, exponential, row_keys
 from distill_kernels.prefix_layout import PrefixLayout
-from distill_kernels.types import OBJECTIVES, Sample, TokenStats
+from distill_kernels.types import OBJECTIVES, Sample, TokenStats, TopTokens
 
 
 def reverse_kl(
@@ -64,6 +64,7 @@ def linear_distill_loss(
     token_weight: Tensor,
     *,
     teacher_logprob: Tensor | None = None,
+    teacher_top: TopTokens | None = None,
     objective: str = "sampled_reverse_kl",
     sampling_logprob: Tensor | None = None,
     importance_clip: float | None = None,
@@ -84,6 +85,9 @@ def linear_distill_loss(
     student_logits = _head(student_hidden, student_weight, student_bias, student_softcap, student_scale)
     if teacher_hidden is None:
         stats = _without_teacher(student_logits, teacher_logprob, token_ids, temperature, vocab_size)
+        if teacher_top is not None:
+            student, _ = _logprobs(student_logits, student_logits, temperature, vocab_size)
+            student, teacher = _in_parts(student, teacher_top)
     else:
         with torch.no_grad():
             teacher_logits = _head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale)
@@ -92,7 +96,7 @@ def linear_distill_loss(
     if objective == "sampled_reverse_kl":
         losses = _sampled(stats, sampling_logprob, importance_clip, advantage)
     elif objective == "reverse_kl":
-        losses = stats.reverse_kl
+        losses = stats.reverse_kl if teacher_top is None else _kl(student, teacher)
     elif objective == "forward_kl":
         losses = _kl(teacher, student)
     else:
@@ -278,6 +282,19 @@ def _without_teacher(
     impossible = (stats.student_logprob == -math.inf) & (said == -math.inf)
     reward = (said - stats.student_logprob).detach().masked_fill(impossible, 0)
     return stats._replace(teacher_logprob=said, reward=reward, reverse_kl=unknown, teacher_entropy=unknown)
+
+
+def _in_parts(student: Tensor, top: TopTokens) -> tuple[Tensor, Tensor]:
+    """Both models' log-probabilities [K, k + 1] of the tokens that a teacher names, and of all others together."""
+    K, V = student.shape
+    there = (top.token_ids >= 0) & (top.token_ids < V) & (top.logprob > -math.inf)
+    ids = torch.where(there, top.token_ids, top.token_ids[:, :1])
+    named = torch.zeros(K, V, dtype=torch.bool, device=student.device).scatter(1, ids, True)
+    said = top.logprob.to(student.dtype).masked_fill(~there, -math.inf)
+    left = (1 - said.exp().sum(1)).clamp(min=2.0**-20).log().masked_fill(named.all(1), -math.inf)
+    ours = student.gather(1, ids).masked_fill(~there, -math.inf)
+    rest = student.masked_fill(named, -math.inf).logsumexp(1)
+    return torch.cat([ours, rest[:, None]], 1), torch.cat([said, left[:, None]], 1)
 
 
 def _token_stats(student: Tensor, teacher: Tensor, token_ids: Tensor) -> TokenStats:

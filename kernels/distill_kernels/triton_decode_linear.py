@@ -266,35 +266,35 @@ def heads(
     x, number, D = stream.scaled, out.shape[1], out.shape[2]
     query_heads, key_heads = (len(weight) // D for weight in weights[:2])
     query_norm, key_norm = norms or (Norm(cos, eps), Norm(cos, eps))
-    launch = _launch(x, weights, number, max(16, triton.next_power_of_2(D)), 16)
-    _heads_kernel[launch.grid](
+    grid, options, parts, _ = _launch(x, weights, number, max(16, triton.next_power_of_2(D)), 16)
+    _heads_kernel[grid](
         x, stream.squares, *weights, *(given_or(bias, x) for bias in biases), query_norm.weight, key_norm.weight,
-        cos, sin, out, launch.parts, counters(x.device), len(x), eps, query_norm.eps, key_norm.eps,
+        cos, sin, out, parts, counters(x.device), len(x), eps, query_norm.eps, key_norm.eps,
         K=x.shape[1], HQ=query_heads, HKV=key_heads, D=D, ROTARY=cos.shape[1], BIAS=biases[0] is not None,
-        HEAD_NORM=norms is not None, **_squares(stream), **launch.options,
+        HEAD_NORM=norms is not None, **_squares(stream), **options,
     )  # fmt: skip
 
 
 def gate(stream: Stream, eps: float, gate_weight: Tensor, up_weight: Tensor, out: Tensor) -> None:
     """Writes out [R, I]; see `normed_gate`."""
     x = stream.scaled
-    launch = _launch(x, [gate_weight, up_weight], None, None, 2)
+    grid, options, parts, _ = _launch(x, [gate_weight, up_weight], None, None, 2)
     # Of two bases, one for each column, the compiler knows too little to copy ahead.
     up_offset = (up_weight.data_ptr() - gate_weight.data_ptr()) // x.itemsize
-    _gate_kernel[launch.grid](
-        x, stream.squares, gate_weight, out, launch.parts, counters(x.device), len(x), up_offset, eps, K=x.shape[1],
-        N=out.shape[1], **_squares(stream), **launch.options,
+    _gate_kernel[grid](
+        x, stream.squares, gate_weight, out, parts, counters(x.device), len(x), up_offset, eps, K=x.shape[1],
+        N=out.shape[1], **_squares(stream), **options,
     )  # fmt: skip
 
 
 def add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm: Tensor) -> Stream:
     """See `added`."""
-    launch = _launch(x, [weight], None, None, 2)
-    squares = torch.empty(launch.tiles, len(x), dtype=torch.float32, device=x.device)
+    grid, options, parts, tiles = _launch(x, [weight], None, None, 2)
+    squares = torch.empty(tiles, len(x), dtype=torch.float32, device=x.device)
     made = Stream(torch.empty_like(residual), torch.empty_like(residual), squares)
-    _add_kernel[launch.grid](
-        x, weight, given_or(bias, x), residual, norm, *made, launch.parts, counters(x.device), len(x), K=x.shape[1],
-        N=len(weight), BIAS=bias is not None, **launch.options,
+    _add_kernel[grid](
+        x, weight, given_or(bias, x), residual, norm, *made, parts, counters(x.device), len(x), K=x.shape[1],
+        N=len(weight), BIAS=bias is not None, **options,
     )  # fmt: skip
     return made
 

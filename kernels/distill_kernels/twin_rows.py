@@ -112,6 +112,11 @@ def distill_rows(
 
 def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> Softmax:
     """Turns raw logits [r, V] into shifted ones in place, and their exponentials into `exps`."""
+    return shifted_softmax(tempered(logits, head, temperature), logits, exps)
+
+
+def tempered(logits: Tensor, head: Head, temperature: float) -> Tensor:
+    """Turns raw logits [r, V] into tempered ones in place."""
     if head.bias is not None:
         logits += head.bias
     if head.scale != 1:
@@ -120,7 +125,7 @@ def softmax_of(logits: Tensor, exps: Tensor, head: Head, temperature: float) -> 
         logits.div_(head.softcap).tanh_().mul_(head.softcap)
     if temperature != 1:
         logits /= temperature
-    return shifted_softmax(logits, logits, exps)
+    return logits
 
 
 def softcap_slope(s: Softmax, head: Head, temperature: float) -> Tensor | None:

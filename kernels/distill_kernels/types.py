@@ -45,6 +45,15 @@ class Head(NamedTuple):
         return self if self.bias is None else self._replace(bias=self.bias[:V])
 
 
+class TopTokens(NamedTuple):
+    """The likeliest tokens that a teacher names at each of K places; the first is one, others may be absent."""
+
+    token_ids: Tensor
+    """[K, k] int64, -1 for none."""
+    logprob: Tensor
+    """[K, k] nats, at the student's temperature; -inf for none."""
+
+
 class Norm(NamedTuple):
     """An RMS norm: weight * x / sqrt(mean(x^2) + eps)."""
 
