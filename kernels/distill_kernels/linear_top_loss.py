@@ -118,7 +118,7 @@ def _named(ids: Tensor, said: Tensor, V: int) -> tuple[Tensor, Tensor]:
     """Columns [r, k] that exist, and their log-probabilities: of those that do not, the first column and -inf."""
     there = (ids >= 0) & (ids < V) & (said > -math.inf)
     there[:, 0] = True  # one at least is named
-    return torch.where(there, ids, ids[:, :1]), said.masked_fill(~there, -math.inf)
+    return torch.where(there, ids, ids[:, :1]).clamp(0, V - 1), said.masked_fill(~there, -math.inf)
 
 
 def _first(there: Tensor, values: Tensor) -> Tensor:
