@@ -4,12 +4,12 @@ A fused loss is linear in the losses of its tokens with known weights, so all it
 its forward pass has made by the upstream gradient, one number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from distill_kernels.chunks import HeadProducts
+from distill_kernels.chunks import HeadProducts, chunks, row_buffer, rows_per_chunk
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Loss [], statistics [6, K], and the gradients of hidden states [K, H], weight [V, H] and bias [V], each or empty."""
@@ -20,6 +20,27 @@ def new_outputs(hidden: Tensor, weight: Tensor, needed: list[bool], dtype: torch
     K, (V, H) = hidden.shape[0], weight.shape
     shapes = ((), (6, K), (K, H) if needed[0] else (0,), (V, H) if needed[1] else (0,), (V,) if needed[2] else (0,))
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def student_chunks(
+    student: HeadProducts, hidden: Tensor, gradient: bool, workspace_bytes: int | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Chunks of rows of hidden states [K, H], with their logits [k, V] and the room for the logits' gradient, if there
+    is to be one: the logits' own, if the products take what the logits are. Each is to be let go of before the next."""
+    (V, _), dtype, operand, device = student.weight.shape, student.accumulate, student.operand, hidden.device
+    rounded = gradient and operand != dtype
+    rows = rows_per_chunk(len(hidden), V, dtype.itemsize + rounded * operand.itemsize, workspace_bytes, device)
+    room, half = student.room(rows), row_buffer(rows, V, operand, device) if rounded else None
+    for part in chunks(len(hidden), rows):
+        logits = student.logits(hidden[part], room)
+        grad = None if not gradient else logits if half is None else half[: len(logits)]
+        yield part, logits, grad
+        del logits, grad
+
+
+def weighted_loss(losses: Tensor, weights: Tensor) -> Tensor:
+    """The sum of what counts: a token of weight 0 adds nothing, whatever its loss is."""
+    return (weights * losses.masked_fill(weights == 0, 0)).sum()
 
 
 def write_gradients(

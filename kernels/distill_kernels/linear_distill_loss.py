@@ -30,7 +30,14 @@ from torch import Tensor
 
 from distill_kernels import backend, checks, student_product
 from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
-from distill_kernels.head_gradients import Gradients, keep_gradients, new_outputs, scaled_gradients, write_gradients
+from distill_kernels.head_gradients import (
+    Gradients,
+    keep_gradients,
+    new_outputs,
+    scaled_gradients,
+    weighted_loss,
+    write_gradients,
+)
 from distill_kernels.linear_student_loss import linear_student_loss
 from distill_kernels.linear_top_loss import linear_top_loss
 from distill_kernels.types import OBJECTIVES, Head, TokenStats, TopTokens
@@ -103,8 +110,7 @@ def _linear_distill_loss(
         if grad is not None:
             write_gradients(student, grad, student_hidden, part, factor, needed, gradients, token_ids, lost)
         del grad  # before the next chunk's logits
-    loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
-    return loss, *outputs[1:]
+    return weighted_loss(losses, weights), *outputs[1:]
 
 
 class _Way(NamedTuple):

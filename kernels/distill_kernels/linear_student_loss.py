@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from distill_kernels import backend, checks
-from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
-from distill_kernels.head_gradients import Gradients, keep_gradients, new_outputs, scaled_gradients, write_gradients
+from distill_kernels.chunks import HeadProducts, accumulation_dtype
+from distill_kernels.head_gradients import (
+    Gradients,
+    keep_gradients,
+    new_outputs,
+    scaled_gradients,
+    student_chunks,
+    weighted_loss,
+    write_gradients,
+)
 from distill_kernels.types import Head
 
 
@@ -43,28 +51,22 @@ def linear_student_loss(
     reward.
     """
     checks.check_token_ids(token_ids, vocab_size)
-    K, V, device = len(hidden), vocab_size, hidden.device
+    K, V = len(hidden), vocab_size
     outputs = new_outputs(hidden, weight, needed, accumulation_dtype(hidden, weight))
     _, stats, *gradients = outputs
     weights = token_weight.to(stats.dtype)
     losses, row_scale = stats.new_empty(2, K)
     student = HeadProducts(weight[:V], hidden, stats.dtype, cast_weights)
     gradients[1][V if K else 0 :].zero_(), gradients[2].zero_()  # the first chunk writes the weight's first V rows
-    gradient, operand = any(needed), student.operand
-    # The logits' gradient takes their place if the products take what the logits are.
-    rounded = gradient and operand != stats.dtype
+    rounded = any(needed) and student.operand != stats.dtype
     lost = stats.new_empty(K) if rounded else None
-    rows = rows_per_chunk(K, V, stats.dtype.itemsize + rounded * operand.itemsize, workspace_bytes, device)
-    room, half = student.room(rows), row_buffer(rows, V, operand, device) if rounded else None
     given = {"teacher_logprob": teacher_logprob, "sampling_logprob": sampling_logprob, "advantage": advantage}
     head = Head(bias, softcap, scale).first(V)
-    for part in chunks(K, rows):
-        logits = student.logits(hidden[part], room)
-        grad = None if not gradient else logits if half is None else half[: len(logits)]
+    for part, logits, grad in student_chunks(student, hidden, any(needed), workspace_bytes):
         factor = weights[part] * (scale / temperature)
         # A row kernel that rounds the gradient weights it first, and leaves a factor that no product rounds.
         weighted = {"token_weight": factor, "lost": lost[part]} if rounded else {}
-        backend.implementation("student_rows", device).student_rows(
+        backend.implementation("student_rows", hidden.device).student_rows(
             logits,
             token_ids[part],
             stats=stats[:, part],
@@ -81,8 +83,7 @@ def linear_student_loss(
         if grad is not None:
             write_gradients(student, grad, hidden, part, factor, needed, gradients, token_ids, lost)
         del logits, grad  # before the next chunk's
-    loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
-    return loss, *outputs[1:]
+    return weighted_loss(losses, weights), *outputs[1:]
 
 
 @linear_student_loss.register_fake

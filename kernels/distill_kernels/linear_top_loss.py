@@ -24,8 +24,16 @@ import torch
 from torch import Tensor
 
 from distill_kernels import backend, checks
-from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
-from distill_kernels.head_gradients import Gradients, keep_gradients, new_outputs, scaled_gradients, write_gradients
+from distill_kernels.chunks import HeadProducts, accumulation_dtype
+from distill_kernels.head_gradients import (
+    Gradients,
+    keep_gradients,
+    new_outputs,
+    scaled_gradients,
+    student_chunks,
+    weighted_loss,
+    write_gradients,
+)
 from distill_kernels.types import OBJECTIVES, Head
 
 LEAST = 2.0**-20  # of probability
@@ -64,7 +72,7 @@ def linear_top_loss(
     `teacher_logprob` that and the reward.
     """
     checks.check_token_ids(token_ids, vocab_size)
-    K, V, device = len(hidden), vocab_size, hidden.device
+    K, V = len(hidden), vocab_size
     outputs = new_outputs(hidden, weight, needed, accumulation_dtype(hidden, weight))
     _, stats, *gradients = outputs
     stats.fill_(math.nan)
@@ -72,17 +80,12 @@ def linear_top_loss(
         stats[1] = teacher_logprob
     losses, student = stats.new_empty(K), HeadProducts(weight[:V], hidden, stats.dtype, cast_weights)
     gradients[1][V if K else 0 :].zero_(), gradients[2].zero_()  # the first chunk writes the weight's first V rows
-    gradient, operand = any(needed), student.operand
-    # The logits' gradient takes their place if the products take what the logits are.
-    rounded = gradient and operand != stats.dtype
-    rows = rows_per_chunk(K, V, stats.dtype.itemsize + rounded * operand.itemsize, workspace_bytes, device)
-    room, half = student.room(rows), row_buffer(rows, V, operand, device) if rounded else None
-    head, implementation = Head(bias, softcap, scale).first(V), backend.implementation("rest_rows", device)
+    head, implementation = Head(bias, softcap, scale).first(V), backend.implementation("rest_rows", hidden.device)
+    weights = token_weight.to(stats.dtype)
     # What a power of two takes out of the weight rounds nothing later, and leaves the gradient in range.
-    mantissa, exponent = torch.frexp(token_weight.to(stats.dtype) * (scale / temperature))
+    mantissa, exponent = torch.frexp(weights * (scale / temperature))
     power = torch.ldexp(torch.ones_like(mantissa), exponent)
-    for part in chunks(K, rows):
-        logits = student.logits(hidden[part], room)
+    for part, logits, grad in student_chunks(student, hidden, any(needed), workspace_bytes):
         ids, said = _named(top_ids[part], top_logprob[part].to(stats.dtype), V)
         x, slope = _tempered(logits, ids, head, temperature)
         own, _ = _tempered(logits, token_ids[part, None].clamp(0, V - 1), head, temperature)
@@ -103,15 +106,12 @@ def linear_top_loss(
         stats[2, part] = (stats[1, part] - logprob).masked_fill_(impossible, 0)
         p = both.student.exp()
         stats[4, part] = p[:, -1] * entropy - (p * both.student).masked_fill(p == 0, 0).sum(1)
-        if gradient:
-            grad = logits if half is None else half[: len(logits)]
+        if grad is not None:
             implementation.rest_gradient(logits, rest, of_rest * mantissa[part], grad, head, temperature)
             grad.scatter_(1, ids, _first(there, of_top * slope * mantissa[part, None]).to(grad.dtype))
             write_gradients(student, grad, hidden, part, power[part], needed, gradients, token_ids, None)
-        del logits  # before the next chunk's
-    weights = token_weight.to(stats.dtype)
-    loss = (weights * losses.masked_fill(weights == 0, 0)).sum()
-    return loss, *outputs[1:]
+        del logits, grad  # before the next chunk's
+    return weighted_loss(losses, weights), *outputs[1:]
 
 
 def _named(ids: Tensor, said: Tensor, V: int) -> tuple[Tensor, Tensor]:
