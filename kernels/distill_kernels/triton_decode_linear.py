@@ -128,7 +128,6 @@ def _heads_kernel(
     HALF: tl.constexpr = ROTARY // 2
     part = tl.program_id(0) % PARTS
     head = tl.program_id(0) // PARTS
-    tile = tl.program_id(1) * HEADS + head
     weight, bias, head_norm, head_eps, own = query_weight, query_bias, query_norm, query_eps, head
     if head >= HQ:
         weight, bias, head_norm, head_eps, own = key_weight, key_bias, key_norm, key_eps, head - HQ
@@ -146,8 +145,8 @@ def _heads_kernel(
             x + r.to(tl.int64) * K, there, weight + (own * D + d).to(tl.int64) * K, exists, part,
             K, ROWS, COLUMNS, PARTS, INNER, STAGES, PRECISION,
         )  # fmt: skip
-        done = _all_done(acc, parts, counters, tile, part, ROWS, COLUMNS, PARTS)
-        rows = parts + tile * (PARTS * ROWS * COLUMNS) + tl.arange(0, ROWS) * COLUMNS
+        done = _all_done(acc, parts, counters, head, part, ROWS, COLUMNS, PARTS)
+        rows = parts + head * (PARTS * ROWS * COLUMNS) + tl.arange(0, ROWS) * COLUMNS
     if done:
         other_d = tl.where(d < HALF, d + HALF, tl.where(d < ROTARY, d - HALF, d))
         mask = there[:, None] & exists[None, :]
@@ -180,20 +179,19 @@ def _gate_kernel(
 ):  # fmt: skip
     HALF: tl.constexpr = COLUMNS // 2
     part = tl.program_id(0) % PARTS
-    tile_n = tl.program_id(0) // PARTS
-    tile = tl.program_id(1) * tl.cdiv(N, HALF) + tile_n
+    tile = tl.program_id(0) // PARTS
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     there = r < R
     half = tl.arange(0, HALF)
-    inside = there[:, None] & (tile_n * HALF + half < N)[None, :]
+    inside = there[:, None] & (tile * HALF + half < N)[None, :]
     done = True
     if READY:
-        rows = parts + r.to(tl.int64) * (2 * N) + tile_n * HALF
+        rows = parts + r.to(tl.int64) * (2 * N) + tile * HALF
         gates = _summed(rows, half, inside, 0, 1)
         ups = _summed(rows + N, half, inside, 0, 1)
     else:
         c = tl.arange(0, COLUMNS)  # columns of gate and up in turn
-        n = tile_n * HALF + c // 2
+        n = tile * HALF + c // 2
         w_rows = gate + (n.to(tl.int64) * K + c % 2 * up_offset)
         acc = _product(
             x + r.to(tl.int64) * K, there, w_rows, n < N, part,
@@ -210,7 +208,7 @@ def _gate_kernel(
         scale = _reciprocal_rms(squares, r, there, R, eps, K, SQUARES, BLOCK_S)
         gates = gates * scale
         found = gates / (1 + tl.exp(-gates)) * (ups * scale)
-        at = r.to(tl.int64)[:, None] * N + (tile_n * HALF + half)[None, :]
+        at = r.to(tl.int64)[:, None] * N + (tile * HALF + half)[None, :]
         tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
 
 
@@ -221,15 +219,14 @@ def _add_kernel(
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0) % PARTS
-    tile_n = tl.program_id(0) // PARTS
-    tile = tl.program_id(1) * tl.cdiv(N, COLUMNS) + tile_n
+    tile = tl.program_id(0) // PARTS
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     there = r < R
-    n = tile_n * COLUMNS + tl.arange(0, COLUMNS)
+    n = tile * COLUMNS + tl.arange(0, COLUMNS)
     exists = n < N
     done = True
     if READY:
-        rows = parts + r.to(tl.int64) * N + tile_n * COLUMNS
+        rows = parts + r.to(tl.int64) * N + tile * COLUMNS
     else:
         acc = _product(
             x + r.to(tl.int64) * K, there, weight + n.to(tl.int64) * K, exists, part,
@@ -249,7 +246,7 @@ def _add_kernel(
         found = rounded.to(tl.float32)
         weighed = found * tl.load(norm + n, mask=exists, other=0.0).to(tl.float32)[None, :]
         tl.store(scaled + at, weighed.to(scaled.dtype.element_ty), mask=inside)
-        tl.store(squares + tile_n * R + r, tl.sum(tl.where(inside, found * found, 0.0), 1), mask=there)
+        tl.store(squares + tile * R + r, tl.sum(tl.where(inside, found * found, 0.0), 1), mask=there)
 
 
 def heads(
@@ -330,9 +327,9 @@ def _launch(x: Tensor, weights: Sequence[Tensor], tiles: int | None, width: int 
         rows = max(16, triton.next_power_of_2(R))
         chosen = plan(N, K, x.itemsize, rows, width=width)
     tiles = tiles or triton.cdiv(N, chosen.columns)
-    blocks = triton.cdiv(R, rows)
-    if blocks * tiles > TILES and not ready:
-        raise ValueError(f"{R} rows and {tiles} tiles of the weight are more than the {TILES} there is room for")
+    blocks = triton.cdiv(R, rows)  # one, where a kernel multiplies
+    if tiles > TILES and not ready:
+        raise ValueError(f"a weight of {tiles} tiles, more than the {TILES} that there is room for")
     options = {
         "READY": ready, "ROWS": rows, "COLUMNS": chosen.columns, "PARTS": chosen.parts, "INNER": chosen.inner,
         "STAGES": stages_of(chosen, rows, x.itemsize, _shared_memory(x.device)), "PRECISION": "ieee",
@@ -341,7 +338,7 @@ def _launch(x: Tensor, weights: Sequence[Tensor], tiles: int | None, width: int 
     if ready:
         parts = _multiplied(x, weights)
     else:
-        number = blocks * tiles * chosen.parts * rows * chosen.columns
+        number = tiles * chosen.parts * rows * chosen.columns
         parts = torch.empty(number, dtype=torch.float32, device=x.device)
     return _Launch((tiles * chosen.parts, blocks), options, parts, tiles)
 
