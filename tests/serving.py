@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -28,6 +29,10 @@ class ModelServer:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.faults: deque = deque()
         self.drift, self._scored = 0.0, 0  # nats by which each answer is below the one before
+        self.states_folder: Path | None = None  # where hidden states are written for who asks
+        self.said_folder: Path | None = None  # which the answers name instead
+        self.file_faults: deque[str] = deque()  # one a file: see `_write_states`
+        self.layer, self._files = -1, 0  # whose states, and how many files so far
         self.calls: list[tuple[str, dict]] = []
         self._lock = threading.Lock()
         self.max_model_len: int | None = 256
@@ -127,6 +132,39 @@ class ModelServer:
             drift = self.drift * self._scored if self.drift else 0
         return (known.gather(1, ids[0, 1:, None])[:, 0] - drift).tolist()
 
+    @torch.no_grad()
+    def _write_states(self, token_ids: list[int], first: int) -> Path:
+        """Of each token from the `first` on, after a layer; a file fault is `half`, `late`, `lost` or what is wrong."""
+        with self._lock:
+            fault = self.file_faults.popleft() if self.file_faults else None
+            given: list[torch.Tensor] = []
+            hook = self.model.model.layers[self.layer].register_forward_hook(lambda *_: given.append(_[2]))
+            self.model(torch.tensor([token_ids]))
+            hook.remove()
+            self._files += 1
+            path = self.states_folder / f"{self._files}.safetensors"
+        states, ids = given[0].view(len(token_ids), 1, -1)[first:], torch.tensor(token_ids)
+        if fault == "nan":
+            states = states * torch.nan
+        if fault == "short":
+            states = states[1:]
+        if fault == "others":
+            ids = ids.flip(0)
+        data = save({"hidden_states": states.contiguous(), "token_ids": ids})
+
+        def write() -> None:
+            beside = path.with_suffix(".partial")
+            beside.write_bytes(data)
+            beside.rename(path)
+
+        if fault == "late":
+            threading.Timer(0.3, write).start()
+        elif fault == "half":
+            path.write_bytes(data[: len(data) // 2])
+        elif fault != "lost":
+            write()
+        return path
+
     def _v1_completions(self, body: dict) -> dict:
         prompt = body["prompt"]
         if max(prompt) >= self.model.config.vocab_size:
@@ -137,6 +175,10 @@ class ModelServer:
             if self.echo_only:
                 return {"choices": [{"text": ""}]}
             return {"choices": [{"text": "", "prompt_logprobs": [None, *self.likeliest(prompt, count)]}]}
+        if self.states_folder and (asked := body.get("kv_transfer_params")):
+            path = self._write_states(prompt, asked["hidden_states_from"])
+            said = str((self.said_folder or self.states_folder) / path.name)
+            return {"choices": [{"text": ""}], "kv_transfer_params": {"hidden_states_path": said}}
         found = self.logprobs(prompt)
         if body.get("echo"):
             return {"choices": [{"logprobs": {"token_logprobs": [None, *found, -1.0]}}]}

@@ -10,7 +10,7 @@ from distill.models import Head
 class Elsewhere(ModelParts):
     """A teacher that scores the sampled tokens only."""
 
-    sampled_only, width = True, 1
+    width = 1
 
     def named(self, hidden):
         return None

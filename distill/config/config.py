@@ -7,7 +7,7 @@ the models or the machine is checked where those are loaded.
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -68,10 +68,13 @@ class Config(BaseSettings):
         return self.rollout.prompts_per_batch or self.training.prompts_per_step
 
     @property
-    def asked_top_k(self) -> int:
-        """How many of the likeliest tokens at each place a teacher's server is asked for."""
-        sampled = self.loss.objective == "sampled_reverse_kl" or self.teacher.server_gives == "sampled"
-        return 0 if sampled else self.teacher.server_top_k
+    def asked_of_servers(self) -> Literal["auto", "sampled", "top_k", "hidden"]:
+        """What a teacher's server is asked for; `auto`: hidden states, or its likeliest tokens if it has none."""
+        if self.teacher.server_gives != "auto":
+            return self.teacher.server_gives
+        if self._needs_whole_distribution():
+            return "hidden"
+        return "sampled" if self.loss.objective == "sampled_reverse_kl" else "auto"
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -149,30 +152,35 @@ class Config(BaseSettings):
         served = self.teacher.served()
         if not served:
             return
-        first, gives, objective = next(iter(served)), self.teacher.server_gives, self.loss.objective
-        why = "a server says nothing of a teacher's whole distribution"
+        gives, objective = self.teacher.server_gives, self.loss.objective
+        for key, section in served.items():
+            if section.offload or section.precision in ("int8", "int4"):
+                what = "offload" if section.offload else f"precision {section.precision}"
+                raise ValueError(f"{key}.{what} is of weights here, and {key}.server has them elsewhere: leave one out")
         if gives == "sampled" and objective != "sampled_reverse_kl":
             raise ValueError(
                 f"loss.objective is {objective!r}, which compares distributions, and teacher.server_gives is sampled: "
-                f"set that to top_k, or the objective to sampled_reverse_kl"
+                f"set that to hidden or top_k, or the objective to sampled_reverse_kl"
             )
         if gives == "top_k" and objective == "sampled_reverse_kl":
             raise ValueError(
                 "teacher.server_gives is top_k, and sampled_reverse_kl asks of the sampled tokens only: leave "
                 "teacher.server_gives out, or set another loss.objective"
             )
-        of_models = [
-            (f"{key}.{name}", getattr(section, name), needed)
-            for key, section in served.items()
-            for name, needed in (("precision", "auto"), ("offload", False))
-        ]
-        for key, value, needed in (("loss.temperature", self.loss.temperature, 1), *of_models):
-            if value != needed:
-                raise ValueError(f"{key} is {value!r}, and with {first}.server it must be {needed!r}: {why}")
-        if self.loss.baseline == "exact":
-            raise ValueError(f"loss.baseline exact needs the teacher's whole distribution, but {why}: set it to group")
-        if isinstance(self.student.drop_layers, str):
-            raise ValueError(f"student.drop_layers {self.student.drop_layers} measures the exact reverse KL, but {why}")
+        if gives in ("sampled", "top_k") and (needs := self._needs_whole_distribution()):
+            raise ValueError(
+                f"{needs} needs the teacher's whole distribution, of which its server says too little with "
+                f"teacher.server_gives {gives}: set that to hidden"
+            )
+
+    def _needs_whole_distribution(self) -> str:
+        """What needs more of a teacher than its likeliest tokens, whatever the objective; empty where nothing does."""
+        found = {
+            f"loss.temperature {self.loss.temperature}": self.loss.temperature != 1,
+            "loss.baseline exact": self.loss.baseline == "exact",
+            f"student.drop_layers {self.student.drop_layers}": isinstance(self.student.drop_layers, str),
+        }
+        return next((what for what, needs in found.items() if needs), "")
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None, *, source: str = "command line") -> Config:

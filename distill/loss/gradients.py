@@ -47,7 +47,7 @@ def score(teachers: Sequence[ModelParts], group: Group, micro_batches: Sequence[
     """What each teacher computes at every token of the completions that it scores."""
     found: TeacherStates = {}
     for teacher, parts in group.by_teacher(micro_batches):
-        if teachers[teacher].sampled_only:  # elsewhere, so nothing here has to be small
+        if teachers[teacher].elsewhere:  # so nothing here has to be small
             parts = [torch.cat(parts)]
         seen = group.seen_by(teacher)
         with teachers[teacher].present():

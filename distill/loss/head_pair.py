@@ -29,7 +29,7 @@ class HeadPair(NamedTuple):
     def theirs(self, found: TeacherStates, teacher: int, rows: Tensor, student_hidden: Tensor) -> Tensor:
         """[k, Ht] of what `score` found; 0 for a row that is computed only to take part, and counts for nothing."""
         if (teacher, int(rows[0])) not in found:
-            width = self.teacher.width if self.teacher.sampled_only else self.teacher.head.weight.shape[1]
+            width = self.teacher.width if self.teacher.head is None else self.teacher.head.weight.shape[1]
             return student_hidden.new_zeros(len(student_hidden), width)
         return torch.cat([found[teacher, row] for row in rows.tolist()])
 
@@ -43,7 +43,7 @@ class HeadPair(NamedTuple):
     ) -> tuple[Tensor, TokenStats]:
         """`linear_distill_loss` of K tokens with the options of its `objective`, and the detached statistics."""
         teacher, options = self._teacher(teacher_hidden)
-        if self.teacher.sampled_only and (top := self.teacher.named(teacher_hidden)):
+        if self.teacher.head is None and (top := self.teacher.named(teacher_hidden)):
             options["teacher_top"] = TopTokens(*top)
         inputs = student_hidden, self.student.head.weight, *teacher, token_ids, token_weight
         return linear_distill_loss(*inputs, **objective, **options)
@@ -53,14 +53,14 @@ class HeadPair(NamedTuple):
         # Float32 weights are multiplied in the hidden states' precision; their gradient is float32 all the way.
         options = {"temperature": self.temperature, "vocab_size": self.vocab_size, "cast_weights": True}
         options |= self.student.head_arguments("student")
-        if self.teacher.sampled_only:
+        if self.teacher.head is None:
             return (None, None), options | {"teacher_logprob": teacher_hidden[:, 0]}
         return (teacher_hidden, self.teacher.head.weight), options | self.teacher.head_arguments("teacher")
 
     @torch.no_grad()
     def agreement(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """[k] bool, k at most AGREEMENT_TOKENS: whether evenly spaced tokens have the same likeliest token."""
-        if self.teacher.sampled_only:
+        if self.teacher.head is None:
             return torch.full((1,), torch.nan, device=student_hidden.device)
         every = max(1, -(-len(student_hidden) // AGREEMENT_TOKENS))
         with OneDnnLinears():

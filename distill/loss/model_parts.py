@@ -14,11 +14,11 @@ class ModelParts(NamedTuple):
     """A model as it is computed with: body, head (a `models.Head`), and the precision of the arithmetic."""
 
     body: nn.Module
-    head: tuple | None  # None of a model that is elsewhere, which is `sampled_only`
+    head: tuple | None  # None where `hidden` gives log-probabilities [K, width] instead, first the sampled token's
     dtype: torch.dtype
     present: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     """Surrounds a phase in which the body computes: it may live elsewhere the rest of the time."""
-    sampled_only = False  # whether `hidden` gives log-probabilities [K, width] instead, first the sampled token's
+    elsewhere = False  # whether another process computes the body
     one_call: bool = False
     """Whether `hidden` has to call the body once, as where its weights are gathered from other ranks for a call."""
     refresh: Callable[[], None] = lambda: None

@@ -22,7 +22,7 @@ def check_sharing(model: ModelParts) -> str | None:
 
     Returns why rows are computed so, for this or another reason; None where prompts are computed once.
     """
-    if model.sampled_only:
+    if model.elsewhere:
         return None
     tokens = torch.arange(PROMPT + ROWS * TOKENS, device=model.head.weight.device) % len(model.head.weight)
     prompt, said = tokens[None, :PROMPT], tokens[PROMPT:].view(ROWS, TOKENS)

@@ -11,6 +11,7 @@ from distill.models.compiling import compile_layers, uncompile_layers
 from distill.models.composite import auto_class, other_parameters, save_model
 from distill.models.ends import named_ids
 from distill.models.gradient_probe import gradients_differ
+from distill.models.head_alone import ModelEnd, load_end
 from distill.models.loading import load_model, load_tokenizer
 from distill.models.lora import add_adapters, describe, is_adapted, linear_layers, merged, merged_weight, save_adapter
 from distill.models.norms import fuse_norms
@@ -24,6 +25,7 @@ from distill.models.working_copy import WorkingCopy
 
 __all__ = [
     "Head",
+    "ModelEnd",
     "ModelError",
     "WorkingCopy",
     "add_adapters",
@@ -48,6 +50,7 @@ __all__ = [
     "keeps_states",
     "layer_stack",
     "linear_layers",
+    "load_end",
     "load_model",
     "load_tokenizer",
     "merged",

@@ -26,8 +26,8 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model reference, padding on the left."""
-    location = _folder(resolve(reference), trust_remote_code)
-    with _readable_errors(reference, location):
+    location = model_folder(resolve(reference), trust_remote_code)
+    with readable_errors(reference, location):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if strange := [name for name in named if not name.replace("_", "").replace("-", "").isalnum()]:
@@ -59,10 +59,10 @@ def load_model(
     where it can be, and dequantised where it is `trained` or pruned. Raises `ModelError`.
     """
     device = torch.device(device)
-    location = _folder(resolve(reference), trust_remote_code)
+    location = model_folder(resolve(reference), trust_remote_code)
     # Tensor by tensor to where they stay, so that the host never holds the whole; a CPU is where they are read to.
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    with _readable_errors(reference, location):
+    with readable_errors(reference, location):
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
 
         def read(**more: Any) -> PreTrainedModel:
@@ -107,15 +107,15 @@ def _check_complete(reference: str, info: dict[str, Any]) -> None:
         )
 
 
-def _folder(source: Source, trust_remote_code: bool) -> str:
+def model_folder(source: Source, trust_remote_code: bool) -> str:
     """What `from_pretrained` takes; a `.gguf` is converted to a float32 model directory in the cache, once."""
     if source.gguf is None:
         return source.location
     target = cache_dir() / "converted" / sha256_of(source.gguf)[:32]
     if not target.is_dir():
-        with _readable_errors(source.location):
+        with readable_errors(source.location):
             target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary, _readable_errors(source.location):
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary, readable_errors(source.location):
             options = {"gguf_file": source.gguf.name, "trust_remote_code": trust_remote_code}
             folder = str(source.gguf.parent)
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -135,7 +135,7 @@ def _folder(source: Source, trust_remote_code: bool) -> str:
 
 
 @contextlib.contextmanager
-def _readable_errors(reference: str, location: str | None = None):
+def readable_errors(reference: str, location: str | None = None):
     """transformers' many ways to fail, as one message that names the model. Its own progress bars are hidden."""
     transformers.utils.logging.disable_progress_bar()
     try:

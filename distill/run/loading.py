@@ -52,7 +52,7 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     # Weights that are trained cannot be a teacher's.
     frozen = base if options.lora else None
     teachers = load_teachers(
-        config.teacher, device, dtype, attention, student=options, base=frozen, top_k=config.asked_top_k
+        config.teacher, device, dtype, attention, student=options, base=frozen, gives=config.asked_of_servers
     )
     if template is not None:
         for templated in (tokenizer, *(teacher.tokenizer for teacher in teachers)):

@@ -37,7 +37,7 @@ class RunParts:
         wants_compiling(config, device, ranks)  # which raises where it cannot be had, before all is loaded
         pair = load_pair(config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
-        self.servers = [teacher.parts.body.server for teacher in pair.teachers if teacher.parts.sampled_only]
+        self.servers = [teacher.parts.body.server for teacher in pair.teachers if teacher.parts.elsewhere]
         self.prompts, self.held_out = load_prompt_sets(config, pair, console)
         models = {id(teacher.parts.body): teacher.parts for teacher in pair.teachers}  # each once
         for model in models.values():
@@ -107,7 +107,7 @@ class RunParts:
         reasons = {}
         teachers = {id(parts.body): ("teacher", parts) for parts in (*self.teachers, *self.first_teachers)}
         for who, parts in (*teachers.values(), ("student", self.student_parts)):
-            if not parts.sampled_only and (reason := compile_parts(parts)):
+            if not parts.elsewhere and (reason := compile_parts(parts)):
                 reasons[who] = reason
         for who, reason in reasons.items():
             self.notices.append(("compile", f"the {who}'s layers are not compiled, as the compiler fails: {reason}"))

@@ -1,11 +1,9 @@
-"""What a server says of a prompt's tokens: their log-probabilities, and a fixed text to ask about as a probe."""
+"""What a server says of a prompt's tokens: their log-probabilities."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from distill.servers.client import Server, ServerError, UnavailableError, in_parallel
-
-REPEATED = 8  # rows that a check scores twice
+from distill.servers.client import Server, ServerError, UnavailableError
 
 
 class PromptScores:
@@ -33,19 +31,6 @@ class PromptScores:
                 self.score(token_ids)
             except ServerError:
                 raise first from None
-
-    def check_repeats(self, token_ids: Sequence[int]) -> None:
-        """Scores some rows twice, the second time in another order; raises `ServerError` where what is said differs."""
-        rows = [[*token_ids[first:], *token_ids[:first]] for first in range(min(REPEATED, len(token_ids)))]
-        found = in_parallel(self.score, rows), in_parallel(self.score, rows[::-1])[::-1]
-        pairs = [pair for both in zip(*found, strict=True) for pair in zip(*both, strict=True)]
-        gap, allowed = sum(abs(one - two) for one, two in pairs) / len(pairs), max(TOLERANCE.values())
-        if not gap <= allowed:
-            raise ServerError(
-                f"{self.server}: the same {len(rows)} rows, scored twice in another order, got log-probabilities that "
-                f"are {gap:.3g} nats a token apart, where {allowed} is allowed: what it says depends on what else it "
-                f"is asked. Serve one replica of one model; of vLLM, start it with VLLM_BATCH_INVARIANT=1"
-            )
 
     def score(self, token_ids: Sequence[int], attempts: bool = True) -> list[float]:
         """Of each token but the first, given those before it, in nats at temperature 1."""
@@ -91,8 +76,3 @@ class PromptScores:
             return answer["choices"][0]
         except (KeyError, IndexError, TypeError):
             return None
-
-
-# Mean absolute difference of log-probabilities of the same tokens, in nats, that a precision explains.
-TOLERANCE = {"float32": 5e-3, "bfloat16": 0.15, "float16": 0.05}
-PROBE = "The capital of France is Paris, and 12 times 12 is 144."

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import FrozenModel, StudentConfig, TeacherConfig
 from distill.loss import ModelParts
-from distill.models import ModelError, load_model, load_tokenizer, split_head
+from distill.models import ModelError, load_end, load_model, load_tokenizer, split_head
 from distill.servers import Server
 from distill.teachers.rounding import round_weights
 from distill.teachers.served import connect
@@ -24,12 +25,12 @@ def load_teachers(
     *,
     student: StudentConfig,
     base: PreTrainedModel | None,
-    top_k: int = 0,
+    gives: str = "sampled",
 ) -> list[Teacher]:
     """`teacher.model` and `teacher.others`, without gradients; what is one model is loaded once. Raises `ModelError`.
 
     `base` is the student's own model where its weights stay as they are, and then serves as teacher too. Servers are
-    asked for their `top_k` likeliest tokens.
+    asked for what they shall give, as `teacher.server_gives` names it.
     """
     loaded: list[Teacher] = []
     models: dict[tuple, Teacher] = {}  # several teachers may be one model that sees different prompts
@@ -38,7 +39,7 @@ def load_teachers(
         if key not in models:
             tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
             if section.server:
-                models[key] = _served(config, name, section, tokenizer, top_k)
+                models[key] = _served(config, name, section, tokenizer, device, dtype, gives)
             else:
                 shared = base if section.model == student.model else None
                 models[key] = _local(section, tokenizer, device, dtype, attention, shared)
@@ -47,11 +48,24 @@ def load_teachers(
 
 
 def _served(
-    config: TeacherConfig, name: str | None, section: FrozenModel, tokenizer: PreTrainedTokenizerBase, top_k: int
+    config: TeacherConfig,
+    name: str | None,
+    section: FrozenModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype,
+    gives: str,
 ) -> Teacher:
     key = f"teacher.others.{name}.server" if name else "teacher.server"
     server = Server(section.server, key, timeout_seconds=config.timeout_seconds, retries=config.retries)
-    parts, context = connect(server, section.model, tokenizer, top_k)
+    load = partial(
+        load_end,
+        section.model,
+        dtype=_dtype(section, dtype),
+        device=device,
+        trust_remote_code=section.trust_remote_code,
+    )
+    parts, context = connect(server, section.model, tokenizer, gives=gives, top_k=config.server_top_k, load=load)
     return Teacher(None, None, parts, tokenizer, context, section)
 
 
@@ -66,8 +80,7 @@ def _local(
     """A teacher here; `base` is the model of that reference that is loaded already, if there is one."""
     if section.offload and device.type == "cpu":
         raise ModelError("teacher.offload: on a CPU the teacher is in host memory anyway; leave the key out")
-    if section.precision in ("float32", "bfloat16"):
-        dtype = getattr(torch, section.precision)
+    dtype = _dtype(section, dtype)
     if base is not None and section.precision == "auto" and not section.offload:
         model = base.requires_grad_(False)
     else:
@@ -79,6 +92,11 @@ def _local(
     body, head = split_head(model)
     present = HostMemory(body, device).present if section.offload else contextlib.nullcontext
     return Teacher(None, model, ModelParts(body, head, dtype, present), tokenizer, context_of(model), section)
+
+
+def _dtype(section: FrozenModel, own: torch.dtype) -> torch.dtype:
+    """What a teacher is computed in, `own` unless its section says so."""
+    return getattr(torch, section.precision) if section.precision in ("float32", "bfloat16") else own
 
 
 class HostMemory:

@@ -118,7 +118,7 @@ def evaluate(
     stats = stats._make(ranks.total(torch.stack(list(stats)), own.repeat_interleave(group.completion_lengths)))
     cluster = clusters_of(group).repeat_interleave(group.completion_lengths)
     # Of a teacher on a server, the sampled tokens' own: the same in the mean, with more noise.
-    sampled = any(teacher.sampled_only for teacher in teachers)
+    sampled = any(teacher.head is None for teacher in teachers)
     reverse_kl = -stats.reward if sampled else stats.reverse_kl
     return Evaluation(
         clusters=ClusterSums.of(reverse_kl, cluster),
@@ -133,7 +133,7 @@ def evaluate(
 @torch.no_grad()
 def check_against_itself(model: ModelParts, token_ids: Sequence[int], vocab_size: int) -> None:
     """Scores a model against itself on a prompt: every figure must agree. Raises `ModelError`."""
-    if model.sampled_only:  # what can be checked of it was, when it was connected
+    if model.elsewhere:  # what can be checked of it was, when it was connected
         return
     ids = torch.tensor([token_ids[:64]], device=model.head.weight.device)
     # The prompt's first token stands for a prompt, the rest for its completion.

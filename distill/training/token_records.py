@@ -62,7 +62,7 @@ def _row(
         for name in names:
             view[name] += [_rounded(value) for value in getattr(stats, name).tolist()]
         for name, model, state in zip(("student_top", "teacher_top"), (student, teacher), states, strict=True):
-            known = not model.sampled_only
+            known = model.head is not None
             logits = model.head.logits(state)[:, :vocab_size] if known else state
             view[name] += _likeliest(tokenizer, logits, spelled, start) if known else [[] for _ in state]
     return view
