@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PYTHON = os.environ.get("DISTILL_VLLM_PYTHON")
@@ -20,8 +20,11 @@ STARTS_WITHIN = 600  # seconds
 class VllmServer:
     """Serves `folder` in `dtype` at `url` from `start` to `stop`; what it says is in `log`."""
 
-    def __init__(self, folder: str | Path, dtype: str, log: Path) -> None:
-        self.folder, self.dtype, self.log = folder, dtype, log
+    def __init__(
+        self, folder: str | Path, dtype: str, log: Path, *, options: Sequence[str] = (), imports: str | Path = ""
+    ) -> None:
+        """With further `options`, which may name a module of the folder `imports`."""
+        self.folder, self.dtype, self.log, self._options, self._imports = folder, dtype, log, options, str(imports)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -34,7 +37,7 @@ class VllmServer:
         # The `vllm` command asks for a distribution of that name, which the CPU build is not.
         module = ["-m", "vllm.entrypoints.launchers.api_server.entry"]
         options = ["--model", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port), "--dtype", self.dtype]
-        options += ["--generation-config", "vllm", "--enforce-eager", "--max-model-len", "1024"]
+        options += ["--generation-config", "vllm", "--enforce-eager", "--max-model-len", "1024", *self._options]
         environment = {
             name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")
         }
@@ -45,6 +48,7 @@ class VllmServer:
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": self._imports,
         }
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(

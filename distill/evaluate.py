@@ -21,6 +21,7 @@ from distill.models import ModelError
 from distill.prompts import PromptError, left_pad
 from distill.run import choose_device, choose_dtype, load_pair, load_prompt_sets, make_engine
 from distill.runtime import MemoryLimitError, MemoryLimits
+from distill.servers import ServerError
 from distill.training import Figure, compare
 
 
@@ -56,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValidationError as error:
         problem = error.errors()[0]
         print(f"{problem['loc'][-1]}: found {problem['input']!r}: {problem['msg']}", file=sys.stderr)
+        return 2
+    except ServerError as error:
+        print(f"{error}; or give --teacher MODEL", file=sys.stderr)
         return 2
     except (ConfigError, ModelError, PromptError, MemoryLimitError) as error:
         print(error, file=sys.stderr)
@@ -111,6 +115,7 @@ def _of_run(run: Path, sections: dict[str, dict[str, Any]]) -> Config:
         "teacher": {
             **teachers.pop(None),
             "update": "frozen",
+            "server_gives": "hidden" if config.teacher.served() else "auto",  # figures are of whole distributions
             "others": teachers,
             **sections["teacher"],
         },
@@ -127,11 +132,7 @@ def _of_run(run: Path, sections: dict[str, dict[str, Any]]) -> Config:
     }
     if "model" in sections["teacher"]:
         over["teacher"]["server"] = None
-    config = load_config(run / "config.yaml", over)
-    for key in config.teacher.served():
-        instead = ": give --teacher MODEL" if key == "teacher" else ""
-        raise ConfigError(f"{run}: {key} was on a server, which says too little for this{instead}")
-    return config
+    return load_config(run / "config.yaml", over)
 
 
 def _evaluate_models(config: Config, sample_from: str, console: Console) -> dict[str, Figure]:
@@ -143,6 +144,8 @@ def _evaluate_models(config: Config, sample_from: str, console: Console) -> dict
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if sample_from == "teacher" and len(pair.teachers) > 1:
         raise ConfigError("--sample-from teacher: the run has several teachers: give one by --teacher, or leave it out")
+    if sample_from == "teacher" and pair.teachers[0].parts.elsewhere:
+        raise ConfigError("--sample-from teacher: the run's is on a server: give one by --teacher, or leave it out")
     for model in (pair.student_parts, *(teacher.parts for teacher in pair.teachers)):
         check_sharing(model)
     limits = MemoryLimits(config.training.tokens_per_micro_batch, device=device)

@@ -1,5 +1,6 @@
 """`teacher.server_gives: hidden`: a teacher whose layers a server computes, and whose end is here."""
 
+import json
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from test_train import SAMPLED, events_of, execute, metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from distill.config import load_config
+from distill.evaluate import main as evaluate
 from distill.models import ModelError, layer_stack, load_end
 from distill.report.charts import run_charts
 from distill.runtime import read_json_lines
@@ -229,3 +231,20 @@ def test_precision_of_the_end(giving, write_config):
     config = load_config(write_config(configured(giving, **{"teacher.precision": "bfloat16"})))
     assert config.asked_of_servers == "auto"
     execute(write_config(configured(giving, **{"teacher.precision": "bfloat16"})))
+
+
+def test_a_finished_run_is_evaluated_with_its_teachers_server(giving, write_config, tmp_path, capsys):
+    """As with the teacher here; a server that says too little is told, and one that samples is not asked."""
+    execute(write_config(configured(giving)))
+    common = ["--run", str(tmp_path / "run"), "--num-rollouts", "2", "--max-new-tokens", "8"]
+    found = []
+    for name, more in (("there", []), ("here", ["--teacher", str(giving.folder)])):
+        assert evaluate([*common, *more, "--json", str(tmp_path / name)]) == 0
+        found.append(json.loads((tmp_path / name).read_text()))
+    for figure in ("reverse_kl", "forward_kl", "top_token_agreement", "teacher_perplexity"):
+        assert found[0][figure]["mean"] == pytest.approx(found[1][figure]["mean"], rel=1e-4), figure
+    assert evaluate([*common, "--sample-from", "teacher"]) == 2
+    assert "is on a server" in capsys.readouterr().err
+    giving.states_folder = None
+    assert evaluate(common) == 2
+    assert "or give --teacher MODEL" in capsys.readouterr().err

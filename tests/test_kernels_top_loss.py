@@ -120,6 +120,29 @@ def test_enumerated(objective):
             assert loss <= divergence(x.softmax(-1), y.softmax(-1)) + 1e-12
 
 
+@pytest.mark.parametrize("objective", ["reverse_kl", "jsd"])
+def test_what_sampled_tokens_tell_of_the_rest(objective):
+    """A vocabulary of 5, all sets of named tokens: the mean over the student's own tokens is the whole divergence."""
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    teacher, leaf, options = y.log_softmax(-1), x.clone().requires_grad_(), {"objective": objective, "beta": 0.3}
+    everything = leaf[None], torch.eye(5).double(), y[None], torch.eye(5).double(), torch.zeros(1).long()
+    truth, _ = reference.linear_distill_loss(*everything, torch.ones(1).double(), **options)
+    (right,) = torch.autograd.grad(truth, leaf)
+    for size in range(1, 6):
+        for kept in map(list, itertools.combinations(range(5), size)):
+            for function in (linear_distill_loss, reference.linear_distill_loss):
+                hidden = x.expand(5, 5).clone().requires_grad_()
+                top = TopTokens(torch.tensor([kept] * 5), teacher[kept].expand(5, size))
+                loss, _ = function(
+                    hidden, torch.eye(5, dtype=torch.float64), None, None, torch.arange(5), x.softmax(-1),
+                    teacher_logprob=teacher, teacher_top=top, **options,
+                )  # fmt: skip
+                (gradient,) = torch.autograd.grad(loss, hidden)
+                torch.testing.assert_close(loss, truth.detach())
+                torch.testing.assert_close(gradient.sum(0), right)
+
+
 @over_implementations
 @over_objectives
 def test_a_student_that_left_what_is_named(implementation, objective):

@@ -1,5 +1,6 @@
 """The variance study: its arithmetic on known numbers, its gradients against the trainer's, and the command."""
 
+import csv
 import json
 import math
 
@@ -9,7 +10,7 @@ import yaml
 from conftest import tiny_model
 from test_loss import gradients, make_rollouts, parts_of
 
-from benchmarks.variance import fixed, split
+from benchmarks.variance import fixed, split, top_k
 from benchmarks.variance.__main__ import main
 from benchmarks.variance.figures import fluctuation, interval
 from benchmarks.variance.pool import PromptPool, Sketch, rollout_gradients, vectors_of
@@ -237,3 +238,25 @@ def test_what_the_study_cannot_use_is_one_message(tiny_study, tmp_path, capsys):
     runs = {"blocks": [{"estimators": ["group"], "num_rollouts": [2]}]}
     assert "loss.baseline" in refused({"estimators": wrong, "training": runs}, "--only", "training")
     assert main(["--config", str(tmp_path / "none.yaml"), "--study", str(path), "--output", str(tmp_path / "o")]) == 2
+
+
+def test_what_is_lost_with_k_tokens_is_nothing_with_all_of_them(write_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(top_k, "KS", (3, 260))
+    recipe, page = write_config({}), tmp_path / "page.md"
+    page.write_text("<!-- top_k -->\n<!-- end of top_k -->\n")
+    arguments = ["--config", str(recipe), "--prompts", "3", "--output", str(tmp_path / "out"), "--page", str(page)]
+    assert top_k.main(arguments) == 0
+    assert (tmp_path / "out" / "top_k.md").read_text() in page.read_text()
+    with (tmp_path / "out" / "top_k.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    for row in rows:
+        if row["k"] == "260":
+            assert float(row["distance"]) < 1e-3
+            assert float(row["cosine"]) > 0.9999
+            assert float(row["divergence"]) == pytest.approx(1, abs=1e-3)
+        else:
+            assert float(row["distance"]) > 0.01
+            assert float(row["divergence"]) < 1 or "alone" not in row["objective"]
+    assert top_k.main([*arguments, "--prompts", "99"]) == 2
+    assert "of 99" in capsys.readouterr().err

@@ -6,6 +6,7 @@ states, which with its norm and its head, loaded here, are all that any objectiv
 """
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -172,8 +173,8 @@ def _states(states: PromptStates, end: ModelEnd, reference: str, token_ids: Sequ
     return parts._replace(body=parts.body._replace(probe=probe))
 
 
-def command(reference: str, num_layers: int) -> str:
-    """How a vLLM server is started that gives hidden states."""
+def server_options(num_layers: int, folder: str = "/dev/shm/hidden-states") -> list[str]:
+    """Of a vLLM server that writes the hidden states after the last of `num_layers` layers to `folder`."""
     extract = {
         "method": "extract_hidden_states",
         "num_speculative_tokens": 1,
@@ -183,9 +184,11 @@ def command(reference: str, num_layers: int) -> str:
         "kv_connector": "HiddenStatesConnector",
         "kv_connector_module_path": "hidden_states_connector",
         "kv_role": "kv_producer",
-        "kv_connector_extra_config": {"shared_storage_path": "/dev/shm/hidden-states"},
+        "kv_connector_extra_config": {"shared_storage_path": folder},
     }
-    return (
-        f"PYTHONPATH={PLUGIN} vllm serve {reference} --speculative-config '{json.dumps(extract)}' "
-        f"--kv-transfer-config '{json.dumps(transfer)}'"
-    )
+    return ["--speculative-config", json.dumps(extract), "--kv-transfer-config", json.dumps(transfer)]
+
+
+def command(reference: str, num_layers: int) -> str:
+    """How such a server is started."""
+    return f"PYTHONPATH={PLUGIN} {shlex.join(['vllm', 'serve', reference, *server_options(num_layers)])}"

@@ -9,6 +9,15 @@ distributions over the parts, p of the student and q of the teacher, q's last pa
 Each is at most the divergence over the vocabulary (data processing), and equal to it where both models agree within
 the last part. The k tokens alone would not do: a student that leaves them has nothing to lose there.
 
+The last part is blind within itself. A sampled token y of it, of which the teacher says log q(y) too, is not: with
+g(p_v, q_v) the summand of a divergence, and g' its derivative in p, the expectations under y ~ p of
+
+    g(p_y, q_y) / p_y - g(p_rest, q_rest) / p_rest    and    (g'(p_y, q_y) - g'(p_rest, q_rest)) grad log p_y,
+
+0 where y is one of the k, are what its value and its gradient lack. Both are added where the derivative is a logarithm,
+log(p / q) or (1 - beta) log(p / m): these objectives are those of the whole vocabulary in the mean, with noise from the
+last part alone. Of `forward_kl` it is -q / p, a noise without bound, for a bias that is small: what q has in that part.
+
 The gradient in the logits of the last part's columns is c p_v / p_rest, one number c a row, so that a pass over the
 vocabulary is a sum and, with gradients, a product; all else is arithmetic on [rows, k]. The k columns are taken out
 of the logits before the sum, so that p_rest is a sum of what is in it and never 1 less almost 1. What the teacher's
@@ -85,10 +94,12 @@ def linear_top_loss(
     # What a power of two takes out of the weight rounds nothing later, and leaves the gradient in range.
     mantissa, exponent = torch.frexp(weights * (scale / temperature))
     power = torch.ldexp(torch.ones_like(mantissa), exponent)
+    beyond = teacher_logprob is not None and OBJECTIVES[objective] != "forward_kl"
     for part, logits, grad in student_chunks(student, hidden, any(needed), workspace_bytes):
         ids, said = _named(top_ids[part], top_logprob[part].to(stats.dtype), V)
         x, slope = _tempered(logits, ids, head, temperature)
-        own, _ = _tempered(logits, token_ids[part, None].clamp(0, V - 1), head, temperature)
+        token = token_ids[part, None].clamp(0, V - 1)
+        own, own_slope = _tempered(logits, token, head, temperature)
         logits.scatter_(1, ids, -math.inf)
         sums = implementation.rest_sums(logits, head, temperature)
         there = said > -math.inf
@@ -105,9 +116,16 @@ def linear_top_loss(
         impossible = (logprob == -math.inf) & (stats[1, part] == -math.inf)
         stats[2, part] = (stats[1, part] - logprob).masked_fill_(impossible, 0)
         p = both.student.exp()
+        if beyond:
+            said_of_own = Parts(logprob, stats[1, part])
+            value, excess = _beyond(both, said_of_own, (token == ids).any(1) | outside, OBJECTIVES[objective], beta)
+            losses[part] += value
+            of_top, of_rest = of_top - excess[:, None] * p[:, :-1], of_rest - excess * p[:, -1]
         stats[4, part] = p[:, -1] * entropy - (p * both.student).masked_fill(p == 0, 0).sum(1)
         if grad is not None:
             implementation.rest_gradient(logits, rest, of_rest * mantissa[part], grad, head, temperature)
+            if beyond:
+                grad.scatter_add_(1, token, (excess[:, None] * own_slope * mantissa[part, None]).to(grad.dtype))
             grad.scatter_(1, ids, _first(there, of_top * slope * mantissa[part, None]).to(grad.dtype))
             write_gradients(student, grad, hidden, part, power[part], needed, gradients, token_ids, None)
         del logits, grad  # before the next chunk's
@@ -178,6 +196,24 @@ def _compared(both: Parts, objective: str, beta: float) -> tuple[Tensor, Tensor,
     finite = loss.isfinite()[:, None]
     gradient = gradient.masked_fill(~(is_part & finite), 0)
     return loss, gradient[:, :-1], gradient[:, -1]
+
+
+def _beyond(both: Parts, own: Parts, named: Tensor, objective: str, beta: float) -> tuple[Tensor, Tensor]:
+    """What r sampled tokens, of which both models say `own` [r], add to loss and gradient: [r] each."""
+    of_rest = _summand(Parts(*(of_model[:, -1] for of_model in both)), objective, beta)
+    value, excess = (a - b for a, b in zip(_summand(own, objective, beta), of_rest, strict=True))
+    none = named | ~(value.isfinite() & excess.isfinite())
+    return value.masked_fill(none, 0), excess.masked_fill(none, 0)
+
+
+def _summand(both: Parts, objective: str, beta: float) -> tuple[Tensor, Tensor]:
+    """g / p and g' but for a constant, of log-probabilities."""
+    s, t = both
+    if objective == "reverse_kl":
+        return s - t, s - t
+    mixture = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
+    slope = (1 - beta) * (s - mixture)
+    return beta * (t - s).exp() * (t - mixture) + slope, slope
 
 
 def _expected(p: Tensor, values: Tensor, is_part: Tensor) -> Tensor:

@@ -103,6 +103,9 @@ def linear_distill_loss(
         # Agarwal et al. 2023 (GKD), eq. 2: beta KL(teacher || m) + (1 - beta) KL(student || m).
         mixture = _mixture(teacher, student, beta)
         losses = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+    if teacher_top is not None and teacher_logprob is not None and objective != "forward_kl":
+        named = ((teacher_top.token_ids == token_ids[:, None]) & (teacher_top.logprob > -math.inf)).any(1)
+        losses = losses + _beyond(student[:, -1], teacher[:, -1], stats, named, beta if objective == "jsd" else 0)
     used = token_weight != 0
     loss = (token_weight.to(losses.dtype) * losses.masked_fill(~used, 0)).sum()
     return loss, TokenStats(*(field.detach() for field in stats))
@@ -295,6 +298,21 @@ def _in_parts(student: Tensor, top: TopTokens) -> tuple[Tensor, Tensor]:
     ours = student.gather(1, ids).masked_fill(~there, -math.inf)
     rest = student.masked_fill(named, -math.inf).logsumexp(1)
     return torch.cat([ours, rest[:, None]], 1), torch.cat([said, left[:, None]], 1)
+
+
+def _beyond(student: Tensor, teacher: Tensor, stats: TokenStats, named: Tensor, beta: float) -> Tensor:
+    """What sampled tokens that are not `named` tell of the last part, whose log-probabilities [K] are given: [K]."""
+
+    def summand(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        m = torch.log(beta * t.exp() + (1 - beta) * s.exp()) if beta else t
+        slope = (1 - beta) * (s - m)
+        return beta * (t.exp() / s.exp()) * (t - m) + slope, slope
+
+    pairs = summand(stats.student_logprob, stats.teacher_logprob), summand(student, teacher)
+    value, excess = ((own - rest).detach() for own, rest in zip(*pairs, strict=True))
+    nothing = named | ~(value.isfinite() & excess.isfinite())
+    logprob = stats.student_logprob.masked_fill(nothing, 0)
+    return value.masked_fill(nothing, 0) + excess.masked_fill(nothing, 0) * (logprob - logprob.detach())
 
 
 def _token_stats(student: Tensor, teacher: Tensor, token_ids: Tensor) -> TokenStats:

