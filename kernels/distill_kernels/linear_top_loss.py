@@ -1,29 +1,27 @@
 """What `linear_distill_loss` does where a teacher elsewhere names its k likeliest tokens and their log-probabilities.
 
-The vocabulary falls into k + 1 parts: each of these tokens, and all others together. Both models are compared as
-distributions over the parts, p of the student and q of the teacher, q's last part being what its k tokens leave of 1:
+Of the student's p all is known. Of the teacher's q known are these k numbers, that all other tokens together have what
+they leave of 1, and that none of those has more than the least of the k. The loss is the divergence
 
-    reverse_kl    sum_b p_b (log p_b - log q_b)      forward_kl    sum_b q_b (log q_b - log p_b)
+    reverse_kl    sum_v p_v (log p_v - log q_v)      forward_kl    sum_v q_v (log q_v - log p_v)
     jsd           beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
 
-Each is at most the divergence over the vocabulary (data processing), and equal to it where both models agree within
-the last part. The k tokens alone would not do: a student that leaves them has nothing to lose there.
+to the nearest q that fits: in each case that with q_v = min(q_least, c p_v) for the others, as f-divergences are least
+where q / p is one number. So the vocabulary falls into parts: the k tokens, each other one to which the student gives
+so much that q_least limits it, and the rest, which counts as one. The loss is at most the divergence over the
+vocabulary, and equal to it where all are named. The k tokens alone would not do: a student that leaves them has nothing
+to lose there. Nor would k and a rest without limits: on one wrong token a student could keep all that the k leave.
 
-The last part is blind within itself. A sampled token y of it, of which the teacher says log q(y) too, is not: with
-g(p_v, q_v) the summand of a divergence, and g' its derivative in p, the expectations under y ~ p of
+At most k others of a row are limited, looked for where its largest logits are: whichever they are, q is bound by less
+then, and the loss stays below. Which, is found with c as it is before them; they take less than c p_v, so c grows, and
+they are limited after it, too.
 
-    g(p_y, q_y) / p_y - g(p_rest, q_rest) / p_rest    and    (g'(p_y, q_y) - g'(p_rest, q_rest)) grad log p_y,
-
-0 where y is one of the k, are what its value and its gradient lack. Both are added where the derivative is a logarithm,
-log(p / q) or (1 - beta) log(p / m): these objectives are those of the whole vocabulary in the mean, with noise from the
-last part alone. Of `forward_kl` it is -q / p, a noise without bound, for a bias that is small: what q has in that part.
-
-The gradient in the logits of the last part's columns is c p_v / p_rest, one number c a row, so that a pass over the
-vocabulary is a sum and, with gradients, a product; all else is arithmetic on [rows, k]. The k columns are taken out
-of the logits before the sum, so that p_rest is a sum of what is in it and never 1 less almost 1. What the teacher's
+The gradient in the logits of the rest's columns is c p_v / p_rest, one number c a row, so that a pass over the
+vocabulary is a sum and, with gradients, a product; all else is arithmetic on [rows, 2 k]. The parts' columns are taken
+out of the logits before the sum, so that p_rest is a sum of what is in it and never 1 less almost 1. What the teacher's
 tokens leave is known to LEAST at best, as its log-probabilities are rounded.
 
-FLOPs and bytes as in `linear_student_loss`.
+FLOPs and bytes as in `linear_student_loss`, and a pass for the likeliest.
 """
 
 import math
@@ -46,10 +44,11 @@ from distill_kernels.head_gradients import (
 from distill_kernels.types import OBJECTIVES, Head
 
 LEAST = 2.0**-20  # of probability
+WIDTH = 64  # columns of a range in which one is looked for
 
 
 class Parts(NamedTuple):
-    """Both models' log-probabilities of r rows' parts, the last one last: [r, k + 1], -inf for what is no part."""
+    """Both models' log-probabilities of r rows' parts, the rest last: [r, parts], -inf for what is no part."""
 
     student: Tensor
     teacher: Tensor
@@ -94,39 +93,43 @@ def linear_top_loss(
     # What a power of two takes out of the weight rounds nothing later, and leaves the gradient in range.
     mantissa, exponent = torch.frexp(weights * (scale / temperature))
     power = torch.ldexp(torch.ones_like(mantissa), exponent)
-    beyond = teacher_logprob is not None and OBJECTIVES[objective] != "forward_kl"
     for part, logits, grad in student_chunks(student, hidden, any(needed), workspace_bytes):
         ids, said = _named(top_ids[part], top_logprob[part].to(stats.dtype), V)
         x, slope = _tempered(logits, ids, head, temperature)
-        token = token_ids[part, None].clamp(0, V - 1)
-        own, own_slope = _tempered(logits, token, head, temperature)
+        own, _ = _tempered(logits, token_ids[part, None].clamp(0, V - 1), head, temperature)
         logits.scatter_(1, ids, -math.inf)
+        others, exist = _likeliest(logits, ids, head.bias)
+        y, other_slope = _tempered(logits, others, head, temperature)
+        logits.scatter_(1, others, -math.inf)
         sums = implementation.rest_sums(logits, head, temperature)
         there = said > -math.inf
-        x = x.masked_fill(~there, -math.inf)
-        rest, entropy = _of_rest(*sums, there.sum(1), softcap, temperature)
-        log_total = torch.logaddexp(rest, x.logsumexp(1))
+        x, y = x.masked_fill(~there, -math.inf), y.masked_fill(~exist, -math.inf)
+        beyond, entropy = _of_rest(*sums, there.sum(1) + exist.sum(1), softcap, temperature)
+        least, limited = _limited(y, beyond, said, there)
+        rest = torch.logaddexp(beyond, y.masked_fill(limited, -math.inf).logsumexp(1))
+        log_total = torch.logaddexp(torch.logaddexp(beyond, y.logsumexp(1)), x.logsumexp(1))
+        said = torch.cat([said, least[:, None].where(limited, -math.inf)], 1)
         both = Parts(
-            torch.cat([x, rest[:, None]], 1) - log_total[:, None],
+            torch.cat([x, y.masked_fill(~limited, -math.inf), rest[:, None]], 1) - log_total[:, None],
             torch.cat([said, _left(said, rest)[:, None]], 1),
         )
-        losses[part], of_top, of_rest = _compared(both, OBJECTIVES[objective], beta)
+        losses[part], of_parts, of_rest = _compared(both, OBJECTIVES[objective], beta)
         outside = (token_ids[part] < 0) | (token_ids[part] >= V)  # on CUDA, where nobody has looked
         logprob = stats[0, part].copy_((own[:, 0] - log_total).masked_fill(outside, math.nan))
         impossible = (logprob == -math.inf) & (stats[1, part] == -math.inf)
         stats[2, part] = (stats[1, part] - logprob).masked_fill_(impossible, 0)
-        p = both.student.exp()
-        if beyond:
-            said_of_own = Parts(logprob, stats[1, part])
-            value, excess = _beyond(both, said_of_own, (token == ids).any(1) | outside, OBJECTIVES[objective], beta)
-            losses[part] += value
-            of_top, of_rest = of_top - excess[:, None] * p[:, :-1], of_rest - excess * p[:, -1]
-        stats[4, part] = p[:, -1] * entropy - (p * both.student).masked_fill(p == 0, 0).sum(1)
+        one_by_one = torch.cat([x, y, beyond[:, None]], 1) - log_total[:, None]
+        p = one_by_one.exp()
+        stats[4, part] = p[:, -1] * entropy - (p * one_by_one).masked_fill(p == 0, 0).sum(1)
         if grad is not None:
-            implementation.rest_gradient(logits, rest, of_rest * mantissa[part], grad, head, temperature)
-            if beyond:
-                grad.scatter_add_(1, token, (excess[:, None] * own_slope * mantissa[part, None]).to(grad.dtype))
-            grad.scatter_(1, ids, _first(there, of_top * slope * mantissa[part, None]).to(grad.dtype))
+            k, of_rest = ids.shape[1], of_rest * mantissa[part]
+            implementation.rest_gradient(logits, rest, of_rest, grad, head, temperature)
+            named = of_parts[:, :k] * slope * mantissa[part, None]
+            named = torch.where(there, named, named[:, :1])  # where a column stands in for what is not there
+            shared = of_rest[:, None] * (y - rest[:, None].clamp(min=torch.finfo(y.dtype).min)).exp()
+            other = torch.where(limited, of_parts[:, k:] * mantissa[part, None], shared) * other_slope
+            grad.scatter_(1, others, torch.where(exist, other, 0).to(grad.dtype))
+            grad.scatter_(1, ids, named.to(grad.dtype))
             write_gradients(student, grad, hidden, part, power[part], needed, gradients, token_ids, None)
         del logits, grad  # before the next chunk's
     return weighted_loss(losses, weights), *outputs[1:]
@@ -139,9 +142,24 @@ def _named(ids: Tensor, said: Tensor, V: int) -> tuple[Tensor, Tensor]:
     return torch.where(there, ids, ids[:, :1]).clamp(0, V - 1), said.masked_fill(~there, -math.inf)
 
 
-def _first(there: Tensor, values: Tensor) -> Tensor:
-    """Where a column stands in for what is not there, its own value, which is written twice then."""
-    return torch.where(there, values, values[:, :1])
+def _likeliest(logits: Tensor, named: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Columns [r, at most k] of large logits among those that are not `named` [r, k], and whether each exists: the
+    largest of the best ranges of columns, which takes one pass. One that does not exist is the first named one."""
+    k, V = named.shape[1], logits.shape[1]
+    width = max(1, min(WIDTH, V // (4 * k)))
+    x = logits if bias is None else logits + bias
+    peak, at = x[:, : V // width * width].view(len(x), -1, width).max(2)
+    peak, best = peak.topk(min(k, peak.shape[1]), 1)
+    exist = peak > -math.inf
+    return torch.where(exist, best * width + at.gather(1, best), named[:, :1]), exist
+
+
+def _limited(y: Tensor, beyond: Tensor, said: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """The least log-probability [r] that the teacher said, and which of some others [r, k], tempered logits `y`, it
+    limits: those whose share of what it left would be more."""
+    least = said.masked_fill(~there, math.inf).amin(1)
+    everything = torch.logaddexp(beyond, y.logsumexp(1))
+    return least, y - everything[:, None] > (least - _left(said, everything))[:, None]
 
 
 def _tempered(logits: Tensor, ids: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
@@ -196,24 +214,6 @@ def _compared(both: Parts, objective: str, beta: float) -> tuple[Tensor, Tensor,
     finite = loss.isfinite()[:, None]
     gradient = gradient.masked_fill(~(is_part & finite), 0)
     return loss, gradient[:, :-1], gradient[:, -1]
-
-
-def _beyond(both: Parts, own: Parts, named: Tensor, objective: str, beta: float) -> tuple[Tensor, Tensor]:
-    """What r sampled tokens, of which both models say `own` [r], add to loss and gradient: [r] each."""
-    of_rest = _summand(Parts(*(of_model[:, -1] for of_model in both)), objective, beta)
-    value, excess = (a - b for a, b in zip(_summand(own, objective, beta), of_rest, strict=True))
-    none = named | ~(value.isfinite() & excess.isfinite())
-    return value.masked_fill(none, 0), excess.masked_fill(none, 0)
-
-
-def _summand(both: Parts, objective: str, beta: float) -> tuple[Tensor, Tensor]:
-    """g / p and g' but for a constant, of log-probabilities."""
-    s, t = both
-    if objective == "reverse_kl":
-        return s - t, s - t
-    mixture = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
-    slope = (1 - beta) * (s - mixture)
-    return beta * (t - s).exp() * (t - mixture) + slope, slope
 
 
 def _expected(p: Tensor, values: Tensor, is_part: Tensor) -> Tensor:

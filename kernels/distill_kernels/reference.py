@@ -103,9 +103,6 @@ def linear_distill_loss(
         # Agarwal et al. 2023 (GKD), eq. 2: beta KL(teacher || m) + (1 - beta) KL(student || m).
         mixture = _mixture(teacher, student, beta)
         losses = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
-    if teacher_top is not None and teacher_logprob is not None and objective != "forward_kl":
-        named = ((teacher_top.token_ids == token_ids[:, None]) & (teacher_top.logprob > -math.inf)).any(1)
-        losses = losses + _beyond(student[:, -1], teacher[:, -1], stats, named, beta if objective == "jsd" else 0)
     used = token_weight != 0
     loss = (token_weight.to(losses.dtype) * losses.masked_fill(~used, 0)).sum()
     return loss, TokenStats(*(field.detach() for field in stats))
@@ -288,31 +285,36 @@ def _without_teacher(
 
 
 def _in_parts(student: Tensor, top: TopTokens) -> tuple[Tensor, Tensor]:
-    """Both models' log-probabilities [K, k + 1] of the tokens that a teacher names, and of all others together."""
+    """Both models' log-probabilities of parts of the vocabulary: the tokens that a teacher names, those others that
+    would have more than any of these if all had the student's shares of what is left, and the rest together."""
     K, V = student.shape
     there = (top.token_ids >= 0) & (top.token_ids < V) & (top.logprob > -math.inf)
     ids = torch.where(there, top.token_ids, top.token_ids[:, :1])
     named = torch.zeros(K, V, dtype=torch.bool, device=student.device).scatter(1, ids, True)
     said = top.logprob.to(student.dtype).masked_fill(~there, -math.inf)
-    left = (1 - said.exp().sum(1)).clamp(min=2.0**-20).log().masked_fill(named.all(1), -math.inf)
-    ours = student.gather(1, ids).masked_fill(~there, -math.inf)
-    rest = student.masked_fill(named, -math.inf).logsumexp(1)
-    return torch.cat([ours, rest[:, None]], 1), torch.cat([said, left[:, None]], 1)
+    left, least = (1 - said.exp().sum(1)).clamp(min=2.0**-20), said.masked_fill(~there, math.inf).amin(1)
+    others = student.masked_fill(named, -math.inf)
+    shares = others - others.logsumexp(1, keepdim=True) + left.log()[:, None]
+    limited = _among_the_likeliest(others.detach(), ids.shape[1]) & (shares > least[:, None]) & ~named
+    rest = others.masked_fill(limited, -math.inf).logsumexp(1)
+    left = (left - limited.sum(1) * least.exp()).clamp(min=2.0**-20).log().masked_fill(rest == -math.inf, -math.inf)
+    ours = torch.cat(
+        [student.gather(1, ids).masked_fill(~there, -math.inf), student.masked_fill(~limited, -math.inf)], 1
+    )
+    theirs = torch.cat([said, least[:, None].where(limited, -math.inf)], 1)
+    return torch.cat([ours, rest[:, None]], 1), torch.cat([theirs, left[:, None]], 1)
 
 
-def _beyond(student: Tensor, teacher: Tensor, stats: TokenStats, named: Tensor, beta: float) -> Tensor:
-    """What sampled tokens that are not `named` tell of the last part, whose log-probabilities [K] are given: [K]."""
-
-    def summand(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        m = torch.log(beta * t.exp() + (1 - beta) * s.exp()) if beta else t
-        slope = (1 - beta) * (s - m)
-        return beta * (t.exp() / s.exp()) * (t - m) + slope, slope
-
-    pairs = summand(stats.student_logprob, stats.teacher_logprob), summand(student, teacher)
-    value, excess = ((own - rest).detach() for own, rest in zip(*pairs, strict=True))
-    nothing = named | ~(value.isfinite() & excess.isfinite())
-    logprob = stats.student_logprob.masked_fill(nothing, 0)
-    return value.masked_fill(nothing, 0) + excess.masked_fill(nothing, 0) * (logprob - logprob.detach())
+def _among_the_likeliest(logprobs: Tensor, count: int) -> Tensor:
+    """[K, V] bool: the likeliest of each of the `count` ranges of columns in which it is largest."""
+    (K, V), found = logprobs.shape, torch.zeros_like(logprobs, dtype=torch.bool)
+    width = max(1, min(64, V // (4 * count)))
+    for row in range(K):
+        starts = range(0, V // width * width, width)
+        largest = [start + int(logprobs[row, start : start + width].argmax()) for start in starts]
+        largest.sort(key=lambda column: -float(logprobs[row, column]))
+        found[row, largest[:count]] = True
+    return found
 
 
 def _token_stats(student: Tensor, teacher: Tensor, token_ids: Tensor) -> TokenStats:
