@@ -10,7 +10,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -35,22 +34,8 @@ NUM_ROLLOUTS = 16
 UNTRAINED = "untrained"
 
 
-class Way(NamedTuple):
-    """One way to a gradient from k named tokens."""
-
-    objective: str
-    sampled: bool  # whether sampled tokens tell of the rest
-
-    @property
-    def said(self) -> str:
-        return f"`{self.objective}`" + ("" if self.sampled or self.objective != "reverse_kl" else ", one part alone")
-
-
-WAYS = (Way("reverse_kl", False), *(Way(objective, objective == "reverse_kl") for objective in OBJECTIVES))
-
-
-def figures(parts: RunParts, prompt: int) -> dict[tuple[Way, int], Record]:
-    """Of one prompt's rollouts, each way's sums of squares against those of the whole distribution."""
+def figures(parts: RunParts, prompt: int) -> dict[tuple[str, int], Record]:
+    """Of one prompt's rollouts, each objective's sums of squares against those of the whole distribution."""
     ids, mask = left_pad([parts.prompts.student.token_ids[prompt]], parts.tokenizer.pad_token_id)
     asked = ids.to(parts.device), mask.to(parts.device)
     rollouts = parts.engine.generate(*asked, num_rollouts=NUM_ROLLOUTS, prompt_keys=torch.tensor([prompt]))
@@ -77,12 +62,10 @@ def figures(parts: RunParts, prompt: int) -> dict[tuple[Way, int], Record]:
     found = {}
     for k in KS:
         top = logprobs.topk(k, -1)
-        said = logprobs.gather(1, token_ids[:, None])[:, 0]
-        for way in WAYS:
-            options = {"objective": way.objective, "teacher_top": TopTokens(top.indices, top.values)}
-            loss, its = gradient(None, None, teacher_logprob=said if way.sampled else None, **options)
-            exact_loss, exact = whole[way.objective]
-            found[way, k] = {
+        for objective in OBJECTIVES:
+            loss, its = gradient(None, None, objective=objective, teacher_top=TopTokens(top.indices, top.values))
+            exact_loss, exact = whole[objective]
+            found[objective, k] = {
                 "loss": loss,
                 "exact_loss": exact_loss,
                 "distance": _squares((a - b for a, b in zip(its, exact, strict=True))),
@@ -98,7 +81,7 @@ def _squares(tensors: Iterator[Tensor] | Sequence[Tensor]) -> float:
 
 
 def measure(config: Path, policy: str | None, prompts: int, folder: Path, console: Console) -> list[Record]:
-    """A record for each way and k."""
+    """A record for each objective and k."""
     changes = {"training": {"resume": "never", "output_dir": str(folder)}}
     if policy:
         changes["student"] = {"model": policy, "drop_layers": []}
@@ -108,9 +91,9 @@ def measure(config: Path, policy: str | None, prompts: int, folder: Path, consol
         raise ConfigError(f"{recipe.prompts.train}: has {len(parts.prompts.student)} prompts of {prompts}")
     all_found = [figures(parts, prompt) for prompt in track(range(prompts), policy or UNTRAINED, console=console)]
     records = []
-    for way, k in all_found[0]:
-        rows = [found[way, k] for found in all_found]
-        record: Record = {"policy": policy or UNTRAINED, "objective": way.said, "k": k, "prompts": prompts}
+    for objective, k in all_found[0]:
+        rows = [found[objective, k] for found in all_found]
+        record: Record = {"policy": policy or UNTRAINED, "objective": f"`{objective}`", "k": k, "prompts": prompts}
         record |= {f"divergence{key}": value for key, value in ratio(rows, "loss", "exact_loss", log=False).items()}
         distance = ratio(rows, "distance", "exact", log=False)
         record |= {f"distance{key}": math.sqrt(max(0, value)) for key, value in distance.items()}

@@ -244,7 +244,7 @@ def linear_distill_loss(
     A teacher elsewhere: teacher_hidden and teacher_weight are None, teacher_logprob [K], nats, is what it says of the
     tokens at this temperature. The statistics that nobody knows are NaN. An advantage may take its place too: with 1
     the loss is the tokens' cross entropy. `sampled_reverse_kl` only, unless `teacher_top` names the teacher's likeliest
-    tokens: then the other objectives compare these one by one and all others as one, see `linear_top_loss`.
+    tokens: then the others are those to the nearest teacher that fits, see `linear_top_loss`.
 
     A token whose divergence is infinite makes the loss infinite and has gradient 0.
     Raises ValueError and IndexError as `linear_reverse_kl` does.
