@@ -86,6 +86,7 @@ def test_auto_takes_hidden_states_where_there_are_any(giving, write_config, tmp_
     execute(write_config(configured(giving, **{"training.output_dir": str(tmp_path / "top")})))
     assert metrics_of(tmp_path / "top")[0]["reverse_kl_exact"] is None
     assert any(body and body.get("prompt_logprobs") == 20 for _, body in giving.calls)
+    assert [event["event"] for event in events_of(tmp_path / "top")] == ["teacher"]
 
 
 @pytest.mark.parametrize("changes", [{"teacher.server_gives": "hidden"}, {"loss.temperature": 2.0}])

@@ -113,7 +113,8 @@ How to choose:
   and the teacher fit beside a micro-batch; else `shard`.
 - `teacher.server` where a local teacher does not fit even in shards, or where gathering them for each micro-batch
   takes longer than scoring. A server computes the prompt once for every rollout, as log-probabilities of a prompt are
-  not kept; for other objectives than `sampled_reverse_kl` it names its likeliest tokens, and no more.
+  not kept, unless it gives hidden states; without these, other objectives than `sampled_reverse_kl` have its
+  likeliest tokens.
 - `rollout.engine: native` unless memory cuts a batch into waves that take {WAVES_COST_LITTLE:g} times as long as a
   single one; then `vllm`, on GPUs of its own. What vLLM itself would take is not predicted.
 - More GPUs than prompts in a step stay idle. With few rows on each, a decode step reads all weights for little, and no

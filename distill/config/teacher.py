@@ -73,9 +73,9 @@ class TeacherConfig(FrozenModel):
     keeps 0.99 of its own at each step. Evaluations are against the teacher of step 0 in any case."""
     server_gives: Literal["auto", "sampled", "top_k", "hidden"] = "auto"
     """What a teacher's `server` is asked for: `sampled`, the log-probabilities of the sampled tokens, all that
-    `sampled_reverse_kl` needs; `top_k`, also its likeliest tokens at each place, for the other objectives, which are then
-    those to the nearest teacher that fits; `hidden`, its last hidden states, with which everything is exact. `auto`:
-    `sampled` where that is enough, else `hidden` where the server gives them, else `top_k`."""
+    `sampled_reverse_kl` needs; `top_k`, also its likeliest tokens at each place, for the other objectives, which are
+    then those to the nearest teacher that fits; `hidden`, its last hidden states, with which everything is exact.
+    `auto`: `sampled` where that is enough, else `hidden` where the server gives them, else `top_k`."""
     server_top_k: Integer = Field(20, ge=1)
     """How many of them. A vLLM server gives 20 at most unless it is started with `--max-logprobs`."""
     timeout_seconds: Number = Field(300, gt=0)

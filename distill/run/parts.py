@@ -21,6 +21,11 @@ from distill.runtime import MemoryLimits
 from distill.teachers import FollowingTeacher
 from distill.training import Ranks, Trainer, check_against_itself
 
+NAMED_ONLY = (
+    "a teacher's server gives no hidden states, so it names its {} likeliest tokens at each place, and the loss is at "
+    "most the exact one (docs/serving.md)"
+)
+
 
 class RunParts:
     """Everything that is loaded or made before the first step, and stays to the end of the run."""
@@ -49,6 +54,8 @@ class RunParts:
         of_sets = (self.prompts, self.held_out) if self.held_out else (self.prompts,)
         self.notices = [("prompts", line) for prompts in of_sets for line in prompts.remarks]
         """Events of the loading, with what is said of each."""
+        if config.asked_of_servers == "auto" and any(each.parts.head is None for each in pair.teachers):
+            self.notices.append(("teacher", NAMED_ONLY.format(config.teacher.server_top_k)))
         self.following = self._follower()
         if self.following:
             models[0] = ModelParts(*split_head(self.following.model), pair.teachers[0].parts.dtype)
