@@ -24,6 +24,8 @@ class PromptStates:
 
     def __init__(self, server: Server, model: str) -> None:
         self.server, self.model = server, model
+        self.remedy = "start one that does"
+        """What to do where the server gives something else."""
 
     def gives(self, token_ids: Sequence[int]) -> bool:
         """Whether the server has any to give. Raises `ServerError`."""
@@ -33,7 +35,7 @@ class PromptStates:
         """[n - first, H] in the server's precision, of each of n tokens from the `first` on. Raises `ServerError`."""
         found = self.server.again(lambda: self._attempt(token_ids, first))
         if found is None:
-            raise ServerError(f"{self.server}: gives no hidden states; {self.server.hint}")
+            raise ServerError(f"{self.server}: gives no hidden states; {self.remedy}")
         return found
 
     def _attempt(self, token_ids: Sequence[int], first: int) -> Tensor | None:
@@ -50,7 +52,7 @@ class PromptStates:
             raise ServerError(f"{said}, which holds those of other tokens than it was asked about")
         if hidden is None or hidden.dim() != 3 or hidden.shape[:2] != shape:
             held = "none" if hidden is None else f"a shape of {list(hidden.shape)}"
-            raise ServerError(f"{said}, which holds {held}, where {[*shape, 'H']} is meant; {self.server.hint}")
+            raise ServerError(f"{said}, which holds {held}, where {[*shape, 'H']} is meant; {self.remedy}")
         path.unlink(missing_ok=True)
         return hidden[:, 0]
 
@@ -64,7 +66,7 @@ class PromptStates:
             except FileNotFoundError:
                 if not path.parent.is_dir():
                     raise ServerError(
-                        f"{said}, a folder that is not here: both must see it under one path; {self.server.hint}"
+                        f"{said}, a folder that is not here: both must see it under one path; {self.remedy}"
                     ) from None
             except PermissionError:
                 raise ServerError(f"{said}, which only the server's user may read: be the same here") from None

@@ -144,7 +144,7 @@ def connect(
 def _states(states: PromptStates, end: ModelEnd, reference: str, token_ids: Sequence[int]) -> ServedStates:
     """The teacher whose hidden states a server gives; they are found to lead to the server's own log-probabilities."""
     server = states.server
-    server.hint = f"start it with {command(reference, end.num_layers)}"
+    states.remedy = f"start it with {command(reference, end.num_layers)}"
     found = states.of(token_ids)
     width = end.head.weight.shape[1]
     if found.shape[1] != width:
@@ -168,7 +168,7 @@ def _states(states: PromptStates, end: ModelEnd, reference: str, token_ids: Sequ
             f"{server}: its hidden states, through the last norm and the head of {reference}, give log-probabilities "
             f"that are {gap:.3g} nats a token off its own, where {TOLERANCE[precision]} is allowed: they are not those "
             f"after the last layer, it serves another model, or that model has more than a norm there (then set "
-            f"teacher.server_gives to top_k); {server.hint}"
+            f"teacher.server_gives to top_k); {states.remedy}"
         )
     return parts._replace(body=parts.body._replace(probe=probe))
 
