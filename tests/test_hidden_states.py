@@ -11,7 +11,6 @@ from serving import ModelServer
 from test_train import SAMPLED, events_of, execute, metrics_of, weights_of
 from transformers import AutoModelForCausalLM
 
-from distill.config import load_config
 from distill.evaluate import main as evaluate
 from distill.models import ModelError, layer_stack, load_end
 from distill.report.charts import run_charts
@@ -102,7 +101,7 @@ def test_a_server_that_has_none_is_refused_with_what_to_start(giving, write_conf
 def test_files_that_come_late_or_half_or_not_change_no_number(giving, write_config, tmp_path):
     execute(write_config(configured(giving, **{"training.output_dir": str(tmp_path / "calm")})))
     giving.file_faults.extend([""] * CONNECTING + ["late", "half", "", "lost", "late", "half"])
-    changes = {"training.output_dir": str(tmp_path / "rough"), "teacher.timeout_seconds": 2}
+    changes = {"training.output_dir": str(tmp_path / "rough"), "teacher.timeout_seconds": 1}
     execute(write_config(configured(giving, **changes)))
     assert not giving.file_faults
     assert metrics_of(tmp_path / "calm") == metrics_of(tmp_path / "rough")
@@ -228,10 +227,23 @@ def test_the_end_of_every_family(family, tmp_path):
     assert (gap < 1e-4) == (family not in ENDS_UNKNOWN)
 
 
-def test_precision_of_the_end(giving, write_config):
-    config = load_config(write_config(configured(giving, **{"teacher.precision": "bfloat16"})))
-    assert config.asked_of_servers == "auto"
-    execute(write_config(configured(giving, **{"teacher.precision": "bfloat16"})))
+def test_a_head_in_fewer_bits_than_the_servers_states(giving, write_config, tmp_path):
+    """As where a GPU trains in bfloat16: what that rounds is no fault of the server's."""
+    for precision in ("float32", "bfloat16"):
+        changes = {"teacher.precision": precision, "training.output_dir": str(tmp_path / precision)}
+        execute(write_config(configured(giving, **changes)))
+    exact, rounded = (metrics_of(tmp_path / name)[0]["loss"] for name in ("float32", "bfloat16"))
+    assert exact != rounded
+    assert exact == pytest.approx(rounded, rel=0.05)
+
+
+def test_a_model_whose_end_is_not_known_is_said(giving, write_config, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ModelError("no norm that could be found")
+
+    monkeypatch.setattr("distill.teachers.local.load_end", fail)
+    assert main(["--config", str(write_config(configured(giving)))]) == 2
+    assert "found; its hidden states are of no use then: set teacher.server_gives to top_k" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_evaluated_with_its_teachers_server(giving, write_config, tmp_path, capsys):

@@ -14,13 +14,13 @@ class Probe:
     """The log-probabilities of a text's tokens as `server` gave them first."""
 
     def __init__(
-        self, server: Server, token_ids: Sequence[int], score: Callable[[Sequence[int]], list[float]], precision: str
+        self, server: Server, token_ids: Sequence[int], score: Callable[[Sequence[int]], list[float]], allowed: float
     ) -> None:
         """Scores some rows twice, the second time in another order; raises `ServerError` where what is said differs.
 
-        `score` gives the log-probability of every token but the first.
+        `score` gives the log-probability of every token but the first; `allowed` is the mean difference in nats.
         """
-        self.server, self._ids, self._score, self._allowed = server, list(token_ids), score, TOLERANCE[precision]
+        self.server, self._ids, self._score, self._allowed = server, list(token_ids), score, allowed
         rows = [[*token_ids[first:], *token_ids[:first]] for first in range(min(REPEATED, len(token_ids)))]
         found = in_parallel(score, rows), in_parallel(score, rows[::-1])[::-1]
         self.first = found[0][0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from distill.loss import ModelParts
-from distill.models import ModelEnd
+from distill.models import ModelEnd, ModelError
 from distill.servers import (
     PLUGIN,
     PROBE,
@@ -132,25 +132,29 @@ def connect(
     context, last = about.get("max_model_len"), max(tokenizer.get_vocab().values())
     states = PromptStates(server, about["id"])
     if gives == "hidden" or (gives == "auto" and states.gives(token_ids)):
-        return _states(states, load(), reference, token_ids), context
+        try:
+            end = load()
+        except ModelError as error:
+            raise ModelError(
+                f"{error}; its hidden states are of no use then: set teacher.server_gives to top_k"
+            ) from None
+        return _states(states, end, reference, token_ids, last), context
     scores = PromptScores(server, about["id"], 0 if gives == "sampled" else top_k)
     scores.settle([*token_ids, last])  # which a smaller vocabulary does not have
-    # A server does not say its precision here.
-    return ServedScores(
-        Served(scores, Probe(server, token_ids, scores.score, "bfloat16")), None, torch.float32
-    ), context
+    probe = Probe(server, token_ids, scores.score, max(TOLERANCE.values()))  # it does not say its precision
+    return ServedScores(Served(scores, probe), None, torch.float32), context
 
 
-def _states(states: PromptStates, end: ModelEnd, reference: str, token_ids: Sequence[int]) -> ServedStates:
+def _states(states: PromptStates, end: ModelEnd, reference: str, token_ids: Sequence[int], last: int) -> ServedStates:
     """The teacher whose hidden states a server gives; they are found to lead to the server's own log-probabilities."""
     server = states.server
     states.remedy = f"start it with {command(reference, end.num_layers)}"
     found = states.of(token_ids)
-    width = end.head.weight.shape[1]
-    if found.shape[1] != width:
+    V, width = end.head.weight.shape
+    if found.shape[1] != width or last >= V:
         raise ServerError(
-            f"{server}: its hidden states have {found.shape[1]} numbers, and the head of {reference} takes {width}: it "
-            f"serves another model than teacher.model names"
+            f"{server}: its hidden states have {found.shape[1]} numbers and the tokenizer {last + 1} tokens, where the "
+            f"head of {reference} takes {width} and has {V}: it serves another model than teacher.model names"
         )
     parts = ServedStates(Served(states, None, end.norm), end.head, end.head.weight.dtype)
 
@@ -158,15 +162,16 @@ def _states(states: PromptStates, end: ModelEnd, reference: str, token_ids: Sequ
         logprobs = end.head.logits(parts.normed(states.of(ids)[:-1])).log_softmax(-1)
         return logprobs.gather(1, torch.tensor(ids[1:], device=logprobs.device)[:, None])[:, 0].tolist()
 
-    precision = str(found.dtype).removeprefix("torch.")
-    probe = Probe(server, token_ids, score, precision)
+    # Rounded are its states there, and its logits here.
+    allowed = max(TOLERANCE.get(str(dtype).removeprefix("torch."), 0.0) for dtype in (found.dtype, parts.dtype))
+    probe = Probe(server, token_ids, score, allowed)
     scores = PromptScores(server, states.model)
-    scores.settle(token_ids)
+    scores.settle([*token_ids, last])
     gap = mean_gap(scores.score(token_ids), probe.first)
-    if not gap <= TOLERANCE[precision]:
+    if not gap <= allowed:
         raise ServerError(
             f"{server}: its hidden states, through the last norm and the head of {reference}, give log-probabilities "
-            f"that are {gap:.3g} nats a token off its own, where {TOLERANCE[precision]} is allowed: they are not those "
+            f"that are {gap:.3g} nats a token off its own, where {allowed} is allowed: they are not those "
             f"after the last layer, it serves another model, or that model has more than a norm there (then set "
             f"teacher.server_gives to top_k); {states.remedy}"
         )
