@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_model, tiny_tokenizer
 
+from distill.servers import PLUGIN
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -38,6 +40,7 @@ def test_it_holds_the_two_packages_only(wheel):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"distill", "distill_kernels"}
     shipped = {name.removeprefix("distill/shipped/") for name in names if name.startswith("distill/shipped/")}
     assert shipped == {"configs/default.yaml", "data/prompts.txt", "data/eval.txt"}
+    assert str((PLUGIN / "hidden_states_connector.py").relative_to(ROOT)) in names  # which no module here imports
 
 
 def test_the_default_recipe_runs_in_an_empty_folder(installed, tmp_path):
