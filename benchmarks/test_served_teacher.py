@@ -7,6 +7,7 @@ The server is there with DISTILL_VLLM_PYTHON naming the interpreter that tests/v
 """
 
 import json
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,11 +33,17 @@ WAYS = ("sampled", "top_k", "hidden")
 class CountedServer(Server):
     """Counts the bytes of answers."""
 
-    received = 0
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.received, self._counting = 0, threading.Lock()
+
+    def count(self, size: int) -> None:
+        with self._counting:
+            self.received += size
 
     def request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         answer = super().request(path, body)
-        self.received += len(json.dumps(answer))
+        self.count(len(json.dumps(answer)))
         return answer
 
 
@@ -45,7 +52,7 @@ class CountedStates(PromptStates):
 
     def _awaited(self, path: Path, said: str) -> dict[str, torch.Tensor]:
         found = super()._awaited(path, said)
-        self.server.received += path.stat().st_size
+        self.server.count(path.stat().st_size)
         return found
 
 
@@ -108,6 +115,7 @@ def test_what_a_server_says(served, record) -> None:
         before = teacher.body.server.received
         pairs[way] = teacher, teacher.hidden(*asked)
         received = teacher.body.server.received - before
+        print(f"\n{server.dtype}, {way}: {received / tokens:.0f} bytes a token", end="")
         record(Row(group, way, timings[way].median, timings[way].spread, bytes=received, tokens=tokens))
     record(Row(group, "here", timings["here"].median, timings["here"].spread, tokens=tokens))
     losses = {}
