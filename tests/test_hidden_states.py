@@ -48,14 +48,12 @@ def configured(server: ModelServer, **changes) -> dict:
     "changes",
     [
         {},
-        {"loss.objective": "forward_kl", "training.tokens_per_micro_batch": 40, "training.prompts_per_step": 2},
-        {"loss.objective": "jsd", "teacher.system_prompt": "Be brief."},
+        {"loss.objective": "forward_kl", "training.tokens_per_micro_batch": 40, "teacher.system_prompt": "Be brief."},
         {"loss.temperature": 2.0, "loss.importance_clip": None},
         SAMPLED | {"loss.baseline": "exact"},
-        SAMPLED | {"teacher.server_gives": "hidden"},
         {"student.drop_layers": "auto:1"},
     ],
-    ids=["reverse", "forward", "jsd", "temperature", "baseline", "sampled", "layers"],
+    ids=["reverse", "forward", "temperature", "baseline", "layers"],
 )
 def test_a_served_teacher_is_exact(giving, write_config, tmp_path, changes):
     """Every figure of a run with the teacher here, the weights, and no file is left."""
