@@ -5,6 +5,7 @@ and without memory; whether that is all that stands between the layers and the h
 """
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,10 +39,10 @@ def load_end(reference: str, *, dtype: torch.dtype, device: torch.device, trust_
         num_layers = config.get_text_config().num_hidden_layers
         names = _names(model)
         norm, output = _final_norm(model), model.get_output_embeddings()
-        of_module = {module: name for name, module in model.named_modules()}
+        of_module, files = {module: name for name, module in model.named_modules()}, _files(location)
         for module in (norm, output):
             for name, _ in list(module.named_parameters(recurse=False)):
-                found = _read(location, names[f"{of_module[module]}.{name}"])
+                found = _read(location, files, names[f"{of_module[module]}.{name}"])
                 module._parameters[name] = nn.Parameter(found, requires_grad=False)
     head = split_head(model)[1]
     bias = None if head.bias is None else head.bias.to(device, dtype)
@@ -66,22 +67,27 @@ def _final_norm(model: PreTrainedModel) -> nn.Module:
 
 def _names(model: PreTrainedModel) -> dict[str, list[str]]:
     """Of each parameter's name all names of the parameter: a tied one has several."""
-    every = list(model.named_parameters(remove_duplicate=False))
-    return {name: [other for other, same in every if same is parameter] for name, parameter in every}
+    every, names = list(model.named_parameters(remove_duplicate=False)), defaultdict(list)
+    for name, parameter in every:
+        names[id(parameter)].append(name)
+    return {name: names[id(parameter)] for name, parameter in every}
 
 
-def _read(location: str, names: list[str]) -> Tensor:
-    """The tensor of a checkpoint that has one of the `names`."""
+def _files(location: str) -> dict[str, str]:
+    """The file of each tensor of a checkpoint."""
     index = cached_file(location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if index:
-        where = json.loads(Path(index).read_text())["weight_map"]
-    else:
-        with safe_open(cached_file(location, SAFE_WEIGHTS_NAME), "pt") as file:
-            where = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
-    stored = [name for name in names if name in where] or _alike(names[0], where)
+        return json.loads(Path(index).read_text())["weight_map"]
+    with safe_open(cached_file(location, SAFE_WEIGHTS_NAME), "pt") as file:
+        return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+
+
+def _read(location: str, files: dict[str, str], names: list[str]) -> Tensor:
+    """The tensor of a checkpoint that has one of the `names`."""
+    stored = [name for name in names if name in files] or _alike(names[0], files)
     if not stored:
         raise ModelError(f"its files have no tensor {names[0]}")
-    with safe_open(cached_file(location, where[stored[0]]), "pt") as file:
+    with safe_open(cached_file(location, files[stored[0]]), "pt") as file:
         tensor = file.get_tensor(stored[0])
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ModelError(f"its {stored[0]} is stored as {tensor.dtype}, which is not read here")

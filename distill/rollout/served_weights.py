@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.models import merged, save_model
-from distill.servers import PROBE, TOLERANCE, PromptScores, Server, ServerError, UnavailableError
+from distill.servers import PROBE, TOLERANCE, PromptScores, Server, ServerError, UnavailableError, mean_gap
 
 
 class ServedWeights:
@@ -77,7 +77,7 @@ class ServedWeights:
 
     def _gap(self) -> float:
         """Mean absolute difference between the server's log-probabilities of the probe and the snapshot's."""
-        return (self._own - torch.tensor(self._scores.score(self._probe_ids, attempts=False))).abs().mean().item()
+        return mean_gap(self._own.tolist(), self._scores.score(self._probe_ids, attempts=False))
 
     @torch.no_grad()
     def _probe(self, model: PreTrainedModel) -> Tensor:

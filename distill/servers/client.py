@@ -110,6 +110,11 @@ class Server:
             )
 
 
+def about_prompt(model: str, token_ids: Sequence[int]) -> dict[str, Any]:
+    """A request to /v1/completions that is about its prompt: one token is sampled, as some servers refuse none."""
+    return {"model": model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 1.0}
+
+
 def in_parallel(work: Callable[[T], U], items: Iterable[T]) -> list[U]:
     """`work` of every item, many at a time; the first failure ends it."""
     with ThreadPoolExecutor(CONCURRENT) as pool:

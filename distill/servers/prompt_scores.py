@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from distill.servers.client import Server, ServerError, UnavailableError
+from distill.servers.client import Server, ServerError, UnavailableError, about_prompt
 
 
 class PromptScores:
@@ -70,8 +70,8 @@ class PromptScores:
             ) from None
 
     def _asked(self, token_ids: Sequence[int], how: dict[str, Any], attempts: bool) -> Any:
-        body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 1.0}
-        answer = (self.server.call if attempts else self.server.request)("/v1/completions", body | how)
+        ask = self.server.call if attempts else self.server.request
+        answer = ask("/v1/completions", about_prompt(self.model, token_ids) | how)
         try:
             return answer["choices"][0]
         except (KeyError, IndexError, TypeError):

@@ -7,13 +7,12 @@ holds the tokens which were asked about: its name is what the server says.
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from distill.servers.client import Server, ServerError, UnavailableError
+from distill.servers.client import Server, ServerError, UnavailableError, about_prompt
 
 PLUGIN = Path(__file__).parent / "vllm_plugin"
 LONGEST_LOOK, LONGEST_WAIT = 0.05, 60.0  # seconds between two looks for a file, and for it to come after the answer
@@ -39,8 +38,8 @@ class PromptStates:
         return found
 
     def _attempt(self, token_ids: Sequence[int], first: int) -> Tensor | None:
-        body: dict[str, Any] = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 1.0}
-        answer = self.server.request("/v1/completions", body | {"kv_transfer_params": {"hidden_states_from": first}})
+        asked = {"kv_transfer_params": {"hidden_states_from": first}}
+        answer = self.server.request("/v1/completions", about_prompt(self.model, token_ids) | asked)
         try:
             path = Path(answer["kv_transfer_params"]["hidden_states_path"])
         except (KeyError, TypeError):

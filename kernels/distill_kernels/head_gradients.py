@@ -81,7 +81,21 @@ def write_gradients(
         d_bias.index_put_((ids,), own, accumulate=True)
 
 
-def keep_gradients(ctx, trained: Sequence[Tensor | None], needed: list[bool], output: Gradients) -> None:
+def register_gradients(op: torch.library.CustomOpDef, needed: int) -> None:
+    """Has autograd take the gradients that `op` makes of its first three inputs, hidden states, weight and bias; its
+    input at index `needed` says which of them."""
+
+    def keep(ctx, inputs, output: Gradients) -> None:
+        ctx.others = len(inputs) - 3
+        _keep_gradients(ctx, inputs[:3], inputs[needed], output)
+
+    def scale(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+        return *_scaled_gradients(ctx, upstream), *[None] * ctx.others
+
+    op.register_autograd(scale, setup_context=keep)
+
+
+def _keep_gradients(ctx, trained: Sequence[Tensor | None], needed: list[bool], output: Gradients) -> None:
     """For the backward pass; `trained` are hidden states, weight and bias, as the op was given them."""
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in trained]
     ctx.needed = needed
@@ -91,7 +105,7 @@ def keep_gradients(ctx, trained: Sequence[Tensor | None], needed: list[bool], ou
     ctx.set_materialize_grads(False)
 
 
-def scaled_gradients(ctx, upstream: Tensor | None) -> list[Tensor | None]:
+def _scaled_gradients(ctx, upstream: Tensor | None) -> list[Tensor | None]:
     """The three gradients, None for one that is not needed, and for a loss that nothing depends on."""
     if upstream is None:
         return [None] * 3

@@ -32,9 +32,8 @@ from distill_kernels import backend, checks, student_product
 from distill_kernels.chunks import HeadProducts, accumulation_dtype, chunks, row_buffer, rows_per_chunk
 from distill_kernels.head_gradients import (
     Gradients,
-    keep_gradients,
     new_outputs,
-    scaled_gradients,
+    register_gradients,
     weighted_loss,
     write_gradients,
 )
@@ -158,15 +157,7 @@ def _(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weig
     return new_outputs(student_hidden, student_weight, rest[4], dtype)
 
 
-def _keep(ctx, inputs, output) -> None:
-    keep_gradients(ctx, inputs[:3], inputs[10], output)
-
-
-def _scale(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    return *scaled_gradients(ctx, upstream), *[None] * 19
-
-
-torch.library.register_autograd("distill_kernels::linear_distill_loss", _scale, setup_context=_keep)
+register_gradients(_linear_distill_loss, needed=10)
 
 
 def _check_objective(

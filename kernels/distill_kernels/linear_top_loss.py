@@ -34,9 +34,8 @@ from distill_kernels import backend, checks
 from distill_kernels.chunks import HeadProducts, accumulation_dtype
 from distill_kernels.head_gradients import (
     Gradients,
-    keep_gradients,
     new_outputs,
-    scaled_gradients,
+    register_gradients,
     student_chunks,
     weighted_loss,
     write_gradients,
@@ -225,12 +224,4 @@ def _(hidden, weight, bias, token_ids, token_weight, teacher_logprob, top_ids, t
     return new_outputs(hidden, weight, needed, accumulation_dtype(hidden, weight))
 
 
-def _keep(ctx, inputs, output) -> None:
-    keep_gradients(ctx, inputs[:3], inputs[8], output)
-
-
-def _scale(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    return *scaled_gradients(ctx, upstream), *[None] * 14
-
-
-torch.library.register_autograd("distill_kernels::linear_top_loss", _scale, setup_context=_keep)
+register_gradients(linear_top_loss, needed=8)
