@@ -26,8 +26,10 @@ def markdown() -> str:
 
 def _section(name: str, field: FieldInfo) -> Iterator[str]:
     yield f"## `{name}`\n"
+    if inner := listed_section(field.annotation):
+        yield f"{' '.join(field.description.split())} A list; each entry has these keys:\n"
     yield "| key | values | default | meaning |\n|---|---|---|---|"
-    yield from _rows(name, field.annotation)
+    yield from _rows(f"{name}[]" if inner else name, inner or field.annotation)
     yield ""
 
 
@@ -35,12 +37,18 @@ def _rows(name: str, section: type[Section]) -> Iterator[str]:
     for key, of_key in section.model_fields.items():
         default = "" if of_key.is_required() else f"`{_written(of_key.get_default(call_default_factory=True))}`"
         meaning = " ".join((of_key.description or "").split())
-        inner = inner_section(of_key.annotation)
+        inner, listed = inner_section(of_key.annotation), listed_section(of_key.annotation)
         values = "the keys below, or null" if inner else _values(of_key.annotation, of_key.metadata)
         cells = (f"`{name}.{key}`", values, default, meaning)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-        if inner:
-            yield from _rows(f"{name}.{key}", inner)
+        if inner or listed:
+            yield from _rows(f"{name}.{key}" if inner else f"{name}.{key}.NAME", inner or listed)
+
+
+def listed_section(annotation: Any) -> type[Section] | None:
+    """The section that each entry of a list, or of a mapping of names, is."""
+    entries = get_args(annotation) if get_origin(annotation) in (tuple, dict) else ()
+    return next((each for each in entries if isinstance(each, type) and issubclass(each, Section)), None)
 
 
 def _written(value: Any) -> str:

@@ -7,16 +7,17 @@ the models or the machine is checked where those are loaded.
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from distill.config.grading import EvaluationConfig, EvaluationSet, RewardConfig, Rewards
 from distill.config.recipes import read_recipe
 from distill.config.sections import (
     TAGS,
-    EvaluationConfig,
     LossConfig,
     PromptsConfig,
     RolloutConfig,
@@ -26,6 +27,9 @@ from distill.config.sections import (
 from distill.config.teacher import KINDS, TeacherConfig
 from distill.config.values import Section
 from distill.config.yaml_file import ConfigError
+
+
+OF_SAMPLED_TOKENS = ("sampled_reverse_kl", "rewards")  # objectives that ask a teacher about sampled tokens only
 
 
 class Config(BaseSettings):
@@ -40,6 +44,9 @@ class Config(BaseSettings):
     training: TrainingConfig = TrainingConfig()
     loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    rewards: Rewards = ()
+    """What completions are rewarded for, beside the teacher: functions as in `evaluation.metrics`, and what each
+    counts."""
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, **_):
@@ -74,7 +81,12 @@ class Config(BaseSettings):
             return self.teacher.server_gives
         if self._needs_whole_distribution():
             return "hidden"
-        return "sampled" if self.loss.objective == "sampled_reverse_kl" else "auto"
+        return "sampled" if self.loss.objective in OF_SAMPLED_TOKENS else "auto"
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether a reward is trained on, not only watched."""
+        return any(reward.weight for reward in self.rewards)
 
     @model_validator(mode="after")
     def _combinations(self) -> "Config":
@@ -95,8 +107,7 @@ class Config(BaseSettings):
                 "training.parallel shard gives each rank a part of the teacher as it is loaded: leave teacher.offload, "
                 "teacher.precision int8 or int4 and servers of teachers out, or set training.parallel to replicate"
             )
-        if self.training.eval_every and self.prompts.eval is None:
-            raise ValueError("training.eval_every is set, but prompts.eval names no file")
+        self._check_evaluations()
         if isinstance(self.student.drop_layers, str) and self.prompts.eval is None:
             raise ValueError(
                 f"student.drop_layers {self.student.drop_layers} measures on held-out prompts, but prompts.eval names "
@@ -104,18 +115,47 @@ class Config(BaseSettings):
             )
         return self
 
+    def _check_evaluations(self) -> None:
+        settings, training = self.evaluation, self.training
+        if self.prompts.eval is not None:
+            return
+        wants = {
+            "training.eval_every": training.eval_every,
+            "evaluation.metrics": settings.metrics and not settings.sets,
+            "training.early_stopping": training.early_stopping,
+        }
+        if found := [key for key, value in wants.items() if value]:
+            raise ValueError(f"{found[0]} is set, but prompts.eval names no file")
+        if settings.sets:
+            raise ValueError("evaluation.sets are looked at beside prompts.eval, which names no file")
+
+    def _check_rewards(self) -> None:
+        loss = self.loss
+        if self.rewarded and self.training.num_rollouts_per_prompt == 1:
+            raise ValueError(
+                "a reward counts by how much it is above that of the prompt's other rollouts, and "
+                "training.num_rollouts_per_prompt is 1: sample more of them, or set the weights of rewards to 0, which "
+                "only watches"
+            )
+        for key, value in (("objective", loss.objective == "rewards"), ("scale_rewards", loss.scale_rewards)):
+            if value and not self.rewarded:
+                raise ValueError(f"loss.{key} is {getattr(loss, key)!r}, and rewards lists none with a weight")
+
     def _check_loss(self) -> None:
         loss = self.loss
+        self._check_rewards()
         if loss.objective != "sampled_reverse_kl":
             meant = {"baseline": ("none",), "discount": (0,), "reward_clip": (None,)}
-            meant["importance_sampling"] = ("stale", "none")
+            if not self.rewarded:
+                meant["importance_sampling"] = ("stale", "none")
             for key, harmless in meant.items():
                 if getattr(loss, key) not in harmless:
                     raise ValueError(
                         f"loss.{key} is {getattr(loss, key)!r}, which changes sampled_reverse_kl only, and "
                         f"loss.objective is {loss.objective}: leave loss.{key} out or set the objective"
                     )
-            return
+            if not self.rewarded:
+                return
         if loss.baseline == "group" and self.training.num_rollouts_per_prompt == 1:
             raise ValueError(
                 "loss.baseline group is the mean of a prompt's other rollouts, and training.num_rollouts_per_prompt "
@@ -157,15 +197,15 @@ class Config(BaseSettings):
             if section.offload or section.precision in ("int8", "int4"):
                 what = "offload" if section.offload else f"precision {section.precision}"
                 raise ValueError(f"{key}.{what} is of weights here, and {key}.server has them elsewhere: leave one out")
-        if gives == "sampled" and objective != "sampled_reverse_kl":
+        if gives == "sampled" and objective not in OF_SAMPLED_TOKENS:
             raise ValueError(
                 f"loss.objective is {objective!r}, which compares distributions, and teacher.server_gives is sampled: "
                 f"set that to hidden or top_k, or the objective to sampled_reverse_kl"
             )
-        if gives == "top_k" and objective == "sampled_reverse_kl":
+        if gives == "top_k" and objective in OF_SAMPLED_TOKENS:
             raise ValueError(
-                "teacher.server_gives is top_k, and sampled_reverse_kl asks of the sampled tokens only: leave "
-                "teacher.server_gives out, or set another loss.objective"
+                f"teacher.server_gives is top_k, and {objective} asks of the sampled tokens only: leave "
+                f"teacher.server_gives out, or set another loss.objective"
             )
         if gives in ("sampled", "top_k") and (needs := self._needs_whole_distribution()):
             raise ValueError(
@@ -218,6 +258,9 @@ def to_yaml(config: Config) -> str:
 def known_keys() -> Iterator[str]:
     """Every `section.key`, in the order of `--help`; for a section within one, `section.key.inner`."""
     for section, field in Config.model_fields.items():
+        if not isinstance(field.annotation, type):  # a list of sections, which is given as one
+            yield section
+            continue
         for key, of_key in field.annotation.model_fields.items():
             inner = inner_section(of_key.annotation)
             yield from (f"{section}.{key}.{name}" for name in inner.model_fields) if inner else (f"{section}.{key}",)
@@ -225,21 +268,20 @@ def known_keys() -> Iterator[str]:
 
 def inner_section(annotation: Any) -> type[Section] | None:
     """The section that a key may hold in place of a value."""
-    found = [
-        each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, Section)
-    ]
-    return found[0] if found else None
+    alone = isinstance(annotation, type) or get_origin(annotation) in (Union, UnionType)
+    found = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+    return next((each for each in found if alone and issubclass(each, Section)), None)
 
 
 def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any], source: str) -> str:
     """One line for one problem: where, which key, what was found, what was expected."""
     location = problem["loc"]
-    path_of_key = [part for part in location if isinstance(part, str) and part not in (*TAGS, *KINDS)]
+    path_of_key = [part for part in location if isinstance(part, str) and part not in (*TAGS, *KINDS, "[key]")]
     entries = [part for part in location if isinstance(part, int)]
     key = ".".join(path_of_key)
     given = overrides
     for part in path_of_key:
-        given = given.get(part, {}) if isinstance(given, dict) else {}
+        given = given.get(part, {}) if isinstance(given, dict) else given  # a list is given as a whole
     where = source if given != {} else path
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}{nearest_key(key)}"
@@ -254,8 +296,13 @@ def _explain(problem: dict[str, Any], path: str, overrides: dict[str, Any], sour
     return f"{where}: {key}{position}: found {found}, expected {expected}"
 
 
+def _of_a_set(key: str) -> bool:
+    return key.startswith("evaluation.sets.") and key.count(".") == 3
+
+
 def nearest_key(key: str) -> str:
-    keys = list(known_keys())
+    keys = [*known_keys(), *(f"rewards.{name}" for name in RewardConfig.model_fields)]
+    keys += [f"evaluation.sets.{key.split('.')[2]}.{name}" for name in EvaluationSet.model_fields if _of_a_set(key)]
     if key in keys:  # in one word where sections are nested
         *sections, name = key.split(".")
         return f"; write it in its section: {': {'.join(sections)}: {{{name}: ...}}{'}' * (len(sections) - 1)}"

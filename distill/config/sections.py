@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from distill.config.grading import EarlyStopping
 from distill.config.values import (
     FilePath,
     Integer,
@@ -205,6 +206,10 @@ class TrainingConfig(Section):
     """Steps between held-out evaluations; absent: before and after only."""
     resume: Reference = "auto"
     """`auto` continues from the newest checkpoint in output_dir, `never` starts over, else a checkpoint's folder."""
+    early_stopping: EarlyStopping | None = None
+    """End the run when evaluations (`training.eval_every`) do not get better any more; absent: never."""
+    accept_changed_rewards: bool = False
+    """Continue from a checkpoint although the file of a reward function has changed since."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     """Experiment trackers that are told every step and evaluation."""
 
@@ -223,8 +228,9 @@ class TrainingConfig(Section):
 
 
 class LossConfig(Section):
-    objective: Literal["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"] = "sampled_reverse_kl"
-    """What is minimised at each sampled position."""
+    objective: Literal["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd", "rewards"] = "sampled_reverse_kl"
+    """What is minimised at each sampled position, beside what `rewards` ask for; `rewards`: that alone, the teacher
+    being measured only."""
     reduction: Literal["sequence", "token"] = "sequence"
     """`sequence`: mean over a rollout's tokens, then over the group's rollouts; `token`: mean over all its tokens."""
     temperature: Number = Field(1.0, gt=0)
@@ -241,14 +247,8 @@ class LossConfig(Section):
     """Weight of the next token's reward in a token's return, its square that of the one after, ...; 0: own reward."""
     reward_clip: Number | None = Field(None, gt=0)
     """Rewards of sampled_reverse_kl are limited to this size, in nats, either way; null: no limit."""
+    scale_rewards: bool = False
+    """Divide the advantages of `rewards` by the spread of the prompt's rewards, as GRPO does: prompts on which the
+    student is nearly always right or wrong count more then, so the gradient is not that of the mean reward."""
     beta: Number = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `jsd`."""
-
-
-class EvaluationConfig(Section):
-    num_rollouts_per_prompt: Positive = 1
-    """Rollouts sampled for each held-out prompt."""
-    max_new_tokens: Positive | None = None
-    """Longest completion in the evaluation; `rollout.max_new_tokens` if absent."""
-    seed: Integer = Field(1234, ge=0, lt=2**31)
-    """Seed of the evaluation's rollouts, the same at every evaluation."""

@@ -44,6 +44,8 @@ HARMLESS = {
     "training.eval_every",
     "training.max_bad_steps",
     "training.report_to",
+    "training.early_stopping",
+    "training.accept_changed_rewards",
     "training.parallel",  # but for rounding, as for the number of ranks
     "training.rank_timeout_s",
 }
@@ -277,8 +279,10 @@ def changed_keys(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """
     harmless = HARMLESS if current["training"]["lr_schedule"] != "constant" else HARMLESS | LENGTH
     changed = []
+    if (old := saved.get("rewards", [])) != current.get("rewards", []):
+        changed.append(f"rewards: was {old!r}, now {current['rewards']!r}")
     for section, keys in current.items():
-        for key, value in keys.items():
+        for key, value in keys.items() if isinstance(keys, dict) else ():
             old = saved.get(section, {}).get(key, _default(section, key))
             same = value == old or (f"{section}.{key}" == "rollout.engine" and {value, old} == NATIVE)
             if f"{section}.{key}" == "teacher.others":

@@ -97,7 +97,9 @@ def _mlflow(run: TrackedRun) -> Opened:
     if earlier:
         client.update_run(tracked, status="RUNNING")
     else:
-        flat = {f"{section}.{key}": value for section, keys in run.config.items() for key, value in keys.items()}
+        sections = {name: keys for name, keys in run.config.items() if isinstance(keys, dict)}
+        flat = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+        flat |= {name: value for name, value in run.config.items() if name not in sections}
         client.log_batch(tracked, params=[Param(key, str(value)) for key, value in flat.items()])
 
     def write(step: int, figures: dict[str, float]) -> None:
