@@ -101,6 +101,7 @@ def test_errors_of_linear_ops(position, value, words):
         ({"objective": "reverse_kl", "advantage": torch.zeros(4)}, ["advantage", "sampled_reverse_kl", "'reverse_kl'"]),
         ({"sampling_logprob": torch.zeros(5)}, ["sampling_logprob", "[4]", "[5]"]),
         ({"advantage": torch.zeros(5)}, ["advantage", "[4]", "[5]"]),
+        ({"task_advantage": torch.zeros(5)}, ["task_advantage", "[4]", "[5]"]),
         ({"student_bias": torch.zeros(8)}, ["student_bias", "[9]", "[8]"]),
         ({"teacher_softcap": -1.0}, ["teacher_softcap", "-1.0"]),
         ({"temperature": float("nan")}, ["temperature", "nan"]),
