@@ -46,7 +46,7 @@ from distill_kernels import (
 FLOATS = "*fp32"
 POINTERS = {
     "student_ptr": FLOATS, "teacher_ptr": FLOATS, "student_bias": FLOATS, "teacher_bias": FLOATS, "logits": "*bf16",
-    "token_ids": "*i64", "at_sampling_ptr": FLOATS, "advantage_ptr": FLOATS, "weight_ptr": FLOATS,
+    "token_ids": "*i64", "at_sampling_ptr": FLOATS, "advantage_ptr": FLOATS, "task_ptr": FLOATS, "weight_ptr": FLOATS,
     "stats": FLOATS, "normalisers": FLOATS, "losses": FLOATS, "lost": FLOATS,
     "row_scale": FLOATS, "grad_ptr": "*bf16", "gradient_ptr": "*bf16", "upstream": FLOATS, "row_ids": "*i64",
     "step_ptr": "*i64", "logprobs": FLOATS,

@@ -226,11 +226,11 @@ def test_registration(implementation):
         hidden, weight, *teacher_side, ids, token_weight = linear_arguments(device=device)
         needed = [True, True, False]
         student_side = (hidden.requires_grad_(), weight.requires_grad_(), None)
-        options = (None, None, needed, 1, None, 0.5, 1.0, 9, None, None, 1.0, 1.0, None, True)
+        options = (None, None, token_weight, needed, 1, None, 0.5, 1.0, 9, None, None, 1.0, 1.0, None, True)
         torch.library.opcheck(
             ops.linear_distill_loss.default, (*student_side, *teacher_side, None, ids, token_weight, *options)
         )
-        alone = (None, None, token_weight, needed, None, 1.0, 9, None, 1.0, None, True)
+        alone = (None, None, token_weight, token_weight, needed, None, 1.0, 9, None, 1.0, None, True)
         # Without the check that traces: what is not known is NaN, which equals nothing. The test above compiles it.
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(
