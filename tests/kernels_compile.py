@@ -46,7 +46,7 @@ from distill_kernels import (
 FLOATS = "*fp32"
 POINTERS = {
     "student_ptr": FLOATS, "teacher_ptr": FLOATS, "student_bias": FLOATS, "teacher_bias": FLOATS, "logits": "*bf16",
-    "token_ids": "*i64", "at_sampling_ptr": FLOATS, "advantage_ptr": FLOATS, "weight_ptr": FLOATS,
+    "token_ids": "*i64", "at_sampling_ptr": FLOATS, "advantage_ptr": FLOATS, "task_ptr": FLOATS, "weight_ptr": FLOATS,
     "stats": FLOATS, "normalisers": FLOATS, "losses": FLOATS, "lost": FLOATS,
     "row_scale": FLOATS, "grad_ptr": "*bf16", "gradient_ptr": "*bf16", "upstream": FLOATS, "row_ids": "*i64",
     "step_ptr": "*i64", "logprobs": FLOATS,
@@ -186,6 +186,8 @@ def loss_of(rows: int, dtype: torch.dtype = torch.float32) -> None:
     hidden, weight = torch.randn(2, rows, 8).to(dtype), torch.randn(2, 96, 8).to(dtype)
     arguments = hidden[0].requires_grad_(), weight[0], hidden[1], weight[1], torch.zeros(rows, dtype=torch.int64)
     options = {"sampling_logprob": torch.zeros(rows + 1)[1:], "advantage": torch.zeros(rows)}
+    if not student_product.STUDENT_PRODUCT:  # which leaves a task's advantage to the row kernel
+        options["task_advantage"] = torch.zeros(rows + 1)[1:]
     linear_distill_loss(*arguments, torch.ones(rows), workspace_bytes=16 * 10 * 128, **options)
 
 
@@ -194,6 +196,7 @@ def student_loss_of(rows: int, dtype: torch.dtype = torch.float32) -> None:
     hidden, weight, vectors = torch.randn(rows, 8).to(dtype), torch.randn(96, 8).to(dtype), torch.zeros(3, rows + 1)
     vectors = vectors[:, 1:]
     said = dict(zip(("teacher_logprob", "sampling_logprob", "advantage"), vectors, strict=True))
+    said["task_advantage"] = vectors[0]
     arguments = hidden.requires_grad_(), weight, None, None, torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     linear_distill_loss(*arguments, workspace_bytes=16 * 6 * 128, **said)
 
@@ -402,17 +405,18 @@ def main() -> None:
     check_specialisations()
     block, warps = triton_math.BLOCK, triton_math.WARPS
     for objective in range(-1, 4):
-        for extras in (False, True):
+        for extras in (False, True):  # a task's advantage with any objective
             compile_kernel(
                 triton_rows._rows_kernel, warps, BLOCK=block, OBJECTIVE=objective, GRADIENT=objective >= 0,
                 STUDENT_BIAS=extras, TEACHER_BIAS=extras, STUDENT_CAP=extras, TEACHER_CAP=extras,
-                IMPORTANCE=extras and objective == 0, ADVANTAGE=extras and objective == 0, WEIGHT=objective >= 0,
-                NORMALISERS=objective == -1, LOST=objective == 0,
+                IMPORTANCE=extras and objective >= 0, ADVANTAGE=extras and objective == 0, WEIGHT=objective >= 0,
+                NORMALISERS=objective == -1, TASK=extras and objective >= 0,
+                LOST=objective == 0 or (extras and objective > 0),
             )  # fmt: skip
     for extras in (False, True):
         compile_kernel(
             triton_student_rows._student_rows_kernel, warps, BLOCK=block, GRADIENT=True, STUDENT_BIAS=extras,
-            STUDENT_CAP=extras, TEACHER=extras, IMPORTANCE=extras, ADVANTAGE=True, WEIGHT=True, LOST=True,
+            STUDENT_CAP=extras, TEACHER=extras, IMPORTANCE=extras, ADVANTAGE=True, TASK=extras, WEIGHT=True, LOST=True,
         )  # fmt: skip
     for extras in (False, True):
         for kernel in (triton_rest_rows._sums_kernel, triton_rest_rows._gradient_kernel):

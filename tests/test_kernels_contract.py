@@ -101,6 +101,7 @@ def test_errors_of_linear_ops(position, value, words):
         ({"objective": "reverse_kl", "advantage": torch.zeros(4)}, ["advantage", "sampled_reverse_kl", "'reverse_kl'"]),
         ({"sampling_logprob": torch.zeros(5)}, ["sampling_logprob", "[4]", "[5]"]),
         ({"advantage": torch.zeros(5)}, ["advantage", "[4]", "[5]"]),
+        ({"task_advantage": torch.zeros(5)}, ["task_advantage", "[4]", "[5]"]),
         ({"student_bias": torch.zeros(8)}, ["student_bias", "[9]", "[8]"]),
         ({"teacher_softcap": -1.0}, ["teacher_softcap", "-1.0"]),
         ({"temperature": float("nan")}, ["temperature", "nan"]),
@@ -225,11 +226,11 @@ def test_registration(implementation):
         hidden, weight, *teacher_side, ids, token_weight = linear_arguments(device=device)
         needed = [True, True, False]
         student_side = (hidden.requires_grad_(), weight.requires_grad_(), None)
-        options = (None, None, needed, 1, None, 0.5, 1.0, 9, None, None, 1.0, 1.0, None, True)
+        options = (None, None, token_weight, needed, 1, None, 0.5, 1.0, 9, None, None, 1.0, 1.0, None, True)
         torch.library.opcheck(
             ops.linear_distill_loss.default, (*student_side, *teacher_side, None, ids, token_weight, *options)
         )
-        alone = (None, None, token_weight, needed, None, 1.0, 9, None, 1.0, None, True)
+        alone = (None, None, token_weight, token_weight, needed, None, 1.0, 9, None, 1.0, None, True)
         # Without the check that traces: what is not known is NaN, which equals nothing. The test above compiles it.
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(

@@ -66,6 +66,29 @@ def test_all_options(implementation, objective):
 
 @over_head_implementations
 @over_objectives
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tasks_advantage_is_a_sampled_term_of_any_objective(implementation, objective, dtype):
+    """With and without a ratio, a softcap; in several chunks; a token of weight 0, one that the teacher excludes."""
+    torch.manual_seed(5)
+    with running(implementation) as device:
+        arguments = make(32, 200, 200, 16, 24, device=device, dtype=dtype)
+        arguments["token_weight"][1] = 0
+        task = {"task_advantage": 3 * torch.randn(32, device=device), "objective": objective, "beta": 0.3}
+        ratio = {"sampling_logprob": -4 * torch.rand(32, device=device), "importance_clip": 1.5}
+        compare(arguments, workspace_bytes=3 * 1600, **task)
+        loss, _, gradients = compare(arguments, student_softcap=4.0, temperature=1.3, **task, **ratio)
+        without = compare(arguments, student_softcap=4.0, temperature=1.3, objective=objective, beta=0.3)
+        assert (loss - without[0]).abs() > 0.1
+        assert (gradients["student_hidden"] - without[2]["student_hidden"]).abs().max() > 0.01
+        if dtype == torch.float32:
+            bias = torch.zeros(200, device=device)
+            bias[int(arguments["token_ids"][2])] = -math.inf
+            loss, _, gradients = compare(arguments, teacher_bias=bias, **task)
+            assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@over_head_implementations
+@over_objectives
 def test_extreme_and_impossible_columns(implementation, objective):
     """Logits of 1e4 in size, and biases of -inf in both models, in the student alone and in the teacher alone."""
     torch.manual_seed(3)

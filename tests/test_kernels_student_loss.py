@@ -53,6 +53,7 @@ def test_all_options(implementation):
             student_scale=0.8,
             sampling_logprob=-4 * torch.rand(5, device=device),
             importance_clip=1.5,
+            task_advantage=3 * torch.randn(5, device=device),
             workspace_bytes=3 * 8 * 310,
         )
         assert not gradients["student_weight"][301:].any()

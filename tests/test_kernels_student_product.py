@@ -181,6 +181,6 @@ def test_registration(implementation):
     with running(implementation) as device:
         arguments = make(3, 40, 40, 16, 24, device=device, dtype=dtype_of(implementation))
         hidden, weight, teacher_hidden, teacher_weight, *of_rows = (arguments[name] for name in TENSORS)
-        options = (None, None, [True, True, False], 0, None, 0.5, 1.0, 40, None, None, 1.0, 1.0, None, False)
+        options = (None, None, None, [True, True, False], 0, None, 0.5, 1.0, 40, None, None, 1.0, 1.0, None, False)
         values = (hidden, weight, None, teacher_hidden, teacher_weight, None, *of_rows, *options)
         torch.library.opcheck(torch.ops.distill_kernels.linear_distill_loss.default, values)

@@ -146,6 +146,15 @@ def test_a_student_that_left_what_is_named(implementation, objective):
             assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
+@over_implementations
+def test_a_tasks_advantage_is_added(implementation):
+    torch.manual_seed(9)
+    with running(implementation) as device:
+        task = 3 * torch.randn(5, device=device)
+        ratio = {"sampling_logprob": -4 * torch.rand(5, device=device), "importance_clip": 1.5}
+        compare(named(5, 60, 8, 4, device=device), objective="reverse_kl", task_advantage=task, **ratio)
+
+
 def test_the_reference_is_what_it_says():
     arguments = named(3, 9, 4, 2, device="cpu")
     loss, stats = reference.linear_distill_loss(**arguments, objective="reverse_kl")

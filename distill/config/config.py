@@ -28,7 +28,6 @@ from distill.config.teacher import KINDS, TeacherConfig
 from distill.config.values import Section
 from distill.config.yaml_file import ConfigError
 
-
 OF_SAMPLED_TOKENS = ("sampled_reverse_kl", "rewards")  # objectives that ask a teacher about sampled tokens only
 
 

@@ -1,4 +1,4 @@
-"""The sections of what completions are worth: metrics, further held-out sets, rewards, and when a run has had enough."""
+"""The sections of what completions are worth: metrics, held-out sets, rewards, and when a run has had enough."""
 
 from typing import Annotated, Any
 

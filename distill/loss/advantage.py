@@ -14,6 +14,7 @@ What is subtracted never depends on y_k, and `exact` puts E[r_{k+j}] for r_{k+j}
 import torch
 from torch import Tensor
 
+from distill.loss.group import Group
 from distill.loss.options import LossOptions
 from distill.runtime import to_device
 from distill_kernels import TokenStats
@@ -46,6 +47,18 @@ def advantages(stats: TokenStats, completion_lengths: Tensor, prompt_index: Tens
         if options.baseline == "group":
             advantage = advantage - _leave_one_out(known, completion_lengths, prompt_index, options.discount)
     return torch.where(finite, advantage, reward)
+
+
+def task_credit(group: Group, weights: Tensor) -> Tensor:
+    """[K] on the host: what a task adds to each token's advantage, for tokens that weigh `weights` [K].
+
+    The weight of each is taken out again, so that the loss has −A_r log p(y) of rollout r's whole completion, a mean
+    over the rollouts that count: its gradient is that of the mean reward, with the sign of a loss, whatever `reduction`
+    is. With a mean over tokens long completions would be moved less than short ones.
+    """
+    shares = torch.segment_reduce(weights, "sum", lengths=group.completion_lengths, initial=0)
+    of_token = (group.task_advantage / (shares > 0).sum().clamp(min=1)).repeat_interleave(group.completion_lengths)
+    return torch.where(weights > 0, of_token / weights, 0)
 
 
 def _returns(values: Tensor, lengths: Tensor, discount: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill.loss.advantage import advantages, clipped, needs_scores
+from distill.loss.advantage import advantages, clipped, needs_scores, task_credit
 from distill.loss.group import Group
 from distill.loss.head_pair import HeadPair, TeacherStates
 from distill.loss.mixture import Share, mixed, shares
@@ -77,12 +77,15 @@ def accumulate_gradients(
     """
     counted = group.finished if options.mask_truncated else None
     weights = token_weights(group.completion_lengths, options.reduction, counted)
+    task = None if group.task_advantage is None else task_credit(group, weights)
     if own is not None:
         weights = weights.where(own.repeat_interleave(group.completion_lengths), 0)
     pairs = [HeadPair(student, teacher, options.temperature, vocab_size) for teacher in teachers]
     ratio_to, advantage, hidden = options.ratio_to(group), None, None
     clip = None if ratio_to is None else options.importance_clip
-    fixed = {"objective": options.objective, "importance_clip": clip, "beta": options.beta}
+    alone = options.objective == "rewards"  # then they are all that a token is credited with
+    objective = "sampled_reverse_kl" if alone else options.objective
+    fixed = {"objective": objective, "importance_clip": clip, "beta": options.beta}
     if needs_scores(options):
         scores, hidden = _score_first(pairs, teacher_hidden, group, micro_batches, options, checkpointing)
         advantage = advantages(scores, group.completion_lengths, group.prompt_index, options)
@@ -97,6 +100,8 @@ def accumulate_gradients(
             "sampling_logprob": None if ratio_to is None else group.valid(ratio_to, rows),
             "advantage": None if advantage is None else advantage[to_device(tokens, hidden.device)],
         }
+        if task is not None:
+            each["advantage" if alone else "task_advantage"] = to_device(task[tokens], hidden.device)
         loss, stats, agreement = _to_teachers(pairs, teacher_hidden, shares(group, rows), hidden, each, fixed)
         if hidden.requires_grad:
             hidden.retain_grad()

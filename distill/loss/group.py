@@ -34,6 +34,7 @@ class Group(NamedTuple):
     sampling_logprob: Tensor | None = None  # [R, T] float32: of the distribution sampled from
     finished: Tensor | None = None  # [R] bool, on the host: not cut by length
     teacher_view: TeacherView | None = None  # None: the first teacher sees what the student sees
+    task_advantage: Tensor | None = None  # [R] float32, on the host, nats
 
     @classmethod
     def of(cls, rollouts: Rollouts, teacher_view: TeacherView | None = None) -> "Group":
@@ -41,7 +42,7 @@ class Group(NamedTuple):
         mask, lengths = rollouts.prompt_mask.cpu(), rollouts.completion_lengths.cpu()
         index = torch.arange(len(lengths)) // rollouts.num_rollouts
         sampled = rollouts.completion_ids, lengths, index, rollouts.logprob, rollouts.sampling_logprob
-        return cls(rollouts.prompt_ids, mask, *sampled, rollouts.finished.cpu(), teacher_view)
+        return cls(rollouts.prompt_ids, mask, *sampled, rollouts.finished.cpu(), teacher_view, rollouts.task_advantage)
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ class LossOptions:
 
     def ratio_to(self, group: Group) -> Tensor | None:
         """[R, T] log-probabilities below the importance ratio, None where there is no ratio."""
-        if self.objective != "sampled_reverse_kl" or self.importance_clip is None:
+        of_sampled = self.objective == "sampled_reverse_kl" or group.task_advantage is not None
+        if not of_sampled or self.importance_clip is None:
             return None
         return {"none": None, "stale": group.logprob, "sampler": group.sampling_logprob}[self.importance_sampling]

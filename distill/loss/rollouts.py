@@ -17,6 +17,8 @@ class Rollouts:
     sampling_logprob: Tensor  # [R, T] float32: of the distribution that was sampled from; 0 in the padding
     finished: Tensor  # [R] bool: ended by an end-of-sequence token, not cut by length
     num_rollouts: int  # N
+    rewards: Tensor | None = None  # [R, F] float32 on the host: of each of F tasks; NaN where it has none
+    task_advantage: Tensor | None = None  # [R] float32 on the host, nats: what they are worth beside the others'
 
     def select(self, prompts: slice) -> "Rollouts":
         """The rollouts of some prompts, without the columns that are padding in all of them."""
@@ -36,6 +38,7 @@ class Rollouts:
             self.sampling_logprob[rows, :length],
             self.finished[rows],
             self.num_rollouts,
+            *(None if of_row is None else of_row[rows] for of_row in (self.rewards, self.task_advantage)),
         )
 
     def planned_on_host(self) -> "Rollouts":

@@ -9,6 +9,7 @@ from distill.models.attention import attention_as, unpacked_rows
 from distill.models.checkpointing import checkpointed
 from distill.models.compiling import compile_layers, uncompile_layers
 from distill.models.composite import auto_class, other_parameters, save_model
+from distill.models.decode_layers import Float32Head, Lookup, PackedLinear
 from distill.models.ends import named_ids
 from distill.models.gradient_probe import gradients_differ
 from distill.models.head_alone import ModelEnd, load_end
@@ -24,9 +25,12 @@ from distill.models.tokenizers import check_tokenizers
 from distill.models.working_copy import WorkingCopy
 
 __all__ = [
+    "Float32Head",
     "Head",
+    "Lookup",
     "ModelEnd",
     "ModelError",
+    "PackedLinear",
     "WorkingCopy",
     "add_adapters",
     "alias",

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from distill.models import compile_layers, linear_layers, native_refusal, split_head
+from distill.models import PackedLinear, compile_layers, linear_layers, native_refusal, split_head
 from distill.rollout.decode import decode_step
 from distill.rollout.decode_probe import Step, can_repeat, check_decode
 from distill.rollout.engine import RolloutEngine
-from distill.rollout.generation_copy import GenerationCopy, PackedLinear
+from distill.rollout.generation_copy import GenerationCopy
 from distill.rollout.native import NativeEngine
 from distill.rollout.plain_step import plain_step
 from distill.rollout.stock import StockEngine

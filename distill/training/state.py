@@ -47,7 +47,7 @@ def state_of(trainer: Trainer, teacher: Mapping[str, Tensor]) -> tuple[dict[str,
     state = {
         "position": vars(trainer.position),
         "total_steps": trainer.total_steps,
-        "rollout_seconds": trainer.rollout_seconds,
+        "sampling_seconds": trainer.sampling_seconds,
         "sampled_at": [trainer.sampled_at, trainer.ahead_sampled_at],
         "skipped_steps": trainer.skipped_steps,
         "bad_in_row": trainer.bad_in_row,
@@ -70,7 +70,7 @@ def restore(trainer: Trainer, teacher: Mapping[str, Tensor], found: Saved) -> No
             trainer.optimizer.state[parameter][moment] = tensors[name]
     found.read(tensors)
     trainer.position = Position(**state["position"])
-    trainer.rollout_seconds = state["rollout_seconds"]
+    trainer.sampling_seconds = state.get("sampling_seconds") or {"rollout": state["rollout_seconds"]}
     trainer.skipped_steps, trainer.bad_in_row = state.get("skipped_steps", 0), state.get("bad_in_row", 0)
     if "limits" in state:
         trainer.limits.restore(state["limits"])

@@ -59,8 +59,9 @@ class Trainer:
     """Owns the optimizer, the position in the prompts, and the rollouts in hand.
 
     `prompt_batches(epoch)` gives the epoch's batches of prompt indices; `encode(indices)` their left-padded ids and
-    mask, `teacher_view(indices)` what scores them. `on_phase` hears the name of each phase as it begins, `after_step`
-    the number of each optimizer step when the weights have changed.
+    mask, `teacher_view(indices)` what scores them; `judge(rollouts, indices)` a batch of rollouts with their rewards,
+    on the host. `on_phase` hears the name of each phase as it begins, `after_step` the number of each step when
+    the weights have changed.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Trainer:
         limits: MemoryLimits | None = None,
         async_batches: int = 0,
         ranks: Ranks | None = None,
+        judge: Callable[[Rollouts, Sequence[int]], Rollouts] | None = None,
         after_step: Callable[[int], None] = lambda step: None,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
@@ -86,7 +88,7 @@ class Trainer:
         self.teacher_view = teacher_view
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
         self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
-        self.ranks, self.after_step = ranks or Ranks(), after_step
+        self.ranks, self.judge, self.after_step = ranks or Ranks(), judge, after_step
         self.device, self.width = student_parts.head.weight.device, student_parts.head.weight.shape[1]
         self.limits = limits or MemoryLimits(options.tokens_per_micro_batch, device=self.device)
         self.on_phase = on_phase
@@ -98,7 +100,7 @@ class Trainer:
         self.position = Position()
         self.skipped_steps, self.bad_in_row = 0, 0
         self.rollouts: Rollouts | None = None
-        self.rollout_seconds = 0.0
+        self.sampling_seconds = {"rollout": 0.0}  # of the batch in hand
         # With `async_batches`, the batch after the one in hand; and at which steps the weights were taken that sampled.
         self.async_batches = async_batches
         self.ahead: Future[Rollouts] | None = None
@@ -155,7 +157,11 @@ class Trainer:
                 place = (epoch, batch + 1) if batch + 1 < len(batches) else (epoch + 1, 0)
                 self.ahead, self.ahead_sampled_at = self.engine.begin(**self._request(*place)), step
         self.rollouts = rollouts.planned_on_host()
-        self.rollout_seconds = self.clock.read()["rollout"]
+        if self.judge:
+            self.on_phase("rewards")
+            with self.clock.phase("rewards"):
+                self.rollouts = self.judge(self.rollouts, batches[batch])
+        self.sampling_seconds = self.clock.read()
 
     def _request(self, epoch: int, batch: int) -> dict[str, Any]:
         """What the engine is asked for a batch."""
@@ -197,7 +203,8 @@ class Trainer:
             self.after_step(self.position.step + 1)
         metrics, row_reverse_kl = step_metrics(result, group, grad_norm, self.loss_options)
         # A batch's rollouts are shared evenly by the steps that it serves.
-        seconds = {"rollout": self.rollout_seconds / groups_in_batch, **self.clock.read()}
+        seconds = {name: value / groups_in_batch for name, value in self.sampling_seconds.items()}
+        seconds |= self.clock.read()
         tokens = int(group.completion_lengths.sum())
         metrics |= {
             "learning_rate": learning_rate,

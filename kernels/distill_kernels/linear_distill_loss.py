@@ -8,12 +8,13 @@ With p the student's and q the teacher's distribution at z = softcap(scale (h W^
     jsd                  beta KL(q || m) + (1 - beta) KL(p || m)   (1 - beta) p (log p - log m - KL(p || m))
 
 A = log q(y) - log p(y), or the `advantage` that the caller gives, and rho = min(exp(log p(y) - sampling_logprob),
-importance_clip) are constants of the gradient; m = beta q + (1 - beta) p (Agarwal et al. 2023, eq. 2). The loss is
-linear in the losses of the tokens with known weights, so the gradient needs nothing from outside but one number: a
-chunk of rows is multiplied by both heads, one row kernel writes the student's logit gradient, and that goes straight
-into both gradients. The backward pass multiplies them by the upstream gradient; nothing is computed twice, no [K, V]
-tensor exists. Where `student_product.applies`, on Hopper, the student's product itself writes the logit gradient. In
-half precision p - onehot(y) loses part of its largest entry, which either way goes into the gradients all the same.
+importance_clip) are constants of the gradient; m = beta q + (1 - beta) p (Agarwal et al. 2023, eq. 2). Where a
+`task_advantage` B is given, -rho B log p(y) is added to any of them, in the same pass. The loss is linear in the losses
+of the tokens with known weights, so the gradient needs nothing from outside but one number: a chunk of rows is
+multiplied by both heads, one row kernel writes the student's logit gradient, and that goes straight into both
+gradients. The backward pass multiplies them by the upstream gradient; nothing is computed twice, no [K, V] tensor
+exists. Where `student_product.applies`, on Hopper, the student's product itself writes the logit gradient. In half
+precision p - onehot(y) loses part of its largest entry, which either way goes into the gradients all the same.
 
 FLOPs: 2 K V (3 Hs + Ht), or 2 K V (Hs + Ht) without gradients and 2 K V (2 Hs + Ht) with a frozen head. Bytes: the
 logits buffers are written once, read twice (once where no gradient is asked for), and the gradient is written and
@@ -54,6 +55,7 @@ def _linear_distill_loss(
     token_weight: Tensor,
     sampling_logprob: Tensor | None,
     advantage: Tensor | None,
+    task_advantage: Tensor | None,
     needed: list[bool],
     objective: int,
     importance_clip: float | None,
@@ -82,13 +84,16 @@ def _linear_distill_loss(
         "student_head": Head(student_bias, student_softcap, student_scale).first(V),
         "teacher_head": Head(teacher_bias, teacher_softcap, teacher_scale).first(V),
     }
-    way = _way(student, student_hidden, heads, temperature, objective, any(needed), workspace_bytes)
+    tasked = task_advantage is not None
+    way = _way(student, student_hidden, heads, temperature, objective, any(needed), workspace_bytes, tasked)
     teacher_room = teacher.room(way.rows)
-    lost = stats.new_empty(K) if way.rounds and OBJECTIVES[objective] == "sampled_reverse_kl" else None
+    sampled = tasked or OBJECTIVES[objective] == "sampled_reverse_kl"
+    lost = stats.new_empty(K) if way.rounds and sampled else None
     for part in chunks(K, way.rows):
         factor = weights[part] * (student_scale / temperature)
         # A row kernel that rounds the gradient weights it first, and leaves a factor that no product rounds.
         weighted = {"token_weight": factor, "lost": None if lost is None else lost[part]} if way.rounds else {}
+        task = {"task_advantage": task_advantage[part]} if tasked else {}
         grad = way.distill(
             student_hidden[part],
             teacher.logits(teacher_hidden[part], teacher_room),
@@ -104,6 +109,7 @@ def _linear_distill_loss(
             temperature=temperature,
             **heads,
             **weighted,
+            **task,
         )
         factor = row_scale[part] if weighted else weights[part] * row_scale[part] * (student_scale / temperature)  # [k]
         if grad is not None:
@@ -130,9 +136,10 @@ def _way(
     objective: int,
     gradient: bool,
     workspace_bytes: int | None,
+    tasked: bool,
 ) -> _Way:
     K, V = len(hidden), len(student.weight)
-    if student_product.applies(student, hidden, heads.values(), temperature, objective, gradient):
+    if not tasked and student_product.applies(student, hidden, heads.values(), temperature, objective, gradient):
         rows = student_product.rows(K, V, student, workspace_bytes)
         return _Way(rows, student_product.way(student, rows, V), rounds=False)
     dtype, operand = student.accumulate, student.operand
@@ -154,10 +161,10 @@ def _way(
 @_linear_distill_loss.register_fake
 def _(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, *rest) -> Gradients:
     dtype = accumulation_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    return new_outputs(student_hidden, student_weight, rest[4], dtype)
+    return new_outputs(student_hidden, student_weight, rest[5], dtype)
 
 
-register_gradients(_linear_distill_loss, needed=10)
+register_gradients(_linear_distill_loss, needed=11)
 
 
 def _check_objective(
@@ -165,6 +172,7 @@ def _check_objective(
     sampling_logprob: Tensor | None,
     importance_clip: float | None,
     advantage: Tensor | None,
+    tasked: bool,
     beta: float,
     teacher: bool,
     teacher_logprob: Tensor | None,
@@ -172,7 +180,9 @@ def _check_objective(
 ) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {objective!r}")
-    own = {"sampling_logprob": sampling_logprob, "importance_clip": importance_clip, "advantage": advantage}
+    own = {"advantage": advantage}
+    if not tasked:
+        own |= {"sampling_logprob": sampling_logprob, "importance_clip": importance_clip}
     if objective != "sampled_reverse_kl" and any(value is not None for value in own.values()):
         raise ValueError(f"{', '.join(own)} belong to sampled_reverse_kl; found {objective!r}")
     if objective == "jsd" and not 0 < beta < 1:
@@ -204,6 +214,7 @@ def linear_distill_loss(
     sampling_logprob: Tensor | None = None,
     importance_clip: float | None = None,
     advantage: Tensor | None = None,
+    task_advantage: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -228,7 +239,8 @@ def linear_distill_loss(
     float32, which is a sum of float32 products of half-precision numbers and never rounded to fewer bits).
     token_ids [K] int64. token_weight [K], 0 for a token to leave out, whatever its loss is. sampling_logprob [K],
     nats, importance_clip and advantage are for `sampled_reverse_kl` only; without the first, rho is 1. advantage [K],
-    nats, takes the place of the token's reward in the loss and its gradient, not in the statistics. beta, for `jsd`,
+    nats, takes the place of the token's reward in the loss and its gradient, not in the statistics. task_advantage [K],
+    nats, adds its own sampled term to any objective, with the same rho, which may then be given. beta, for `jsd`,
     lies between 0 and 1, both excluded: there it is forward_kl and reverse_kl, scaled to 0. `vocab_size` is the number
     of leading columns that both models share; columns past it have gradient 0. `workspace_bytes` bounds the buffers.
 
@@ -241,14 +253,15 @@ def linear_distill_loss(
     Raises ValueError and IndexError as `linear_reverse_kl` does.
     """
     _check_objective(
-        objective, sampling_logprob, importance_clip, advantage, beta, teacher_hidden is not None, teacher_logprob,
-        teacher_top,
+        objective, sampling_logprob, importance_clip, advantage, task_advantage is not None, beta,
+        teacher_hidden is not None, teacher_logprob, teacher_top,
     )  # fmt: skip
     vectors = {
         "token_weight": token_weight,
         "teacher_logprob": teacher_logprob,
         "sampling_logprob": sampling_logprob,
         "advantage": advantage,
+        "task_advantage": task_advantage,
     }
     student, teacher = (
         (student_hidden, student_weight, student_bias),
@@ -275,6 +288,12 @@ def linear_distill_loss(
         top = teacher_top.token_ids, teacher_top.logprob.detach(), needed, OBJECTIVES.index(objective), beta
         options = (temperature, V, student_softcap, student_scale, workspace_bytes, cast_weights)
         loss, stats, *_ = linear_top_loss(*student, token_ids, weight, given[0], *top, *options)
+        if task_advantage is not None:  # by a product of its own: the teacher's parts have no entry for the token
+            options = (importance_clip, *options)
+            sampled, *_ = linear_student_loss(
+                *student, token_ids, weight, None, given[1], given[3], None, needed, *options
+            )
+            loss = loss + sampled
         return loss, TokenStats(*stats.unbind(0))
     if teacher_hidden is None:
         options = (importance_clip, temperature, V, student_softcap, student_scale, workspace_bytes, cast_weights)

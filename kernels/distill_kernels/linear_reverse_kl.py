@@ -114,7 +114,7 @@ def linear_reverse_kl(
             weights = student_hidden.new_zeros(len(student_hidden))
             options = (temperature, V, student_softcap, student_scale, workspace_bytes, cast_weights)
             _, stats, *_ = linear_student_loss(
-                *student, token_ids, weights, teacher_logprob, None, None, [False] * 3, None, *options
+                *student, token_ids, weights, teacher_logprob, None, None, None, [False] * 3, None, *options
             )
             return TokenStats(*stats.unbind(0))
         stats = _linear_reverse_kl(

@@ -35,6 +35,7 @@ def linear_student_loss(
     teacher_logprob: Tensor | None,
     sampling_logprob: Tensor | None,
     advantage: Tensor | None,
+    task_advantage: Tensor | None,
     needed: list[bool],
     importance_clip: float | None,
     temperature: float,
@@ -60,6 +61,7 @@ def linear_student_loss(
     rounded = any(needed) and student.operand != stats.dtype
     lost = stats.new_empty(K) if rounded else None
     given = {"teacher_logprob": teacher_logprob, "sampling_logprob": sampling_logprob, "advantage": advantage}
+    given["task_advantage"] = task_advantage
     head = Head(bias, softcap, scale).first(V)
     for part, logits, grad in student_chunks(student, hidden, any(needed), workspace_bytes):
         factor = weights[part] * (scale / temperature)
@@ -86,8 +88,8 @@ def linear_student_loss(
 
 
 @linear_student_loss.register_fake
-def _(hidden, weight, bias, token_ids, token_weight, teacher_logprob, at_sampling, advantage, needed, *_) -> Gradients:
+def _(hidden, weight, bias, token_ids, token_weight, teacher_logprob, at_sampling, advantage, task, needed, *_):
     return new_outputs(hidden, weight, needed, accumulation_dtype(hidden, weight))
 
 
-register_gradients(linear_student_loss, needed=8)
+register_gradients(linear_student_loss, needed=9)

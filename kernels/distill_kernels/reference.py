@@ -69,6 +69,7 @@ def linear_distill_loss(
     sampling_logprob: Tensor | None = None,
     importance_clip: float | None = None,
     advantage: Tensor | None = None,
+    task_advantage: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -103,6 +104,9 @@ def linear_distill_loss(
         # Agarwal et al. 2023 (GKD), eq. 2: beta KL(teacher || m) + (1 - beta) KL(student || m).
         mixture = _mixture(teacher, student, beta)
         losses = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+    if task_advantage is not None:
+        losses = losses + _sampled(stats, sampling_logprob, importance_clip, task_advantage)
+        losses = losses.where(losses.isfinite(), losses.detach())
     used = token_weight != 0
     loss = (token_weight.to(losses.dtype) * losses.masked_fill(~used, 0)).sum()
     return loss, TokenStats(*(field.detach() for field in stats))

@@ -28,18 +28,18 @@ _NONE, _SAMPLED, _REVERSE, _FORWARD, _JSD = (tl.constexpr(code) for code in rang
 @triton.jit(
     do_not_specialize=["stats_stride", "normalisers_stride"],
     do_not_specialize_on_alignment=[
-        "token_ids", "at_sampling_ptr", "advantage_ptr", "weight_ptr", "stats", "normalisers", "losses", "row_scale",
-        "lost",
+        "token_ids", "at_sampling_ptr", "advantage_ptr", "task_ptr", "weight_ptr", "stats", "normalisers", "losses",
+        "row_scale", "lost",
     ],
 )  # fmt: skip
 def _rows_kernel(
-    student_ptr, teacher_ptr, student_bias, teacher_bias, token_ids, at_sampling_ptr, advantage_ptr, weight_ptr,
-    stats, normalisers, losses, row_scale, lost, grad_ptr,
+    student_ptr, teacher_ptr, student_bias, teacher_bias, token_ids, at_sampling_ptr, advantage_ptr, task_ptr,
+    weight_ptr, stats, normalisers, losses, row_scale, lost, grad_ptr,
     student_stride, student_step, teacher_stride, teacher_step, stats_stride, normalisers_stride, grad_stride, V,
     student_scale, teacher_scale, student_softcap, teacher_softcap, inverse_temperature, importance_clip, beta,
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
-    OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr, WEIGHT: tl.constexpr,
-    NORMALISERS: tl.constexpr, LOST: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    OBJECTIVE: tl.constexpr, IMPORTANCE: tl.constexpr, ADVANTAGE: tl.constexpr, TASK: tl.constexpr,
+    WEIGHT: tl.constexpr, NORMALISERS: tl.constexpr, LOST: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     student = student_ptr + offset_of(row, student_stride)
@@ -95,6 +95,16 @@ def _rows_kernel(
                 peak_s, peak_t, log_s, log_t, beta, STUDENT_BIAS, TEACHER_BIAS, STUDENT_CAP, TEACHER_CAP, BLOCK,
             )  # fmt: skip
             loss = beta * teacher_kl + (1 - beta) * student_kl
+        credit = 0.0
+        if TASK:
+            more, credit = sampled_loss(
+                logprob_s, reward, at_sampling_ptr + row, task_ptr + row, importance_clip, IMPORTANCE, True
+            )
+            loss += more
+            if OBJECTIVE == _SAMPLED:
+                factor += credit
+            elif OBJECTIVE == _JSD:
+                credit = credit / factor
         infinite = (loss == float("inf")) | (loss == float("-inf"))
         tl.store(losses + row, loss)
         factor = tl.where(infinite, 0.0, factor)
@@ -104,6 +114,7 @@ def _rows_kernel(
         tl.store(row_scale + row, factor)
         if GRADIENT:
             student_kl = tl.where(infinite, 0.0, student_kl)
+            credit = tl.where(infinite, 0.0, credit)
             grad = grad_ptr + offset_of(row, grad_stride)
             entry = tl.zeros([BLOCK], tl.float32)
             # Last block first: what the sums have read last is what the L2 cache still holds.
@@ -130,6 +141,8 @@ def _rows_kernel(
                         gradient = p - q
                     else:
                         gradient = p * (s - log_mixture_of(p, q, beta) - student_kl)
+                    if TASK:
+                        gradient += credit * (p - tl.where(cols == token_id, 1.0, 0.0))
                 gradient = gradient * slope * part
                 if LOST:
                     entry += tl.where(cols == token_id, gradient, 0.0)
@@ -179,6 +192,7 @@ def distill_rows(
     temperature: float,
     student_head: Head,
     teacher_head: Head,
+    task_advantage: Tensor | None = None,
     token_weight: Tensor | None = None,
     lost: Tensor | None = None,
 ) -> None:
@@ -187,8 +201,8 @@ def distill_rows(
     The gradient of row k's loss with respect to its tempered logits is row_scale[k] * grad[k]; the factor stays
     apart because the caller can apply it to H columns instead of V. `grad` may be `student` itself, or None. With
     `token_weight` [k] float32 it is that of the weighted loss, and row_scale a power of two, which rounds nothing.
-    `lost` [k] float32, for `sampled_reverse_kl`, receives what the dtype of `grad` left out of each row's entry at its
-    token, in the units of `grad`.
+    `lost` [k] float32, where a sampled term is in the loss, receives what the dtype of `grad` left out of each row's
+    entry at its token, in the units of `grad`.
     """
     _launch_rows(
         student,
@@ -201,6 +215,7 @@ def distill_rows(
         objective=objective,
         sampling_logprob=sampling_logprob,
         advantage=advantage,
+        task_advantage=task_advantage,
         importance_clip=importance_clip,
         beta=beta,
         losses=losses,
@@ -224,6 +239,7 @@ def _launch_rows(
     objective: int = -1,
     sampling_logprob: Tensor | None = None,
     advantage: Tensor | None = None,
+    task_advantage: Tensor | None = None,
     importance_clip: float | None = None,
     beta: float = 0.5,
     losses: Tensor | None = None,
@@ -243,6 +259,7 @@ def _launch_rows(
         token_ids.contiguous(),
         stats if sampling_logprob is None else sampling_logprob.contiguous(),
         stats if advantage is None else advantage.contiguous(),
+        stats if task_advantage is None else task_advantage.contiguous(),
         given_or(token_weight, stats),
         stats,
         given_or(normalisers, stats),
@@ -272,6 +289,7 @@ def _launch_rows(
         OBJECTIVE=objective,
         IMPORTANCE=sampling_logprob is not None,
         ADVANTAGE=advantage is not None,
+        TASK=task_advantage is not None,
         WEIGHT=token_weight is not None,
         NORMALISERS=normalisers is not None,
         LOST=lost is not None,

@@ -21,16 +21,17 @@ from distill_kernels.types import Head
 @triton.jit(
     do_not_specialize=["stats_stride"],
     do_not_specialize_on_alignment=[
-        "token_ids", "teacher_ptr", "at_sampling_ptr", "advantage_ptr", "weight_ptr", "stats", "losses", "row_scale",
-        "lost",
+        "token_ids", "teacher_ptr", "at_sampling_ptr", "advantage_ptr", "task_ptr", "weight_ptr", "stats", "losses",
+        "row_scale", "lost",
     ],
 )  # fmt: skip
 def _student_rows_kernel(
-    student_ptr, student_bias, token_ids, teacher_ptr, at_sampling_ptr, advantage_ptr, weight_ptr,
+    student_ptr, student_bias, token_ids, teacher_ptr, at_sampling_ptr, advantage_ptr, task_ptr, weight_ptr,
     stats, losses, row_scale, lost, grad_ptr, student_stride, student_step, stats_stride, grad_stride, V,
     student_scale, student_softcap, inverse_temperature, importance_clip,
     STUDENT_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER: tl.constexpr, IMPORTANCE: tl.constexpr,
-    ADVANTAGE: tl.constexpr, WEIGHT: tl.constexpr, LOST: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    ADVANTAGE: tl.constexpr, TASK: tl.constexpr, WEIGHT: tl.constexpr, LOST: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     student = student_ptr + offset_of(row, student_stride)
@@ -59,6 +60,12 @@ def _student_rows_kernel(
     loss, factor = sampled_loss(
         logprob, reward, at_sampling_ptr + row, advantage_ptr + row, importance_clip, IMPORTANCE, ADVANTAGE
     )
+    if TASK:
+        more, credit = sampled_loss(
+            logprob, reward, at_sampling_ptr + row, task_ptr + row, importance_clip, IMPORTANCE, True
+        )
+        loss += more
+        factor += credit
     tl.store(losses + row, loss)
     infinite = (loss == float("inf")) | (loss == float("-inf"))
     factor = tl.where(infinite, 0.0, factor)
@@ -99,6 +106,7 @@ def student_rows(
     importance_clip: float | None,
     temperature: float,
     head: Head,
+    task_advantage: Tensor | None = None,
     token_weight: Tensor | None = None,
     lost: Tensor | None = None,
 ) -> None:
@@ -112,7 +120,7 @@ def student_rows(
     k, V = logits.shape
     if k == 0:
         return
-    given = (teacher_logprob, sampling_logprob, advantage, token_weight)
+    given = (teacher_logprob, sampling_logprob, advantage, task_advantage, token_weight)
     _student_rows_kernel[(k,)](
         logits,
         given_or(head.bias, logits),
@@ -137,6 +145,7 @@ def student_rows(
         TEACHER=teacher_logprob is not None,
         IMPORTANCE=sampling_logprob is not None,
         ADVANTAGE=advantage is not None,
+        TASK=task_advantage is not None,
         WEIGHT=token_weight is not None,
         LOST=lost is not None,
         GRADIENT=grad is not None,

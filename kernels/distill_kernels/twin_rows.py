@@ -71,6 +71,7 @@ def distill_rows(
     temperature: float,
     student_head: Head,
     teacher_head: Head,
+    task_advantage: Tensor | None = None,
     token_weight: Tensor | None = None,
     lost: Tensor | None = None,
 ) -> None:
@@ -89,9 +90,11 @@ def distill_rows(
         slope = None if grad is None else softcap_slope(s, student_head, temperature)
         out = None if grad is None else grad[part]
         name = OBJECTIVES[objective]
+        at_sampling = None if sampling_logprob is None else sampling_logprob[part]
+        of_task = None if task_advantage is None else task_advantage[part].to(stats.dtype)
         if name == "sampled_reverse_kl":
-            at_sampling = None if sampling_logprob is None else sampling_logprob[part]
             weight = stats[2, part] if advantage is None else advantage[part].to(stats.dtype)
+            weight = weight if of_task is None else weight + of_task
             loss, factor = sampled_loss(stats[0, part], weight, at_sampling, importance_clip)
             if out is not None:
                 sampled_gradient(s, token_ids[part], out)
@@ -101,6 +104,12 @@ def distill_rows(
             loss, factor = _forward(s, t, work, out)
         else:
             loss, factor = _jsd(s, t, beta, work, out)
+        if of_task is not None and name != "sampled_reverse_kl":
+            more, credit = sampled_loss(stats[0, part], of_task, at_sampling, importance_clip)
+            loss = loss + more
+            factor, credit = (value.masked_fill(~loss.isfinite(), 0) for value in (factor, credit))
+            if out is not None:
+                factor = _with_sampled(out, factor, s, name == "jsd", token_ids[part], credit)
         if slope is not None:
             out.mul_(slope)
         losses[part], row_scale[part] = loss, factor
@@ -267,6 +276,15 @@ def _jsd(s: Softmax, t: Softmax, beta: float, work: Tensor, out: Tensor | None) 
     if out is not None:
         torch.mul(ratio.sub_(of_student[:, None]), p, out=out)
     return beta * of_teacher + (1 - beta) * of_student, torch.full_like(of_student, 1 - beta)
+
+
+def _with_sampled(
+    out: Tensor, factor: Tensor, s: Softmax, normalised: bool, token_ids: Tensor, credit: Tensor
+) -> Tensor:
+    """out [r, V] becomes factor out + credit (p - onehot), whose factor [r] is then 1; `normalised` if s.exps is p."""
+    share = credit[:, None] if normalised else credit[:, None] / s.total
+    out.mul_(factor[:, None]).addcmul_(s.exps, share).scatter_add_(1, token_ids[:, None], -credit[:, None])
+    return torch.ones_like(factor)
 
 
 def row_slices(rows: Tensor, dtype: torch.dtype | None = None, buffers: int = 3) -> Iterator[tuple[slice, Tensor]]:

@@ -23,6 +23,7 @@ def student_rows(
     importance_clip: float | None,
     temperature: float,
     head: Head,
+    task_advantage: Tensor | None = None,
     token_weight: Tensor | None = None,
     lost: Tensor | None = None,
 ) -> None:
@@ -43,6 +44,7 @@ def student_rows(
         stats[2, part] = (stats[1, part] - logprob).masked_fill_(impossible, 0)
         stats[4, part] = log_total - own
         credit = stats[2, part] if advantage is None else advantage[part].to(stats.dtype)
+        credit = credit if task_advantage is None else credit + task_advantage[part].to(stats.dtype)
         at_sampling = None if sampling_logprob is None else sampling_logprob[part]
         losses[part], row_scale[part] = sampled_loss(logprob, credit, at_sampling, importance_clip)
         if grad is None:
