@@ -57,9 +57,9 @@ class SignalWatch:
 def fit(config: Config, *, should_stop: Callable[[], bool] = lambda: False) -> "Summary":
     """The run that `config` describes: what the command does, with its files and its progress, from Python.
 
-    Returns what `summary.json` holds. Where the command would exit, it raises: `ConfigError`, `PromptError`,
-    `ModelError`, `CheckpointError`, `OutputError`, `ServerError`, `MemoryLimitError`, `StoppedError`, `RankError`, or
-    `NotImplementedError` for a model that the native rollout engine refuses.
+    Returns what `summary.json` holds. Where the command would exit, it raises: `ConfigError`, `FunctionError`,
+    `PromptError`, `ModelError`, `CheckpointError`, `OutputError`, `ServerError`, `MemoryLimitError`, `StoppedError`,
+    `RankError`, or `NotImplementedError` for a model that the native rollout engine refuses.
     SIGINT (interrupting the cell of a notebook), SIGTERM, or `should_stop`, which is asked after each step, end it with
     a checkpoint saved and `Interrupted`, a KeyboardInterrupt; the same call continues from there. Handlers are then
     what they were before, and SIGTERM reaches the one that was. Outside the main thread none are set.
@@ -108,6 +108,7 @@ def _status(argv: Sequence[str] | None) -> int:
     signals, console = SignalWatch(), Console(quiet=os.environ.get("RANK", "0") != "0")
     console.print(LOADING, highlight=False)
     # Only now what takes seconds to import: help and a wrong key are answered at once.
+    from distill.grading import FunctionError
     from distill.models import ModelError
     from distill.prompts import PromptError
     from distill.run import CheckpointError, OutputError, Run, StoppedError
@@ -132,6 +133,7 @@ def _status(argv: Sequence[str] | None) -> int:
     # NotImplementedError: a model that the native rollout engine refuses, with the way out.
     except (
         ConfigError,
+        FunctionError,
         PromptError,
         ModelError,
         CheckpointError,

@@ -71,6 +71,8 @@ class Run:
         self.parts.limits.report = lambda message: progress.notice("memory", progress.step + 1, message)
         for server in self.parts.servers:
             server.report = lambda message: progress.notice("server", progress.step + 1, message)
+        if self.parts.rewards:
+            self.parts.rewards.report = lambda message: progress.notice("reward", progress.step + 1, message)
         try:
             self.ranks.meet()  # all have read what may be set aside
             self._open_folder()
@@ -94,6 +96,7 @@ class Run:
             if self.ranks.rank == 0:
                 self.summary = write_summary(self.parts, progress, self.output, self.report, self.console)
         finally:
+            self.parts.close()
             self.output.release()
         return 0
 

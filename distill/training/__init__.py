@@ -6,6 +6,7 @@ In: models' parts, an engine, prompts. Out: a `StepResult` an optimizer step; fi
 from distill.training.comparison import Figure, compare
 from distill.training.evaluation import change_since, check_against_itself, decode_samples, evaluate
 from distill.training.ranks import Ranks
+from distill.training.rewards import Task, TaskRewards, start_tasks
 from distill.training.state import restore, state_of
 from distill.training.token_records import token_view
 from distill.training.trainer import StepResult, Trainer
@@ -16,6 +17,8 @@ __all__ = [
     "RankedVllmEngine",
     "Ranks",
     "StepResult",
+    "Task",
+    "TaskRewards",
     "Trainer",
     "change_since",
     "check_against_itself",
@@ -23,6 +26,7 @@ __all__ = [
     "decode_samples",
     "evaluate",
     "restore",
+    "start_tasks",
     "state_of",
     "token_view",
 ]
