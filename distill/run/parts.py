@@ -76,17 +76,8 @@ class RunParts:
         self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded, device=device)
         steps = config.training.total_steps(map(len, self._batches(0)))
         compiled = wants_compiling(config, device, ranks, steps) and self._compile()
-        self.engine = make_engine(
-            self.student,
-            config,
-            self.tokenizer,
-            self.vocab_size,
-            self._precision(start),
-            self.limits,
-            ranks,
-            working,
-            compiled,
-        )
+        asked = (self.vocab_size, self._precision(start), self.limits, ranks, working, compiled)
+        self.engine = make_engine(self.student, config, self.tokenizer, *asked)
         if config.rollout.engine == "auto" and (reason := self.engine.fallback):
             self.notices.append(("engine", f"rollouts come from transformers' own loop, as {reason}"))
         if config.rollout.server and ranks.rank == 0:
