@@ -57,8 +57,8 @@ class SignalWatch:
 def fit(config: Config, *, should_stop: Callable[[], bool] = lambda: False) -> "Summary":
     """The run that `config` describes: what the command does, with its files and its progress, from Python.
 
-    Returns what `summary.json` holds. Where the command would exit, it raises: `ConfigError`, `PromptError`,
-    `ModelError`, `FunctionError`, `CheckpointError`, `OutputError`, `ServerError`, `MemoryLimitError`, `StoppedError`,
+    Returns what `summary.json` holds. Where the command would exit, it raises: `ConfigError`, `FunctionError`,
+    `PromptError`, `ModelError`, `CheckpointError`, `OutputError`, `ServerError`, `MemoryLimitError`, `StoppedError`,
     `RankError`, or `NotImplementedError` for a model that the native rollout engine refuses.
     SIGINT (interrupting the cell of a notebook), SIGTERM, or `should_stop`, which is asked after each step, end it with
     a checkpoint saved and `Interrupted`, a KeyboardInterrupt; the same call continues from there. Handlers are then
@@ -133,9 +133,9 @@ def _status(argv: Sequence[str] | None) -> int:
     # NotImplementedError: a model that the native rollout engine refuses, with the way out.
     except (
         ConfigError,
+        FunctionError,
         PromptError,
         ModelError,
-        FunctionError,
         CheckpointError,
         OutputError,
         ServerError,

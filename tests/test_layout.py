@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "distill"
 
 # From the ground up: each wing's floor, and what it may import. What is not named it may not.
-GROUND = {"config", "prompts", "servers", "runtime"}
+GROUND = {"config", "grading", "prompts", "servers", "runtime"}
 LOSS = {"forward", "models", "runtime"}
 ROLLOUT = {"loss", *LOSS, "servers"}
 FLOORS: dict[str, tuple[int, set[str]]] = {
@@ -41,7 +41,7 @@ WITHOUT_TRANSFORMERS = {"training.trainer", "training.state", "training.diagnost
 # What an optimizer step runs: the loop, and the engine that samples. Beside it, each a sitting of its own, stand the
 # wings below, the kernels, and what only several ranks need.
 STEP = ("training.trainer", "rollout.native")
-BESIDE = {"config", "prompts", "models", "servers", "runtime"}
+BESIDE = {"config", "grading", "prompts", "models", "servers", "runtime"}
 RANKS = {"training.ranks", "training.sharding", "training.vllm_ranks"}
 LONGEST_STEP, LONGEST_FILE, LONGEST_FUNCTION = 2500, 350, 60
 

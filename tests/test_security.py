@@ -90,10 +90,17 @@ def test_pickled_weights_are_never_loaded(tmp_path, tiny_pair):
 
 
 def test_nothing_in_the_trainer_unpickles():
+    """But the process of a metric or reward, and that only what its caller has pickled for it."""
+    grading = ROOT / "distill" / "grading"
     for path in (ROOT / "distill").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
+            if isinstance(node, ast.Import | ast.ImportFrom) and path not in (
+                grading / "process.py",
+                grading / "worker.py",
+            ):
                 assert "pickle" not in ast.unparse(node), path.name
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("pickle.load"):
+                assert path == grading / "worker.py", path.name
             if isinstance(node, ast.Attribute):
                 assert ast.unparse(node) != "torch.load", path.name
 

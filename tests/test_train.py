@@ -38,7 +38,8 @@ def execute(config_path) -> Run:
 
 def metrics_of(folder) -> list[dict]:
     """The metrics without what a clock or the operating system says."""
-    return [{k: v for k, v in line.items() if k not in SECONDS} for line in read_json_lines(folder / "metrics.jsonl")]
+    told = SECONDS | {"seconds_rewards"}
+    return [{k: v for k, v in line.items() if k not in told} for line in read_json_lines(folder / "metrics.jsonl")]
 
 
 def events_of(folder) -> list[dict]:

@@ -5,6 +5,7 @@ In: a file and overrides. Out: a frozen `Config`, or a `ConfigError` that names 
 
 from distill.config.command_line import parse_command_line
 from distill.config.config import Config, load_config, to_yaml
+from distill.config.grading import RewardConfig
 from distill.config.sections import LoraConfig, RolloutConfig, StudentConfig, TrainingConfig
 from distill.config.teacher import MAIN, FrozenModel, TeacherConfig
 from distill.config.words import in_words
@@ -16,6 +17,7 @@ __all__ = [
     "ConfigError",
     "FrozenModel",
     "LoraConfig",
+    "RewardConfig",
     "RolloutConfig",
     "StudentConfig",
     "TeacherConfig",

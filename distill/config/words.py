@@ -27,6 +27,8 @@ def in_words(config: Config) -> dict[str, str]:
         about.append(f"chat template {prompts.chat_template}")
     if rollout.stop_ids:
         about.append(f"completions end on {', '.join(map(str, rollout.stop_ids))}")
+    if config.rewards:
+        about.append(f"rewarded by {', '.join(f'{_short(r.function)} (weight {r.weight:g})' for r in config.rewards)}")
     found = {"student": "; ".join(about)}
     for name, section in config.teacher.all().items():
         words = [*_of_model(section)]

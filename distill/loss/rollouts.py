@@ -17,7 +17,7 @@ class Rollouts:
     sampling_logprob: Tensor  # [R, T] float32: of the distribution that was sampled from; 0 in the padding
     finished: Tensor  # [R] bool: ended by an end-of-sequence token, not cut by length
     num_rollouts: int  # N
-    rewards: Tensor | None = None  # [R, F] float32 on the host: of each of F tasks; NaN where it has none
+    rewards: Tensor | None = None  # [R, F] float64 on the host: of each of F tasks; NaN where it has none
     task_advantage: Tensor | None = None  # [R] float32 on the host, nats: what they are worth beside the others'
 
     def select(self, prompts: slice) -> "Rollouts":

@@ -226,13 +226,17 @@ def set_aside_newer(folder: Path, step: int) -> None:
         path.rename(kept)
 
 
-def accept(found: Checkpoint, config: Config, prompts: Identity, student: nn.Module) -> None:
-    """Refuses a checkpoint of a run that this one would not continue truly, naming each key and each column."""
+def accept(
+    found: Checkpoint, config: Config, prompts: Identity, student: nn.Module, reward_files: Mapping[str, str]
+) -> None:
+    """Refuses a checkpoint of a run that this one would not continue truly, naming each key, column and file."""
     state = found.state
     if missing := {"trainer", "config", "prompts", "rollout_precision", "evaluations", "samples"} - set(state):
         raise CheckpointError(f"{found.path / 'state.json'} lacks {', '.join(sorted(missing))}")
     changed = changed_keys(state["config"], config.model_dump(mode="json"))
     changed += prompts.differences(state, config.prompts.train)
+    if not config.training.accept_changed_rewards:
+        changed += _changed_files(state.get("reward_files", {}), reward_files)
     if changed:
         raise CheckpointError(
             f"{found.path} is of a run that this configuration would not continue truly:\n  "
@@ -240,6 +244,16 @@ def accept(found: Checkpoint, config: Config, prompts: Identity, student: nn.Mod
             + "\nSet training.resume to never to start over, or name another training.output_dir"
         )
     _check_fits(found, {name: p for name, p in student.named_parameters() if p.requires_grad})
+
+
+def _changed_files(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """The functions of `rewards` in both whose file, by its SHA-256, is another one."""
+    return [
+        f"rewards: the file of {reference} has changed since (its SHA-256 began {saved[reference][:8]}, now "
+        f"{digest[:8]}): put it back, or set training.accept_changed_rewards to go on with the new one"
+        for reference, digest in current.items()
+        if saved.get(reference, digest) != digest
+    ]
 
 
 def _check_fits(found: Checkpoint, trained: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from distill.config import Config
-from distill.loss import LossOptions, ModelParts, check_sharing
+from distill.loss import LossOptions, ModelParts, Rollouts, check_sharing
 from distill.models import describe, split_head
 from distill.prompts import epoch_batches, epoch_order, left_pad
 from distill.rollout import choose_dtype as choose_rollout_dtype
@@ -19,7 +19,7 @@ from distill.run.loading import Pair, choose_dtype, load_pair, make_student, mak
 from distill.run.prompt_sets import load_prompt_sets
 from distill.runtime import MemoryLimits
 from distill.teachers import FollowingTeacher
-from distill.training import Ranks, Trainer, check_against_itself
+from distill.training import Ranks, Task, TaskRewards, Trainer, check_against_itself, decode_samples, start_tasks
 
 NAMED_ONLY = (
     "a teacher's server gives no hidden states, so it names its {} likeliest tokens at each place, and the loss is at "
@@ -40,10 +40,12 @@ class RunParts:
         self.config, self.ranks, self._console = config, ranks, console
         self.device, self.dtype = device, choose_dtype(config.training.precision, device)
         wants_compiling(config, device, ranks)  # which raises where it cannot be had, before all is loaded
+        tasks = start_tasks(config.rewards, ranks)  # whose files are the user's own
         pair = load_pair(config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         self.servers = [teacher.parts.body.server for teacher in pair.teachers if teacher.parts.elsewhere]
         self.prompts, self.held_out, self.sets = load_prompt_sets(config, pair, console)
+        self.rewards = self._make_rewards(tasks)
         models = {id(teacher.parts.body): teacher.parts for teacher in pair.teachers}  # each once
         for model in models.values():
             check_against_itself(model, self.prompts.student.token_ids[0], self.vocab_size)
@@ -70,21 +72,12 @@ class RunParts:
         if config.student.lora:
             self.tell(describe(self.student))
         if start:
-            accept(start, config, self.prompts.identity, self.student)
+            accept(start, config, self.prompts.identity, self.student, self.reward_files)
         self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded, device=device)
         steps = config.training.total_steps(map(len, self._batches(0)))
         compiled = wants_compiling(config, device, ranks, steps) and self._compile()
-        self.engine = make_engine(
-            self.student,
-            config,
-            self.tokenizer,
-            self.vocab_size,
-            self._precision(start),
-            self.limits,
-            ranks,
-            working,
-            compiled,
-        )
+        asked = (self.vocab_size, self._precision(start), self.limits, ranks, working, compiled)
+        self.engine = make_engine(self.student, config, self.tokenizer, *asked)
         if config.rollout.engine == "auto" and (reason := self.engine.fallback):
             self.notices.append(("engine", f"rollouts come from transformers' own loop, as {reason}"))
         if config.rollout.server and ranks.rank == 0:
@@ -119,6 +112,26 @@ class RunParts:
         for who, reason in reasons.items():
             self.notices.append(("compile", f"the {who}'s layers are not compiled, as the compiler fails: {reason}"))
         return "student" not in reasons
+
+    @property
+    def reward_files(self) -> dict[str, str]:
+        """SHA-256 of the files of reward functions, by the functions' references."""
+        return self.rewards.files if self.rewards else {}
+
+    def close(self) -> None:
+        """Ends what runs in processes of its own."""
+        if self.rewards:
+            self.rewards.close()
+
+    def _make_rewards(self, tasks: list[Task]) -> TaskRewards | None:
+        if not tasks:
+            return None
+
+        def decode(rollouts: Rollouts) -> list[str]:
+            return decode_samples(self.tokenizer, rollouts, range(len(rollouts.finished)))
+
+        scale = self.config.loss.scale_rewards
+        return TaskRewards(tasks, self.prompts.student.records, decode, scale=scale, ranks=self.ranks)
 
     @property
     def teacher_weights(self) -> dict[str, torch.Tensor]:
@@ -186,11 +199,14 @@ class RunParts:
             self._batches,
             lambda indices: left_pad([prompts.token_ids[i] for i in indices], self.tokenizer.pad_token_id),
             training,
-            LossOptions(**config.loss.model_dump(), mask_truncated=config.rollout.mask_truncated),
+            LossOptions(
+                **config.loss.model_dump(exclude={"scale_rewards"}), mask_truncated=config.rollout.mask_truncated
+            ),
             vocab_size=self.vocab_size,
             teacher_view=lambda indices: seen and seen.view(indices),
             limits=self.limits,
             async_batches=config.rollout.async_batches,
             ranks=self.ranks,
+            judge=self.rewards,
             after_step=self._follow if self.following else lambda step: None,
         )

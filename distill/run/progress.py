@@ -126,9 +126,17 @@ class Progress:
         if self.parts.ranks.rank:
             return
         texts = decode_samples(self.parts.tokenizer, result.rollouts, range(len(result.rollouts.finished)))
+        rewards = self.parts.rewards
+        if rewards:
+            result.metrics.update(rewards.figures(result.rollouts))
         self.output.log("metrics", [result.metrics])
         self.trackers.log(result.metrics)
-        self.output.log("rollouts", _rollout_records(result, self.parts.texts(result.prompts), texts))
+        records = _rollout_records(result, self.parts.texts(result.prompts), texts)
+        if rewards:
+            records = [
+                {**each, "rewards": of} for each, of in zip(records, rewards.of_rows(result.rollouts), strict=True)
+            ]
+        self.output.log("rollouts", records)
         self.display.update(result.metrics, texts[0])
 
     def inspect(self, result: StepResult) -> None:
@@ -168,6 +176,7 @@ class Progress:
             # `auto` was decided by a measurement, which another day could decide otherwise.
             "rollout_precision": parts.engine.precision,
             "layer_choice": parts.layer_choice,
+            "reward_files": parts.reward_files,
             "evaluations": self.evaluations,
             "samples": self.samples,
             "environment": parts.environment(),

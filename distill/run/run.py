@@ -65,6 +65,7 @@ class Run:
             self._open.enter_context(judges)
             self.start = self._find_checkpoint()
             self.parts = RunParts(config, device, console, self.ranks, self.start)
+            self._open.callback(self.parts.close)
             self.progress = Progress(self.parts, judges, target, self.output, self.start, began)
             if self.ranks.size > 1:
                 self.parts.tell(self.ranks.describe(self.parts.student))
@@ -80,6 +81,8 @@ class Run:
         self.parts.limits.report = lambda message: progress.notice("memory", progress.step + 1, message)
         for server in self.parts.servers:
             server.report = lambda message: progress.notice("server", progress.step + 1, message)
+        if self.parts.rewards:
+            self.parts.rewards.report = lambda message: progress.notice("reward", progress.step + 1, message)
         try:
             self.ranks.meet()  # all have read what may be set aside
             self._open_folder()
