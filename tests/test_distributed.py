@@ -68,15 +68,17 @@ def quiet() -> dict[str, str]:
 @pytest.fixture
 def uneven(write_config, tmp_path, tiny_pair):
     """Writes the configuration of a run whose steps have three prompts, three, or one; a third has another teacher, and
-    as many have both.
+    as many have both. Rank 0 judges all completions.
     """
+    (tmp_path / "reward.py").write_text("def short(record, completion):\n    return -0.1 * len(completion)\n")
+    rewards = {"rewards": [{"function": f"{tmp_path / 'reward.py'}:short", "weight": 0.5}]}
     teacher = ("two", {"two": 0.25, "main": 0.75}, None)
     records = [{"prompt": prompt, "teacher": teacher[at % 3]} for at, prompt in enumerate(SEVEN)]
     (tmp_path / "seven.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     teachers = {"prompts.train": str(tmp_path / "seven.jsonl"), "teacher.others": {"two": str(tiny_pair["student"])}}
 
     def write(changes, name="config.yaml"):
-        return write_config(UNEVEN | teachers | changes, name)
+        return write_config(UNEVEN | teachers | rewards | changes, name)
 
     return write
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 from test_train import ROOT, assert_same_run, environment
 
@@ -14,8 +15,10 @@ KILLS = 44
 
 @pytest.mark.parametrize("seed", [0])
 def test_a_run_killed_forty_times_ends_with_the_same_weights(write_config, tmp_path, seed):
-    """Two prompts a batch, so that rollouts are in hand at half of the checkpoints; a save after every step."""
+    """Two prompts a batch, so that rollouts are in hand at half of the checkpoints, with rewards; a save a step."""
+    (tmp_path / "reward.py").write_text("def short(record, completion):\n    return -0.1 * len(completion)\n")
     changes = {
+        "rewards": [{"function": f"{tmp_path / 'reward.py'}:short"}],
         "training.num_epochs": 24,
         "training.save_every": 1,
         "training.eval_every": 5,
@@ -39,3 +42,4 @@ def test_a_run_killed_forty_times_ends_with_the_same_weights(write_config, tmp_p
         assert one == other, log
     assert not [path for path in (tmp_path / "killed").rglob("*") if "partial" in path.name or path.suffix == ".tmp"]
     assert not (tmp_path / "killed" / ".lock").exists()
+    assert not [each for each in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(each.info["cmdline"])]

@@ -262,6 +262,8 @@ EFFECTS = {
     "loss.discount": (SAMPLED, 0.5, "numbers"),
     "loss.reward_clip": (SAMPLED, 0.1, "numbers"),
     "loss.beta": ({"loss.objective": "jsd"}, 0.1, "numbers"),
+    "loss.scale_rewards": ({"rewards": "spaces"}, True, "numbers"),
+    "rewards": ({}, "spaces", "numbers"),
     "evaluation.num_rollouts_per_prompt": ({}, 2, lambda run: run.progress.evaluations[0]["completion_tokens"]),
     "evaluation.max_new_tokens": ({}, 2, lambda run: run.progress.evaluations[0]["completion_tokens"]),
     "evaluation.seed": ({}, 7, lambda run: run.progress.evaluations[0]["reverse_kl"]),
@@ -290,12 +292,12 @@ EFFECTS = {
 }
 
 
-# What changes nothing on one process is looked at in test_distributed.py.
-OVER_RANKS = {"training.parallel", "training.rank_timeout_s"}
+# Looked at in test_distributed.py, as they change nothing on one process, and in test_rewards.py.
+ELSEWHERE = {"training.parallel", "training.rank_timeout_s", "training.accept_changed_rewards"}
 
 
 def test_the_walk_below_leaves_out_no_key():
-    assert set(EFFECTS) | OVER_RANKS == set(known_keys())
+    assert set(EFFECTS) | ELSEWHERE == set(known_keys())
 
 
 PARTS = {"teacher": "teacher", "rollout": "student"}
@@ -326,6 +328,9 @@ def others(tmp_path, tiny_pair, poisoned, servers):
     def stand_in(key: str, value):
         if key in ("prompts.column", "teacher.column"):
             return value
+        if key == "rewards":
+            (tmp_path / "spaces.py").write_text("def spaces(record, said):\n    return len(said) + said.count(' ')\n")
+            return [{"function": f"{tmp_path / 'spaces.py'}:{value}"}]
         if value == "columns":
             return str(tmp_path / "columns.jsonl")
         if value == "other":

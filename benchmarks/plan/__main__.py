@@ -73,7 +73,7 @@ def plan(config_file: str, gpu: str, gpus: int, prompt_tokens: int) -> str:
         lines.append("Nothing fits: take more or larger GPUs, student.lora, or a smaller student.")
     else:
         lines.append(f"Choose: {page.choice(*chosen)}")
-        if chosen[0].servers and config.loss.objective != "sampled_reverse_kl":
+        if chosen[0].servers and config.asked_of_servers != "sampled":
             what = f"its {config.teacher.server_top_k} likeliest tokens for loss.objective: {config.loss.objective}"
             lines.append(f"A vLLM server can give its hidden states (docs/serving.md); else it names {what}.")
     return "\n".join(lines)

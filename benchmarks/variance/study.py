@@ -98,7 +98,7 @@ class Study(Part):
     def loss_options(self, recipe: Config, names: Sequence[str]) -> dict[str, LossOptions]:
         """What the named estimators are."""
         return {
-            name: LossOptions(**LossConfig(**recipe.loss.model_dump() | self.estimators[name]).model_dump())
+            name: LossOptions(**LossConfig(**recipe.loss.model_dump() | self.estimators[name]).of_tokens())
             for name in names
         }
 

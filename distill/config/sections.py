@@ -252,3 +252,7 @@ class LossConfig(Section):
     student is nearly always right or wrong count more then, so the gradient is not that of the mean reward."""
     beta: Number = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `jsd`."""
+
+    def of_tokens(self) -> dict[str, Any]:
+        """What a loss computes with, once the advantages of rewards are known."""
+        return self.model_dump(exclude={"scale_rewards"})

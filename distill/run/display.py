@@ -92,8 +92,9 @@ class Display:
         norm, speed = (self._metrics[key] for key in ("grad_norm", "tokens_per_second"))
         change = trend(list(self._history))
         shown = "" if change is None else f" (trend {change:+.3f})"
+        reward = f"reward {self._metrics['reward']:.2f}  " if "reward" in self._metrics else ""
         return (
-            f"reverse KL {self._reverse_kl:.3f}{shown}  gradient {norm:.2f}  "
+            f"reverse KL {self._reverse_kl:.3f}{shown}  {reward}gradient {norm:.2f}  "
             f"{speed:.0f} tokens/s  {self._time_left()} left"
         )
 

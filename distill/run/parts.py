@@ -199,9 +199,7 @@ class RunParts:
             self._batches,
             lambda indices: left_pad([prompts.token_ids[i] for i in indices], self.tokenizer.pad_token_id),
             training,
-            LossOptions(
-                **config.loss.model_dump(exclude={"scale_rewards"}), mask_truncated=config.rollout.mask_truncated
-            ),
+            LossOptions(**config.loss.of_tokens(), mask_truncated=config.rollout.mask_truncated),
             vocab_size=self.vocab_size,
             teacher_view=lambda indices: seen and seen.view(indices),
             limits=self.limits,

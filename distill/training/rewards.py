@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distill.config import RewardConfig
-from distill.grading import Grade, Grader, names, resolve
+from distill.grading import FunctionError, Grade, Grader, names, resolve
 from distill.loss import Rollouts
 from distill.training.ranks import Ranks
 
@@ -46,8 +46,12 @@ def start_tasks(rewards: Sequence[RewardConfig], ranks: Ranks) -> list[Task]:
         )
         for name, reward, function in zip(names(functions), rewards, functions, strict=True)
     ]
-    for task in tasks if ranks.rank == 0 else ():
-        task.grader.start()
+
+    def start() -> None:
+        for task in tasks if ranks.rank == 0 else ():
+            task.grader.start()
+
+    ranks.together(start, (FunctionError,))
     return tasks
 
 
