@@ -164,7 +164,7 @@ def test_mlflow_holds_every_number_once_after_a_kill(write_config, tmp_path, mon
     (run,) = client.search_runs([client.get_experiment_by_name("distill").experiment_id])
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
     assert run.data.params["loss.objective"] == "reverse_kl"
-    assert set(run.data.params) == set(known_keys())
+    assert set(run.data.params) == {".".join(key.split(".")[:2]) for key in known_keys()}  # of sections within one too
     told = {
         tag: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, tag)] for tag in run.data.metrics
     }
