@@ -42,6 +42,8 @@ FROZEN_WEIGHTS = {
     "loss.baseline": "group",
     "loss.reduction": "token",
     "training.activation_checkpointing": True,
+    "evaluation.metrics": ["contains"],
+    "evaluation.num_rollouts_per_prompt": 2,
 }
 
 
@@ -111,12 +113,11 @@ def assert_close_runs(one, other) -> None:
         assert ours.pop("reverse_kl_exact") == pytest.approx(theirs.pop("reverse_kl_exact"), abs=TOLERANCE)
         assert ours == theirs  # the same tokens, in the same order
     for ours, theirs in zip(*(read_json_lines(run / "evaluations.jsonl") for run in (one, other)), strict=True):
-        sums = [line["clusters"].pop("sums") for line in (ours, theirs)]
-        teachers = [line.pop("by_teacher", {}) for line in (ours, theirs)]  # made of the same sums
-        assert teachers[0].keys() == teachers[1].keys()
-        assert ours.pop("clusters") == theirs.pop("clusters")  # as many tokens, of the same prompts
-        assert sums[0] == pytest.approx(sums[1], abs=TOLERANCE * ours["completion_tokens"])
-        assert ours == pytest.approx(theirs, abs=TOLERANCE)
+        sets = [line.pop("sets", {}) for line in (ours, theirs)]
+        assert sets[0].keys() == sets[1].keys()
+        for name, of_set in sets[0].items():
+            assert_close_evaluations(of_set, sets[1][name])
+        assert_close_evaluations(ours, theirs)
     ours, theirs = weights_of(one), weights_of(other)
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=TOLERANCE)
@@ -125,6 +126,16 @@ def assert_close_runs(one, other) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=TOLERANCE * max(1, tensor.abs().max()))
+
+
+def assert_close_evaluations(ours: dict, theirs: dict) -> None:
+    sums = [line["clusters"].pop("sums") for line in (ours, theirs)]
+    teachers = [line.pop("by_teacher", {}) for line in (ours, theirs)]  # made of the same sums
+    assert teachers[0].keys() == teachers[1].keys()
+    assert ours.pop("metrics", None) == theirs.pop("metrics", None)  # of the same completions
+    assert ours.pop("clusters") == theirs.pop("clusters")  # as many tokens, of the same prompts
+    assert sums[0] == pytest.approx(sums[1], abs=TOLERANCE * ours["completion_tokens"])
+    assert ours == pytest.approx(theirs, abs=TOLERANCE)
 
 
 def assert_ranks_do_what_one_does(path, runs, alone, tmp_path) -> str:
@@ -196,18 +207,21 @@ def test_a_checkpoint_that_one_rank_cannot_write_ends_all_with_the_one_before(un
 
 def test_what_rank_0_alone_finds_wrong_ends_all_with_its_message(uneven, tmp_path):
     path, held = uneven(ALL_WEIGHTS), OutputFolder(tmp_path / "held")
+    (tmp_path / "own.py").write_text("raise ValueError('not today')\n")
     try:
         results, said = over_ranks(
             tmp_path,
             job(path, tmp_path / "held", 2),
             job(path, tmp_path / "new", 2, words=["--training.resume", str(tmp_path / "nowhere")]),
+            job(path, tmp_path / "own", 2, words=["--evaluation.metrics", f"{tmp_path}/own.py:score"]),
         )
     finally:
         held.release()
-    assert [result["statuses"] for result in results] == [[2, 2]] * 2, said
-    assert re.findall("in use by another run|not a complete checkpoint", said) == [
+    assert [result["statuses"] for result in results] == [[2, 2]] * 3, said
+    assert re.findall("in use by another run|not a complete checkpoint|not today", said) == [
         "in use by another run",
         "not a complete checkpoint",
+        "not today",
     ]
 
 
