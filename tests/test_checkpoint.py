@@ -129,6 +129,6 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     log = JsonLines(path, keep=lambda record: record["step"] <= 2)
-    log.write([{"step": 3, "loss": float("nan")}])
+    log.write([{"step": 3, "loss": float("nan"), "of": {"loss": float("inf")}}])
     log.close()
-    assert read_json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None}]
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": None, "of": {"loss": None}}]

@@ -333,6 +333,18 @@ def test_variant_shares_the_weights_and_their_refresh() -> None:
     assert rollouts.completion_ids.shape[1] == 5
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_variants_draw_with_samplers_of_their_own_between_the_engine_s_batches(engine: str) -> None:
+    model, prompts = tiny_model(), ragged_prompts()
+    own = make_engine(model, engine=engine, temperature=2.0)
+    before = run(own, prompts, 2)
+    for changes in (GREEDY, {"temperature": 0.5, "top_p": 0.8, "min_p": 0.1}):
+        found = run(own.variant(seed=3, max_new_tokens=24, **changes), prompts, 2)
+        same(found, run(make_engine(model, engine=engine, **{"temperature": 2.0} | changes), prompts, 2))
+        assert not torch.equal(found.completion_ids, before.completion_ids)
+        same(run(own, prompts, 2), before)
+
+
 def test_bfloat16_stays_near_the_student(family: str) -> None:
     """As near as the stock model in bfloat16 comes, whose logits are rounded too."""
     model, prompts = tiny_model(family), ragged_prompts()

@@ -267,6 +267,28 @@ EFFECTS = {
     "evaluation.num_rollouts_per_prompt": ({}, 2, lambda run: run.progress.evaluations[0]["completion_tokens"]),
     "evaluation.max_new_tokens": ({}, 2, lambda run: run.progress.evaluations[0]["completion_tokens"]),
     "evaluation.seed": ({}, 7, lambda run: run.progress.evaluations[0]["reverse_kl"]),
+    "evaluation.metrics": ({}, ["json_valid"], lambda run: run.progress.evaluations[0].get("metrics")),
+    "evaluation.timeout_seconds": (
+        {"evaluation.metrics": "sleepy", "evaluation.timeout_seconds": 60, "training.max_steps": 1},
+        0.2,
+        lambda run: run.progress.evaluations[0]["metrics"]["sleepy"]["failed"],
+    ),
+    "evaluation.sets": ({}, "far", lambda run: run.progress.evaluations[0].get("sets")),
+    "training.early_stopping.metric": (
+        {"evaluation.metrics": "json_valid", "training.eval_every": 1, "training.early_stopping.patience": 1},
+        "json_valid",
+        lambda run: run.progress.step,
+    ),
+    "training.early_stopping.patience": (
+        {"evaluation.metrics": "json_valid", "training.eval_every": 1, "training.early_stopping.metric": "json_valid"},
+        1,
+        lambda run: run.progress.step,
+    ),
+    "training.early_stopping.min_delta": (
+        {"training.eval_every": 1, "training.early_stopping.patience": 1},
+        100.0,
+        lambda run: run.progress.step,
+    ),
 }
 
 
@@ -325,6 +347,11 @@ def others(tmp_path, tiny_pair, poisoned, servers):
             return str(tmp_path / "named.jsonl")
         if value == "two":
             return {"two": str(folder)}
+        if value == "sleepy":
+            (tmp_path / "own.py").write_text("import time\ndef sleepy(record, completion):\n    time.sleep(1)\n")
+            return f"{tmp_path}/own.py:sleepy"
+        if value == "far":
+            return {"far": {"prompts": str(tmp_path / "other.txt")}}
         if value == "poisoned":
             return poisoned("k")
         return (
@@ -371,7 +398,7 @@ def test_every_key_has_an_effect(key, write_config, tmp_path, others, monkeypatc
     assert without != with_key
     if key.endswith("trust_remote_code"):
         assert (without, with_key) == (ModelError, "ran")
-    if key.endswith((".timeout_seconds", ".retries")):
+    if key.endswith((".timeout_seconds", ".retries")) and key not in ("evaluation.timeout_seconds",):
         assert (without, with_key) == ("ran", UnavailableError)
     if key == "training.max_bad_steps":
         assert (without, with_key) == ("ran", StoppedError)

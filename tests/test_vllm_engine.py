@@ -211,6 +211,15 @@ def test_evaluations_do_not_disturb_the_batch_under_way(server, write_config, tm
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "often")
 
 
+def test_a_held_out_set_is_sampled_by_the_server_with_its_own_sampler(server, write_config, tmp_path):
+    sets = {"greedy": {"prompts": str(tmp_path / "eval.txt"), "limit": 1, "top_k": 1, "max_new_tokens": 3}}
+    execute(write_config(served(server, **{"evaluation.sets": sets, "training.max_steps": 1})))
+    asked = [body for path, body in server.calls if path == "/v1/completions" and "n" in body]
+    # Of an evaluation its two prompts, then the set's; a batch of two prompts between them.
+    an_evaluation = [(0, 6), (0, 6), (1, 3)]
+    assert [(body["top_k"], body["max_tokens"]) for body in asked] == [*an_evaluation, *[(0, 6)] * 2, *an_evaluation]
+
+
 @pytest.mark.parametrize("stop_after", [2, 3], ids=["between-batches", "within-a-batch"])
 def test_a_run_stopped_with_a_batch_under_way_continues_to_the_same_numbers(server, write_config, tmp_path, stop_after):
     execute(write_config(served(server, **AHEAD, **{"training.output_dir": str(tmp_path / "calm")})))

@@ -4,8 +4,8 @@ In: references such as `exact_match` or `rewards.py:score`; records of a prompt 
 `Grade` for each. They run in processes of their own: whatever one does costs its own value only, and leaves nothing.
 """
 
-from distill.grading.functions import FunctionError, names, resolve
+from distill.grading.functions import FunctionError, GradingFunction, names, resolve
 from distill.grading.grader import Grader
 from distill.grading.process import Grade
 
-__all__ = ["FunctionError", "Grade", "Grader", "names", "resolve"]
+__all__ = ["FunctionError", "Grade", "Grader", "GradingFunction", "names", "resolve"]

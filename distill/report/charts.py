@@ -1,24 +1,17 @@
 """The report's charts: a Bokeh figure for each of a run's curves, and overlaid ones for several runs.
 
-Colours go together with dashes and markers, so that no line is told by its colour alone. A curve without a known value
-is left out, and so is a chart without a curve. Bokeh, because its script of 1.3 MB draws a page in less than half the
-time of Plotly's 4.8 MB.
+A curve without a known value is left out, and so is a chart without a curve.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from bokeh.embed import json_item
-from bokeh.models import ColumnDataSource, DataRange1d, FixedTicker, HoverTool, Whisker
+from bokeh.models import FixedTicker, Whisker
 from bokeh.plotting import figure
 
+from distill.report.drawing import COLOURS, MARKERS, Chart, finished, hover, line_style, new_figure, source_of
+
 Records = list[dict[str, Any]]
-# After Okabe and Ito, told apart by most who see no red or no green, each with a dash and a marker of its own.
-COLOURS = ("#1f83c4", "#e07b00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8f98")
-DASHES = ("solid", "dashed", "dotted", "dotdash", "dashdot", [8, 2, 2, 2], [1, 4])
-MARKERS = ("circle", "diamond", "square", "triangle", "inverted_triangle", "star", "hex")
-MAX_POINTS = 1000  # of a curve that are drawn
 GIB = 2**30
 # Title, unit, a sentence about it, and the metrics with their labels.
 PER_STEP = (
@@ -47,18 +40,6 @@ PER_STEP = (
     ),
     ("Gradient norm", "norm", "", {"grad_norm": "before clipping"}),
 )
-
-
-class Chart(NamedTuple):
-    """A figure with the words around it."""
-
-    title: str
-    caption: str
-    figure: figure
-
-    def item(self, target: str) -> dict[str, Any]:
-        """What `Bokeh.embed.embed_item` takes, for the page's element of that id."""
-        return json_item(self.figure, target)
 
 
 def run_charts(metrics: Records, evaluations: Records) -> list[Chart]:
@@ -93,19 +74,19 @@ def comparison_charts(runs: dict[str, tuple[Records, Records]]) -> list[Chart]:
     }
     found = []
     for title, (key, unit) in curves.items():
-        chart = _figure(unit, "optimizer step")
+        chart = new_figure(unit, "optimizer step")
         for index, (label, (metrics, evaluations)) in enumerate(runs.items()):
             values = _divergence(metrics) if key == "reverse_kl_exact" else column(metrics, key)
             if np.isfinite(values).any():
                 mean = rolling(values, rolling_window(len(values)))[0]
-                source = _source(step=column(metrics, "step"), value=mean, run=[label] * len(mean))
-                line = chart.line("step", "value", source=source, legend_label=label, **_style(index))
-                chart.add_tools(_hover([("run", "@run"), ("step", "@step"), (title, "@value{0.000}")], line))
+                source = source_of(step=column(metrics, "step"), value=mean, run=[label] * len(mean))
+                line = chart.line("step", "value", source=source, legend_label=label, **line_style(index))
+                chart.add_tools(hover([("run", "@run"), ("step", "@step"), (title, "@value{0.000}")], line))
                 if key == "reverse_kl_exact":
                     _held_out(chart, evaluations, index, None)
         if chart.renderers:
             marks = " Marks: held-out prompts, with 95 % error bars." if key == "reverse_kl_exact" else ""
-            found.append(Chart(title, f"Mean over a twentieth of each run's steps.{marks}", _finished(chart)))
+            found.append(Chart(title, f"Mean over a twentieth of each run's steps.{marks}", finished(chart)))
     return found
 
 
@@ -160,9 +141,9 @@ def _reverse_kl(metrics: Records, evaluations: Records, window: int) -> Chart | 
     values = _divergence(metrics)
     if not np.isfinite(values).any():
         return None
-    chart = _figure("nats per token", "optimizer step")
+    chart = new_figure("nats per token", "optimizer step")
     mean, deviation = rolling(values, window)
-    source = _source(
+    source = source_of(
         step=column(metrics, "step"),
         value=values,
         mean=mean,
@@ -172,17 +153,17 @@ def _reverse_kl(metrics: Records, evaluations: Records, window: int) -> Chart | 
     band = f"mean ± sd of {window} steps"
     chart.varea("step", "low", "high", source=source, color=COLOURS[0], fill_alpha=0.2, legend_label=band)
     chart.line("step", "value", source=source, color=COLOURS[0], line_alpha=0.35)
-    line = chart.line("step", "mean", source=source, legend_label=band, **_style(0))
+    line = chart.line("step", "mean", source=source, legend_label=band, **line_style(0))
     shown = [
         ("step", "@step"),
         ("exact", "@value{0.000}"),
         ("mean", "@mean{0.000}"),
         ("band", "@low{0.00}–@high{0.00}"),
     ]
-    chart.add_tools(_hover(shown, line))
+    chart.add_tools(hover(shown, line))
     _held_out(chart, evaluations, 1, "held-out, 95 %")
     caption = "Exact, at the training rollouts' tokens. Marks: held-out prompts, with 95 % error bars."
-    return Chart("Reverse KL", caption, _finished(chart))
+    return Chart("Reverse KL", caption, finished(chart))
 
 
 def _held_out(chart: figure, evaluations: Records, index: int, label: str | None) -> None:
@@ -190,7 +171,7 @@ def _held_out(chart: figure, evaluations: Records, index: int, label: str | None
         return
     kl = column(evaluations, "reverse_kl")
     error = 1.96 * np.nan_to_num(column(evaluations, "standard_error"))
-    source = _source(step=column(evaluations, "step"), value=kl, low=kl - error, high=kl + error)
+    source = source_of(step=column(evaluations, "step"), value=kl, low=kl - error, high=kl + error)
     colour, options = COLOURS[index % len(COLOURS)], {"legend_label": label} if label else {}
     whisker = Whisker(base="step", lower="low", upper="high", source=source, line_color=colour, line_width=2)
     for head in (whisker.lower_head, whisker.upper_head):
@@ -200,7 +181,7 @@ def _held_out(chart: figure, evaluations: Records, index: int, label: str | None
         "step", "value", source=source, size=10, marker=MARKERS[index % len(MARKERS)], color=colour, **options
     )
     shown = [("held-out", "@value{0.000}"), ("95 %", "@low{0.000} to @high{0.000}"), ("step", "@step")]
-    chart.add_tools(_hover(shown, marks, "mouse"))
+    chart.add_tools(hover(shown, marks, "mouse"))
 
 
 def _fluctuation(metrics: Records, window: int) -> Chart | None:
@@ -215,20 +196,20 @@ def _positions(metrics: Records) -> Chart | None:
     series = [record["reverse_kl_by_position"] for record in metrics if record.get("reverse_kl_by_position")]
     if not series:
         return None
-    share, chart = max(1, len(series) // 10), _figure("nats per token", "token of the completion", "log")
+    share, chart = max(1, len(series) // 10), new_figure("nats per token", "token of the completion", "log")
     longest = max(map(len, series))
     for index, (label, part) in enumerate((("first steps", series[:share]), ("last steps", series[-share:]))):
         columns = [[row[i] for row in part if i < len(row) and row[i] is not None] for i in range(longest)]
-        source = _source(position=2.0 ** np.arange(longest), value=[np.mean(c) if c else np.nan for c in columns])
-        chart.line("position", "value", source=source, legend_label=label, **_style(index))
+        source = source_of(position=2.0 ** np.arange(longest), value=[np.mean(c) if c else np.nan for c in columns])
+        chart.line("position", "value", source=source, legend_label=label, **line_style(index))
         style = {"marker": MARKERS[index], "color": COLOURS[index], "size": 8}
         marks = chart.scatter("position", "value", source=source, legend_label=label, **style)
-        chart.add_tools(_hover([("from token", "@position"), (label, "@value{0.000}")], marks, "mouse"))
+        chart.add_tools(hover([("from token", "@position"), (label, "@value{0.000}")], marks, "mouse"))
     chart.xaxis.ticker = FixedTicker(ticks=[2**i for i in range(longest)])
     chart.xaxis.major_label_overrides = {2**i: str(2**i) for i in range(longest)}
     tenth = "step" if share == 1 else f"{share} steps"
     caption = f"Mean over the tokens from each mark to the next; the first and the last {tenth} of the run."
-    return Chart("Reverse KL by position", caption, _finished(chart))
+    return Chart("Reverse KL by position", caption, finished(chart))
 
 
 def _noise(metrics: Records, window: int) -> Chart | None:
@@ -254,58 +235,16 @@ def _lines(
     if not columns:
         return None
     log = log and all((values[np.isfinite(values)] > 0).all() for values in columns.values())
-    chart = _figure(
+    chart = new_figure(
         unit.removesuffix(", log scale") + ", log scale" * log, "optimizer step", y_axis="log" if log else "linear"
     )
     means = {f"mean_{key}": rolling(values, window)[0] if window > 1 else values for key, values in columns.items()}
-    source = _source(step=column(records, "step"), **columns, **means)
+    source = source_of(step=column(records, "step"), **columns, **means)
     shown = [("step", "@step"), *((labels[key], f"@{key}{{0.000}}") for key in columns)]
     for index, key in enumerate(columns):
         if window > 1:
             chart.line("step", key, source=source, color=COLOURS[index % len(COLOURS)], line_alpha=0.35)
-        line = chart.line("step", f"mean_{key}", source=source, legend_label=labels[key], **_style(index))
+        line = chart.line("step", f"mean_{key}", source=source, legend_label=labels[key], **line_style(index))
         if index == 0:
-            chart.add_tools(_hover(shown, line))
-    return Chart(title, caption, _finished(chart, from_zero=not log))
-
-
-def _source(**columns: Sequence | np.ndarray) -> ColumnDataSource:
-    """The columns, thinned."""
-    count = len(next(iter(columns.values())))
-    kept = np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).astype(int))
-    return ColumnDataSource({name: np.asarray(values)[kept] for name, values in columns.items()})
-
-
-def _figure(unit: str, of: str, x_axis: str = "linear", y_axis: str = "linear") -> figure:
-    chart = figure(
-        height=260, sizing_mode="stretch_width", x_axis_type=x_axis, y_axis_type=y_axis, tools="xbox_zoom,reset,save"
-    )
-    chart.xaxis.axis_label, chart.yaxis.axis_label = of, unit
-    chart.toolbar.autohide, chart.toolbar.logo = True, None
-    chart.toolbar.active_drag = None  # a finger that scrolls the page is no zoom
-    chart.background_fill_alpha = chart.border_fill_alpha = 0
-    chart.outline_line_alpha, chart.grid.grid_line_alpha = 0, 0.5
-    return chart
-
-
-def _finished(chart: figure, *, from_zero: bool = True) -> figure:
-    """The legend above the curves, where there is more than one; the axis from zero, where nothing is below."""
-    (legend,) = chart.legend
-    labels = [item.label.value for item in legend.items]
-    chart.add_layout(legend, "above")
-    legend.visible, legend.ncols = len(labels) > 1, 2 if max(map(len, labels)) < 24 else 1
-    legend.background_fill_alpha, legend.border_line_alpha, legend.click_policy = 0, 0, "hide"
-    legend.padding, legend.margin, legend.spacing, legend.label_text_font_size = 2, 0, 12, "12px"
-    if from_zero and isinstance(chart.y_range, DataRange1d):
-        lows = [np.nanmin(r.data_source.data[r.glyph.y], initial=0) for r in chart.renderers if hasattr(r.glyph, "y")]
-        if min(lows, default=0) >= 0:
-            chart.y_range.start = 0
-    return chart
-
-
-def _style(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "line_dash": DASHES[index % len(DASHES)], "line_width": 2.5}
-
-
-def _hover(tooltips: list[tuple[str, str]], renderer: Any, mode: str = "vline") -> HoverTool:
-    return HoverTool(tooltips=tooltips, renderers=[renderer], mode=mode)
+            chart.add_tools(hover(shown, line))
+    return Chart(title, caption, finished(chart, from_zero=not log))

@@ -16,7 +16,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill.config import ConfigError, in_words, load_config
-from distill.report.charts import Chart, comparison_charts, run_charts
+from distill.report.charts import comparison_charts, run_charts
+from distill.report.drawing import Chart
+from distill.report.figures import before_and_after, figure_in_words, metric_rows, names, of_set, shown_figures
+from distill.report.metric_charts import metric_charts, metric_comparison
 from distill.runtime import read_json_lines, write_whole
 
 TEMPLATES = Environment(
@@ -43,12 +46,14 @@ def report_page(run: Path) -> str:
     """The report of a run's folder, from its logs and, once there, its `summary.json`."""
     metrics, evaluations, summary = _read(run)
     views = _records(run / "tokens.jsonl")
+    first, *others = run_charts(metrics, evaluations) or [None]
     return _page(
         "report.html.jinja",
-        run_charts(metrics, evaluations),
+        [chart for chart in (first, *metric_charts(evaluations), *others) if chart is not None],
         title=run.absolute().name,
         evaluations=[e for e in (evaluations[:1] + evaluations[1:][-1:]) if e.get("reverse_kl") is not None],
         step=metrics[-1]["step"] if metrics else 0,
+        metrics=metric_rows(before_and_after(evaluations)),
         models=_models(run),
         summary={key: _shown(value) for key, value in summary.items() if not isinstance(value, list | dict)},
         samples=_samples(views, summary.get("samples", [])),
@@ -68,12 +73,33 @@ def comparison_page(runs: list[Path]) -> str:
     names = [run.absolute().name for run in runs]
     labels = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
     read = {label: _read(run) for label, run in zip(labels, runs, strict=True)}
-    rows = {}
+    table = {}
     for label, (_, evaluations, summary) in read.items():
         final = {**summary, "standard_error": evaluations[-1].get("standard_error") if evaluations else None}
-        rows[label] = [_shown(final.get(key)) for key in FINAL]
+        table[label] = [_shown(final.get(key)) for key in FINAL]
+    head = list(FINAL.values())
+    for column, cells in _metric_columns({label: evaluations for label, (_, evaluations, _) in read.items()}).items():
+        head.append(column)
+        for label, cell in cells.items():
+            table[label].append(cell)
     charts = comparison_charts({label: (metrics, evaluations) for label, (metrics, evaluations, _) in read.items()})
-    return _page("comparison.html.jinja", charts, title=f"{len(runs)} runs", head=list(FINAL.values()), rows=rows)
+    charts += metric_comparison({label: evaluations for label, (_, evaluations, _) in read.items()})
+    return _page("comparison.html.jinja", charts, title=f"{len(runs)} runs", head=head, rows=table)
+
+
+def _metric_columns(runs: dict[str, list[dict]]) -> dict[str, dict[str, str]]:
+    """Of each metric that one of the runs has, a column for before and one for after, by the runs' labels."""
+    found = {label: before_and_after(evaluations) for label, evaluations in runs.items()}
+    columns: dict[str, dict[str, str]] = {}
+    for name, metric in names(found.values()):
+        for when in ("before", "after"):
+            cells = columns.setdefault(f"{of_set(name, metric)} {when}", {})
+            for label, of_run in found.items():
+                figures = of_run.get(name, {}).get(metric, {})
+                found_then = {figure: each[when] for figure, each in figures.items()}
+                shown = shown_figures(found_then) if found_then else []
+                cells[label] = ", ".join(f"{figure} {figure_in_words(figure, found_then[figure])}" for figure in shown)
+    return columns
 
 
 def _read(run: Path) -> tuple[list[dict], list[dict], dict[str, Any]]:

@@ -67,10 +67,10 @@ class RolloutEngine:
         """Says that the student's weights have changed; they are copied when they are next needed."""
         self._copy.stale = True
 
-    def variant(self, *, seed: int, max_new_tokens: int) -> "RolloutEngine":
-        """The same engine, weights included, with another seed and length: for evaluations between two steps."""
+    def variant(self, *, seed: int, **sampling: float) -> "RolloutEngine":
+        """The same engine, weights included, with another seed and these `SamplingOptions`: for evaluations."""
         other = copy.copy(self)
-        other.seed, other.sampling = seed, dataclasses.replace(self.sampling, max_new_tokens=max_new_tokens)
+        other.seed, other.sampling = seed, dataclasses.replace(self.sampling, **sampling)
         return other
 
     @torch.no_grad()

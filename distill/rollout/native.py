@@ -71,7 +71,7 @@ class NativeEngine(RolloutEngine):
         """One with room for these prompts and rows: the one there is, if it has."""
         B, P = prompt.mask.shape
         kept, needed = self._kept.decoder, Room(B, P, rows, self.sampling.max_new_tokens)
-        if kept is not None and kept.cache.room.grown(needed) == kept.cache.room:
+        if kept and kept.warp == self.sampling.warp() and kept.cache.room.grown(needed) == kept.cache.room:
             return kept
         room = needed._replace(prompt_tokens=-(-P // ROOM_STEP) * ROOM_STEP)
         room = room if kept is None else room.grown(kept.cache.room)

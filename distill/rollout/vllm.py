@@ -64,10 +64,11 @@ class VllmEngine:
         """Says that the student's weights have changed; the server gets them when they are next needed."""
         self.weights.stale = True
 
-    def variant(self, *, seed: int, max_new_tokens: int) -> "VllmEngine":
-        """The same engine, weights included, with another seed and length: for evaluations between two steps."""
+    def variant(self, *, seed: int, **sampling: float) -> "VllmEngine":
+        """The same engine, weights included, with another seed and these `SamplingOptions`: for evaluations."""
         other = copy.copy(self)
-        other.seed, other.sampling = seed, dataclasses.replace(self.sampling, max_new_tokens=max_new_tokens)
+        other.seed, other.sampling = seed, dataclasses.replace(self.sampling, **sampling)
+        other._plain = other.sampling.warp() == SamplingOptions(1).warp()
         return other
 
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, num_rollouts: int, prompt_keys: Tensor) -> Rollouts:

@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distill.config import Config, in_words, to_yaml
+from distill.report import before_and_after, metric_rows
 from distill.run.outcome import Outcome
 
 TEMPLATES = Environment(
@@ -39,6 +40,8 @@ def write_card(folder: Path, outcome: Outcome, auto_class: str) -> None:
         tokens=outcome.completion_tokens,
         evaluations=[evaluations[0], evaluations[-1]] if evaluations else [],
         change=outcome.change,
+        of_sets=outcome.of_sets,
+        metrics=metric_rows(before_and_after(evaluations)),
         held_out=len(outcome.held_out_prompts),
         samples=outcome.shown(SHOWN),
         versions={name: version_of(name) for name in ("distill-on-policy", "torch", "transformers")},

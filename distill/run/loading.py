@@ -75,6 +75,25 @@ def load_pair(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
     )
 
 
+def load_alone(config: Config, device: torch.device, dtype: torch.dtype) -> Pair:
+    """The student without a teacher. Raises `ModelError` and `PromptError`."""
+    options, template = config.student, _template_of(config)
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    stops = named_ids(config.rollout.stop_ids, tokenizer)
+    model = load_model(
+        options.model,
+        trust_remote_code=options.trust_remote_code,
+        device=device,
+        attention=config.training.attention,
+        trained=True,
+    )
+    known = check_tokenizers(tokenizer, tokenizer, "student")
+    vocab_size = check_pair(model, None, tokenizer, tokenizer, stops=stops, vocab_size=known)
+    if template is not None:
+        tokenizer.chat_template = template
+    return Pair(model, ModelParts(*split_head(model), dtype), [], tokenizer, vocab_size, context_of(model))
+
+
 def _template_of(config: Config) -> str | None:
     """The chat template of the file that `prompts.chat_template` names. Raises `PromptError`."""
     named = config.prompts.chat_template

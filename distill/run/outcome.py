@@ -17,7 +17,7 @@ class Outcome:
     config: Config
     steps: int
     best_step: int | None
-    """After which the held-out reverse KL was lowest."""
+    """That of the best evaluation."""
     metrics: list[dict[str, Any]]
     """The lines of `metrics.jsonl`."""
     evaluations: list[dict[str, Any]]
@@ -41,6 +41,20 @@ class Outcome:
         if not self.evaluations:
             return {"reverse_kl_change": None, "reverse_kl_change_standard_error": None}
         return change_since(self.evaluations[0], self.evaluations[-1])
+
+    @property
+    def of_sets(self) -> dict[str, dict[str, float | None]]:
+        """By each of the further held-out sets its reverse KL before and after, and what `change` says of it."""
+        first, last = (self.evaluations[at].get("sets", {}) if self.evaluations else {} for at in (0, -1))
+        return {
+            name: {
+                "reverse_kl_before": first[name]["reverse_kl"],
+                "reverse_kl_after": after["reverse_kl"],
+                **change_since(first[name], after),
+            }
+            for name, after in last.items()
+            if name in first
+        }
 
     def shown(self, count: int) -> list[tuple[str, str, str]]:
         """The first held-out prompts with what the student said before and after."""

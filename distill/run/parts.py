@@ -44,7 +44,7 @@ class RunParts:
         pair = load_pair(config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         self.servers = [teacher.parts.body.server for teacher in pair.teachers if teacher.parts.elsewhere]
-        self.prompts, self.held_out = load_prompt_sets(config, pair, console)
+        self.prompts, self.held_out, self.sets = load_prompt_sets(config, pair, console)
         self.rewards = self._make_rewards(tasks)
         models = {id(teacher.parts.body): teacher.parts for teacher in pair.teachers}  # each once
         for model in models.values():
@@ -53,7 +53,7 @@ class RunParts:
         self.dropped_layers = self._choose_layers(pair, start)
         self.student = make_student(pair.student, config, self.dropped_layers)
         whole = ModelParts(*split_head(self.student), self.dtype)
-        of_sets = (self.prompts, self.held_out) if self.held_out else (self.prompts,)
+        of_sets = (self.prompts, *([self.held_out] if self.held_out else []), *self.sets.values())
         self.notices = [("prompts", line) for prompts in of_sets for line in prompts.remarks]
         """Events of the loading, with what is said of each."""
         if config.asked_of_servers == "auto" and any(each.parts.head is None for each in pair.teachers):

@@ -3,21 +3,23 @@
 It also knows what a run has come to so far, which is part of every checkpoint.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from distill.report import MAIN_SET, figure_in_words, shown_figures
 from distill.run.checkpoint import Checkpoint
 from distill.run.display import Display
+from distill.run.early_stopping import Target, best_step, had_enough
 from distill.run.health import GradientWatch, LengthWatch, StoppedError, suspects
+from distill.run.held_out import Look, look_at
+from distill.run.judges import Judges
 from distill.run.outcome import NUM_SAMPLES
 from distill.run.output import OutputFolder
 from distill.run.parts import RunParts
-from distill.run.prompt_sets import evaluation_arguments
 from distill.run.trackers import Trackers
 from distill.runtime import read_json_lines
-from distill.training import StepResult, change_since, decode_samples, evaluate, restore, state_of, token_view
+from distill.training import StepResult, decode_samples, restore, state_of, token_view
 
 
 class Progress:
@@ -26,9 +28,18 @@ class Progress:
     display: Display
     trackers: Trackers
 
-    def __init__(self, parts: RunParts, output: OutputFolder, start: Checkpoint | None, began: tuple[float, float]):
-        """`began` is when the run did, by the clock and in this process's own time."""
-        self.parts, self.output = parts, output
+    def __init__(
+        self,
+        parts: RunParts,
+        judges: Judges,
+        target: Target,
+        output: OutputFolder,
+        start: Checkpoint | None,
+        began: tuple[float, float],
+    ) -> None:
+        """`target` is what evaluations are compared by; `began` is when the run did, by the clock and in this process's
+        own time."""
+        self.parts, self.judges, self.target, self.output = parts, judges, target, output
         self._wall_began, self._cpu_began = began
         self.evaluations: list[dict[str, Any]] = []
         self.samples: dict[str, list[str]] = {}
@@ -48,9 +59,15 @@ class Progress:
 
     @property
     def best_step(self) -> int | None:
-        """The step after which the held-out reverse KL was lowest so far; the untrained student does not count."""
-        trained = [e for e in self.evaluations if e["step"] and math.isfinite(e["reverse_kl"])]
-        return min(trained, key=lambda e: e["reverse_kl"])["step"] if trained else None
+        """The step of the best evaluation so far; the untrained student does not count."""
+        return best_step(self.evaluations, self.target)
+
+    @property
+    def enough(self) -> str | None:
+        """Why the run ends here, before its last step; None where it goes on."""
+        settings = self.parts.config.training.early_stopping
+        limits = settings and {"patience": settings.patience, "min_delta": settings.min_delta}
+        return had_enough(self.evaluations, self.target, **limits) if limits else None
 
     def begin(self, display: Display, trackers: Trackers) -> None:
         """The output folder is open from now on."""
@@ -63,34 +80,46 @@ class Progress:
 
     def evaluate(self) -> None:
         """A held-out evaluation of the student as it is, where there are held-out prompts."""
-        parts, config = self.parts, self.parts.config
+        parts = self.parts
         if parts.held_out is None:
             return
         self.display.phase("evaluation")
-        result = evaluate(
-            parts.engine,
-            parts.student_parts,
-            parts.first_teachers,
-            vocab_size=parts.vocab_size,
-            limits=parts.limits,
-            ranks=parts.ranks,
-            **evaluation_arguments(config, parts.held_out, parts.tokenizer.pad_token_id),
-        )
-        step, count = self.step, config.evaluation.num_rollouts_per_prompt
-        record = {"step": step, **result.record(parts.held_out.identity.label, parts.held_out.teachers)}
+        first, step = self.evaluations[0] if self.evaluations else None, self.step
+        main = look_at(parts, self.judges, MAIN_SET, first)
+        record, looks = {"step": step, **main.record}, {MAIN_SET: main}
+        for name in parts.sets:
+            looks[name] = look_at(parts, self.judges, name, first and first.get("sets", {}).get(name))
+            record.setdefault("sets", {})[name] = looks[name].record
         self.evaluations.append(record)
-        record |= change_since(self.evaluations[0], record)
         self.output.log("evaluations", [record])
         self.trackers.log_evaluation(record)
-        rows = range(0, len(result.rollouts.finished), count)[:NUM_SAMPLES]
-        self.samples["after" if step else "before"] = decode_samples(parts.tokenizer, result.rollouts, rows)
+        self._keep_samples(main)
+        for failure in (line for look in looks.values() for line in look.failures):
+            self.notice("metric", step, failure)
+        for name, look in looks.items():
+            self._tell(name, look.record)
+
+    def _keep_samples(self, look: Look) -> None:
+        """The first completion of the first prompts, as text and token by token."""
+        parts, step, rollouts = self.parts, self.step, look.evaluation.rollouts
+        rows = range(0, len(rollouts.finished), rollouts.num_rollouts)[:NUM_SAMPLES]
+        self.samples["after" if step else "before"] = decode_samples(parts.tokenizer, rollouts, rows)
         models, prompts = (parts.student_parts, parts.first_teachers), parts.held_out.student.texts[:NUM_SAMPLES]
-        view = token_view(parts.tokenizer, *models, result.group, prompts, parts.vocab_size)
+        view = token_view(parts.tokenizer, *models, look.evaluation.group, prompts, parts.vocab_size)
         self.output.log("tokens", [{"step": step, "samples": view}])
-        figure = f"{result.reverse_kl:.3f} ± {result.standard_error:.3f} nats/token"
+
+    def _tell(self, name: str, record: dict[str, Any]) -> None:
+        """A line about a set's reverse KL, and one about each of its metrics."""
+        step, where = self.step, "" if name == MAIN_SET else f"{name}: "
+        figure = f"{record['reverse_kl']:.3f} ± {record['standard_error']:.3f} nats/token"
         change, error = record["reverse_kl_change"], record["reverse_kl_change_standard_error"]
         changed = f", changed by {change:+.3f} ± {error:.3f}" if step and error is not None else ""
-        self.display.message(f"held-out reverse KL after step {step}: {figure}{changed}")
+        self.display.message(f"{where}held-out reverse KL after step {step}: {figure}{changed}")
+        for metric, figures in record.get("metrics", {}).items():
+            shown = ", ".join(
+                f"{figure} {figure_in_words(figure, figures[figure])}" for figure in shown_figures(figures)
+            )
+            self.display.message(f"{where}{metric} {shown}")
 
     def record(self, result: StepResult) -> None:
         """A finished step's lines in the logs."""

@@ -14,6 +14,8 @@ from distill.run.identity import Identity
 from distill.run.loading import Pair
 from distill.teachers import TeacherPrompts, teacher_prompts
 
+SAMPLER = ("temperature", "top_p", "top_k", "min_p")  # keys of a held-out set that say how completions are drawn
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -46,68 +48,96 @@ class Prompts:
         return Identity(student.digest, columns, further, student.columns, "" if teacher is None else teacher.digest)
 
 
-def load_prompt_sets(config: Config, pair: Pair, console: Console) -> tuple[Prompts, Prompts | None]:
-    """Training and held-out prompts; what was left out is said. Raises `ConfigError` or `PromptError`."""
-    settings = config.prompts
+def load_prompt_sets(
+    config: Config, pair: Pair, console: Console
+) -> tuple[Prompts, Prompts | None, dict[str, Prompts]]:
+    """Training and held-out prompts, and those of `evaluation.sets` by name; what was left out is said.
+
+    Raises `ConfigError` or `PromptError`.
+    """
+    settings, completion = config.prompts, config.rollout.max_new_tokens
+    train = _load(config, pair, console, settings.train, settings.limit, "rollout.max_new_tokens", completion)
+    if settings.eval is None:
+        return train, None, {}
+    held_out = _load(config, pair, console, settings.eval, settings.eval_limit, *_longest(config))
+    sets = {
+        name: _load(config, pair, console, own.prompts, own.limit, *_longest(config, name))
+        for name, own in config.evaluation.sets.items()
+    }
+    return train, held_out, sets
+
+
+def _longest(config: Config, name: str | None = None) -> tuple[str, int]:
+    """The key that says how long a completion of an evaluation, or of one of its sets, may be, and what it says."""
+    sections = {"evaluation": config.evaluation, "rollout": config.rollout}
+    if name is not None:
+        sections = {f"evaluation.sets.{name}": config.evaluation.sets[name]} | sections
+    key, section = next((key, section) for key, section in sections.items() if section.max_new_tokens is not None)
+    return f"{key}.max_new_tokens", section.max_new_tokens
+
+
+def _load(
+    config: Config, pair: Pair, console: Console, path: Path, limit: int | None, key: str, completion: int
+) -> Prompts:
+    """The prompts of a file, with room for completions that are as long as `key` says."""
+    settings, longest = config.prompts, config.prompts.max_tokens
 
     def tell(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def load(path: Path, limit: int | None, key: str, completion: int) -> Prompts:
-        longest = settings.max_tokens
-        if pair.context is not None:
-            if completion >= pair.context:
-                raise ConfigError(
-                    f"{key}: found {completion}, expected less than the models' context of {pair.context} tokens"
-                )
-            longest = min(longest, pair.context - completion)
-        with counting(console, f"reading the prompts of {path}") as watched:
-            prompts = load_prompts(
-                path,
-                pair.tokenizer,
-                column=settings.column,
-                limit=limit,
-                streaming=settings.streaming,
-                chat_template=settings.chat_template,
-                chat_template_kwargs=config.student.chat_template_kwargs,
-                system_prompt=settings.system_prompt,
-                control_tokens=settings.control_tokens,
-                max_tokens=longest,
-                watched=watched,
+    if pair.context is not None:
+        if completion >= pair.context:
+            raise ConfigError(
+                f"{key}: found {completion}, expected less than the models' context of {pair.context} tokens"
             )
-        if prompts.empty or prompts.too_long:
-            tell(
-                f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "
-                f"{prompts.too_long} of more than {longest} tokens"
-            )
-        if prompts.answered:
-            tell(f"{path}: {prompts.answered} conversations ended in an answer, which was left out")
-        seen = teacher_prompts(
-            prompts,
-            pair.teachers,
-            longest=None if pair.context is None else pair.context - completion,
-            pad_token_id=pair.tokenizer.pad_token_id,
-            special=settings.control_tokens == "special",
-            templated=settings.chat_template != "never",
-            template_arguments=config.student.chat_template_kwargs,
+        longest = min(longest, pair.context - completion)
+    with counting(console, f"reading the prompts of {path}") as watched:
+        prompts = load_prompts(
+            path,
+            pair.tokenizer,
+            column=settings.column,
+            limit=limit,
+            streaming=settings.streaming,
+            chat_template=settings.chat_template,
+            chat_template_kwargs=config.student.chat_template_kwargs,
+            system_prompt=settings.system_prompt,
+            control_tokens=settings.control_tokens,
+            max_tokens=longest,
+            watched=watched,
         )
-        return Prompts(prompts, seen, path)
+    if prompts.empty or prompts.too_long:
+        tell(
+            f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "
+            f"{prompts.too_long} of more than {longest} tokens"
+        )
+    if prompts.answered:
+        tell(f"{path}: {prompts.answered} conversations ended in an answer, which was left out")
+    if not pair.teachers:  # nobody scores what is only judged
+        return Prompts(prompts, None, path)
+    seen = teacher_prompts(
+        prompts,
+        pair.teachers,
+        longest=None if pair.context is None else pair.context - completion,
+        pad_token_id=pair.tokenizer.pad_token_id,
+        special=settings.control_tokens == "special",
+        templated=settings.chat_template != "never",
+        template_arguments=config.student.chat_template_kwargs,
+    )
+    return Prompts(prompts, seen, path)
 
-    train = load(settings.train, settings.limit, "rollout.max_new_tokens", config.rollout.max_new_tokens)
-    if settings.eval is None:
-        return train, None
-    section = "rollout" if config.evaluation.max_new_tokens is None else "evaluation"
-    longest = getattr(config, section).max_new_tokens
-    return train, load(settings.eval, settings.eval_limit, f"{section}.max_new_tokens", longest)
 
-
-def evaluation_arguments(config: Config, prompts: Prompts, pad_token_id: int) -> dict[str, Any]:
-    """On what and how `evaluate` looks at a student, as its keyword arguments."""
+def evaluation_arguments(
+    config: Config, prompts: Prompts, pad_token_id: int, name: str | None = None
+) -> dict[str, Any]:
+    """On what and how `evaluate` looks at a student, as its keyword arguments; `name` is that of a further set."""
     settings, student, teacher = config.evaluation, prompts.student, prompts.teacher
+    own = None if name is None else settings.sets[name]
+    sampler = {key: getattr(own, key) for key in SAMPLER if getattr(own, key) is not None} if own else {}
     return {
         "prompts": left_pad(student.token_ids, pad_token_id),
         "teacher_view": teacher and teacher.view(range(len(student))),
-        "num_rollouts": settings.num_rollouts_per_prompt,
-        "max_new_tokens": settings.max_new_tokens or config.rollout.max_new_tokens,
+        "num_rollouts": (own and own.num_rollouts_per_prompt) or settings.num_rollouts_per_prompt,
+        "max_new_tokens": _longest(config, name)[1],
         "seed": settings.seed,
+        **({"sampler": sampler} if sampler else {}),
     }

@@ -4,6 +4,7 @@ The trainer takes the steps. What a run is made of is in parts.py, what happens 
 is written at the end in ending.py; here stands the order in which they come, and what ends a run early.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from rich.console import Console
 from distill.config import Config, to_yaml
 from distill.run import checkpoint
 from distill.run.display import Display
+from distill.run.early_stopping import target_of
 from distill.run.ending import write_models, write_summary
+from distill.run.judges import Judges
 from distill.run.live_report import LiveReport
 from distill.run.loading import choose_device
 from distill.run.output import NoOutput, OutputError, OutputFolder
@@ -43,7 +46,8 @@ class Run:
         received_signal: Callable[[], Signals | None],
         ranks: Ranks | None = None,
     ) -> None:
-        """Loads everything and finds what to continue from. Raises what `RunParts` raises, and `OutputError`."""
+        """Loads everything and finds what to continue from. Raises what `RunParts` raises, `OutputError`, and
+        `FunctionError` for a metric."""
         self.config, self.console, self.ranks = config, console, ranks or Ranks()
         self.received_signal = lambda: self.ranks.signal(received_signal())
         began = time.monotonic(), time.process_time()
@@ -53,14 +57,20 @@ class Run:
         kind = NoOutput if self.ranks.rank else OutputFolder
         self.output = self.ranks.together(lambda: kind(config.training.output_dir), (OutputError,))
         self.report = LiveReport(self.output)
+        self._open = contextlib.ExitStack()
+        self._open.callback(self.output.release)
         try:
+            judges = Judges.of_run(config, self.ranks)
+            target = target_of(config, judges)
+            self._open.enter_context(judges)
             self.start = self._find_checkpoint()
             self.parts = RunParts(config, device, console, self.ranks, self.start)
-            self.progress = Progress(self.parts, self.output, self.start, began)
+            self._open.callback(self.parts.close)
+            self.progress = Progress(self.parts, judges, target, self.output, self.start, began)
             if self.ranks.size > 1:
                 self.parts.tell(self.ranks.describe(self.parts.student))
         except BaseException:
-            self.output.release()
+            self._open.close()
             raise
 
     def execute(self) -> int:
@@ -96,8 +106,7 @@ class Run:
             if self.ranks.rank == 0:
                 self.summary = write_summary(self.parts, progress, self.output, self.report, self.console)
         finally:
-            self.parts.close()
-            self.output.release()
+            self._open.close()
         return 0
 
     def _train_or_save(self) -> Signals | None:
@@ -117,7 +126,7 @@ class Run:
         progress, trainer, training = self.progress, self.parts.trainer, self.config.training
         if not progress.evaluations:
             progress.evaluate()
-        if progress.step == trainer.total_steps:
+        if progress.step == trainer.total_steps or progress.enough:
             return None
         if stop := self.received_signal():  # while the models were loaded
             return self._stopped(stop)
@@ -128,12 +137,17 @@ class Run:
             best_before = progress.best_step
             if evaluated := last or (training.eval_every and step % training.eval_every == 0):
                 progress.evaluate()
+            if not last and (reason := progress.enough):
+                progress.notice("early_stopping", step, f"{reason}: the run ends after step {step}")
+                last = True
             stop = self.received_signal()
             if stop and not last:
                 return self._stopped(stop)
             if saved := last or step % training.save_every == 0 or progress.best_step != best_before:
                 progress.save()
-            if (evaluated or saved) and not last:
+            if last:
+                break
+            if evaluated or saved:
                 self.report.write()
         return None
 

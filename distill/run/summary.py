@@ -1,12 +1,13 @@
 """`summary.json` and the closing table: what a finished run amounts to."""
 
 import platform
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from distill.report import before_and_after, metric_rows
 from distill.run.display import closing_table
 from distill.run.outcome import NUM_SAMPLES, Outcome
 
@@ -24,7 +25,7 @@ class Summary:
     eval_reverse_kl_reduction: float | None
     """1 is all of it."""
     eval_best_step: int | None
-    """The step after which the held-out reverse KL was lowest."""
+    """The step of the best evaluation: of the lowest held-out reverse KL, or of what early stopping looks at."""
     steps: int
     completion_tokens: int
     wall_seconds: float
@@ -45,10 +46,15 @@ class Summary:
     """Its version."""
     samples: list[dict[str, str]]
     """Held-out prompts with what the student said: `prompt`, `before`, `after`."""
+    eval_metrics: dict[str, Any] = field(default_factory=dict)
+    """By set (`main`: `prompts.eval`), metric and figure: `before`, `after`, `change`, each `mean`, `low`, `high`."""
+    eval_sets: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """By set of `evaluation.sets`, what the first four say of the main one."""
 
     def record(self) -> dict[str, Any]:
-        """As it is written."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """As it is written: without metrics and sets where there are none."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if value or name not in ("eval_metrics", "eval_sets")}
 
 
 def summarise(outcome: Outcome) -> Summary:
@@ -74,6 +80,8 @@ def summarise(outcome: Outcome) -> Summary:
         samples=[
             {"prompt": prompt, "before": first, "after": last} for prompt, first, last in outcome.shown(NUM_SAMPLES)
         ],
+        eval_metrics=before_and_after(evaluations),
+        eval_sets=outcome.of_sets,
     )
 
 
@@ -86,6 +94,11 @@ def show_summary(console: Console, summary: Summary, folder: Path) -> None:
         if (error := summary.eval_reverse_kl_change_standard_error) is not None:
             change = f"{summary.eval_reverse_kl_change:+.3f} ± {1.96 * error:.3f}"
             rows.append(("its change with the 95 % interval", "", change))
+        for name, one in summary.eval_sets.items():
+            figures = (one["reverse_kl_before"], one["reverse_kl_after"])
+            rows.append((f"{name}: held-out reverse KL", *(f"{figure:.3f}" for figure in figures)))
+        for row in metric_rows(summary.eval_metrics, every=False):
+            rows.append((row.name, row.before, f"{row.after}{row.change and ', '}{row.change}"))
         rows += [(s["prompt"], s["before"], s["after"]) for s in summary.samples[:3]]
         closing_table(console, rows)
     for line in (

@@ -226,16 +226,30 @@ class _Worker(threading.Thread):
 
 
 def _told(kind: str, record: dict[str, Any]) -> Told:
-    """The finite numbers of a record, those of a list by their place in it, and of each teacher by its name."""
+    """The finite numbers of a record, those of a list by their place in it, and of each teacher, metric and set by its
+    name."""
     figures = {}
-    teachers = {
-        f"{key}/{re.sub(r'[^a-zA-Z0-9_. -]', '_', name)}": of[key]  # all that every tracker takes in a name
-        for name, of in record.get("by_teacher", {}).items()
-        for key in of
-    }
-    for key, value in (record | teachers).items():
+    for key, value in _named(record).items():
         for place, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if key != "step" and isinstance(number, int | float) and math.isfinite(number):
                 figures[f"{kind}/{key}" if place is None else f"{kind}/{key}/{place}"] = float(number)
     # An evaluation follows the step that it is named by.
     return 2 * record["step"] + (kind == "eval"), record["step"], figures
+
+
+def _named(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's values, with those that it holds by teacher, metric and set under names that every tracker takes."""
+    found = dict(record)
+    for name, of in record.get("by_teacher", {}).items():
+        found |= {f"{key}/{_taken(name)}": value for key, value in of.items()}
+    for name, figures in record.get("metrics", {}).items():
+        for key, value in figures.items():
+            found[f"{_taken(name)}/{_taken(key)}"] = value["mean"] if isinstance(value, dict) else value
+    for name, of in record.get("sets", {}).items():
+        found |= {f"{_taken(name)}/{key}": value for key, value in _named(of).items()}
+    return found
+
+
+def _taken(name: str) -> str:
+    """All that every tracker takes in a name."""
+    return re.sub(r"[^a-zA-Z0-9_. -]", "_", name)

@@ -62,9 +62,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def json_line(record: dict[str, Any]) -> str:
     """A record as one line of JSON, with null for what is no finite number."""
+    return json.dumps(_clean(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _clean(value: Any) -> Any:
     # JSON has no NaN: a reader in another language would stumble over it.
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n"
+    if isinstance(value, dict):
+        return {key: _clean(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, content: bytes) -> None:

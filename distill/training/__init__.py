@@ -3,8 +3,9 @@
 In: models' parts, an engine, prompts. Out: a `StepResult` an optimizer step; figures of an evaluation.
 """
 
-from distill.training.comparison import Figure, compare
-from distill.training.evaluation import change_since, check_against_itself, decode_samples, evaluate
+from distill.training.accuracy import Judged, judged_figures, pass_figures, record_metrics
+from distill.training.comparison import compare
+from distill.training.evaluation import Evaluation, change_since, check_against_itself, decode_samples, evaluate
 from distill.training.ranks import Ranks
 from distill.training.rewards import Task, TaskRewards, start_tasks
 from distill.training.state import restore, state_of
@@ -13,7 +14,8 @@ from distill.training.trainer import StepResult, Trainer
 from distill.training.vllm_ranks import RankedVllmEngine
 
 __all__ = [
-    "Figure",
+    "Evaluation",
+    "Judged",
     "RankedVllmEngine",
     "Ranks",
     "StepResult",
@@ -25,6 +27,9 @@ __all__ = [
     "compare",
     "decode_samples",
     "evaluate",
+    "judged_figures",
+    "pass_figures",
+    "record_metrics",
     "restore",
     "start_tasks",
     "state_of",

@@ -1,7 +1,7 @@
 """Held-out evaluation: the exact reverse KL on the student's own completions of prompts it never trained on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,16 +90,18 @@ def evaluate(
     vocab_size: int,
     limits: MemoryLimits,
     teacher_view: TeacherView | None = None,
+    sampler: Mapping[str, float] | None = None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
     """Samples from the student on the left-padded `prompts` (ids and mask [B, P]) and scores every token exactly.
 
-    The same seed draws with the same random numbers whatever the training run has sampled in between.
+    The same seed draws with the same random numbers whatever the training run has sampled in between. `sampler` are
+    those of `SamplingOptions` that are others than the engine's.
     """
     device, ranks = student.head.weight.device, ranks or Ranks()
     prompt_ids, prompt_mask = (tensor.to(device) for tensor in prompts)
     rollouts = ranks.generate(
-        engine.variant(seed=seed, max_new_tokens=max_new_tokens),
+        engine.variant(seed=seed, max_new_tokens=max_new_tokens, **sampler or {}),
         prompt_ids,
         prompt_mask,
         num_rollouts=num_rollouts,

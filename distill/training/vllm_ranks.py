@@ -46,10 +46,10 @@ class RankedVllmEngine:
         if self._own:
             self._own.refresh()
 
-    def variant(self, *, seed: int, max_new_tokens: int) -> "RankedVllmEngine":
-        """The same engine with another seed and length."""
+    def variant(self, *, seed: int, **sampling: float) -> "RankedVllmEngine":
+        """The same engine with another seed and these `SamplingOptions`."""
         other = copy.copy(self)
-        other._own = self._own and self._own.variant(seed=seed, max_new_tokens=max_new_tokens)
+        other._own = self._own and self._own.variant(seed=seed, **sampling)
         return other
 
     def generate(self, prompt_ids: Tensor, prompt_mask: Tensor, *, num_rollouts: int, prompt_keys: Tensor) -> Rollouts:
