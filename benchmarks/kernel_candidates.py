@@ -9,6 +9,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -80,6 +81,27 @@ def cross_entropy_ours(head: Head, objective: str) -> Call:
     return call
 
 
+def rewarded_ours(head: Head, advantage: float | None = 0.5, passes: int = 1) -> Call:
+    """The reverse KL and the sampled term of a task's advantage, in one or two passes over the student's logits."""
+    task = None if advantage is None else torch.full_like(head.token_weight, advantage)
+    of_rows = head.token_ids, head.token_weight
+
+    def call():
+        teacher = head.teacher_hidden, head.teacher_weight
+        given = {"task_advantage": task if passes == 1 else None}
+        loss, _ = linear_distill_loss(*head.trained, *teacher, *of_rows, objective="reverse_kl", **given)
+        if passes == 2:
+            loss = loss + linear_distill_loss(*head.trained, None, None, *of_rows, advantage=task)[0]
+        return torch.autograd.grad(loss, head.trained)
+
+    return call
+
+
+REWARDED = {
+    "ours": rewarded_ours,
+    "without a reward": partial(rewarded_ours, advantage=None),
+    "a second pass": partial(rewarded_ours, passes=2),
+}
 BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # where the peers put our objectives on one scale
 
 

@@ -21,6 +21,7 @@ from benchmarks.kernel_candidates import (
     LINEAR,
     LOGITS,
     OBJECTIVES,
+    REWARDED,
     SAMPLE,
     check_linear,
     close_head,
@@ -143,6 +144,18 @@ def test_linear_distill_loss(compare, device, shape, objective):
         return error
 
     assert_leads(compare(group, LINEAR, make, error_of=error_of, **counts))
+
+
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_a_rewards_term_in_the_same_pass(compare, device, shape):
+    """The exact reverse KL with the sampled term of a task, without it, and with it by a pass of its own."""
+    K, V, Hs, Ht = shape
+    head = make_head(K, V, Hs, Ht, device, DTYPE)
+    flops, floor = linear_floor(K, V, Hs, Ht, device)
+    group = f"reverse_kl and a reward K {K} V {V} H {Hs}/{Ht} {DTYPE}"
+    timings = compare(group, REWARDED, lambda candidate: candidate(head), flops=flops, floor=floor)
+    ours, twice = (timings[name].median for name in ("ours", "a second pass"))
+    assert DRY or ours <= 1.05 * twice
 
 
 @pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)

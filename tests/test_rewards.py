@@ -197,14 +197,16 @@ def test_a_run_with_rewards_says_what_they_were(write_config, tmp_path, reward_f
         values = [each["rewards"]["few_spaces"] for each in own]
         expected = [1 - o["completion"].count(" ") / max(1, len(o["completion"])) + 0.1 * len(o["prompt"]) for o in own]
         assert values == pytest.approx(expected)
-        assert line["reward"] == line["reward_few_spaces"] == pytest.approx(sum(values) / len(values))
-        assert line["reward_contains"] == 0
+        assert line["reward"] == line["reward/few_spaces"] == pytest.approx(sum(values) / len(values))
+        assert line["reward/contains"] == 0
         groups = [values[i : i + 4] for i in range(0, len(values), 4)]
         contrast = sum(max(group) > min(group) for group in groups) / len(groups)
         assert (line["reward_missing"], line["reward_contrast"]) == (0, contrast)
     assert all("seconds_rewards" in line for line in read_json_lines(tmp_path / "run" / "metrics.jsonl"))
     assert not run.parts.rewards.tasks[0].grader._processes
-    assert ":few_spaces (weight 1)" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert ":few_spaces (weight 1)" in page
+    assert "all, weighted" in page
 
 
 def test_rewards_alone_are_learned(write_config, tmp_path, reward_file):
@@ -230,7 +232,7 @@ def test_a_weight_of_zero_only_watches(write_config, tmp_path, reward_file):
     execute(write_config(watched))
     execute(write_config({"training.num_rollouts_per_prompt": 4, "training.output_dir": str(tmp_path / "plain")}))
     plain, found = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "watched")
-    assert all(line["reward"] == 0 < line["reward_few_spaces"] for line in found)
+    assert all(line["reward"] == 0 < line["reward/few_spaces"] for line in found)
     assert [{key: line[key] for key in plain[0]} for line in found] == plain
     ours, theirs = weights_of(tmp_path / "plain"), weights_of(tmp_path / "watched")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

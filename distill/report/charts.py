@@ -53,9 +53,12 @@ def run_charts(metrics: Records, evaluations: Records) -> list[Chart]:
         _lines(metrics, title, unit, labels, f"{about}{mean}", window, log=title == "Gradient norm")
         for title, unit, about, labels in PER_STEP
     ]
+    rewards = {key: key.removeprefix("reward/") for r in metrics for key in r if key.startswith("reward/")}
+    rewards |= {"reward": "all, weighted"} if rewards else {}
     phases = {key: key.removeprefix("seconds_") for r in metrics for key in r if key.startswith("seconds_")}
     memory = [{"step": r["step"], "gib": r["peak_memory_bytes"] / GIB} for r in metrics if r.get("peak_memory_bytes")]
     found += [
+        _lines(metrics, "Reward", "mean of the step", rewards, mean, window),
         _noise(metrics, window),
         _lines(metrics, "Time by phase", "seconds a step", phases, mean, window),
         _lines(memory, "Memory", "GiB", {"gib": "most used so far"}, "Of the process, or of the GPU.", 1),

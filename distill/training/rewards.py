@@ -94,7 +94,7 @@ class TaskRewards:
         """Of a step's rollouts, for its line of metrics; NaN where there is no reward at all."""
         rewards, weights = rollouts.rewards, torch.tensor([task.weight for task in self.tasks]).double()
         of_each = {
-            f"reward_{task.name}": mean for task, mean in zip(self.tasks, rewards.nanmean(0).tolist(), strict=True)
+            f"reward/{task.name}": mean for task, mean in zip(self.tasks, rewards.nanmean(0).tolist(), strict=True)
         }
         total = (rewards * weights).nansum(1).view(-1, rollouts.num_rollouts)
         return {
