@@ -50,7 +50,7 @@ def test_a_run_begun_by_an_older_version_has_a_change_without_an_interval(write_
     record = Evaluation.record
     with monkeypatch.context() as older:
         older.setattr(Evaluation, "record", lambda *args: {k: v for k, v in record(*args).items() if k != "clusters"})
-        older.setattr("distill.run.progress.change_since", lambda first, last: UNKNOWN)
+        older.setattr("distill.run.held_out.change_since", lambda first, last: UNKNOWN)
         steps = []
         assert Run(load_config(path), Console(quiet=True), lambda: steps.append(1) or stop_after(steps, 1)).execute()
     run = execute(path)
