@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernels_common import assert_as_good_as_pytorch, exact, over_head_implementations, running
+from kernels_common import assert_as_good_as_pytorch, exact, over_head_implementations, over_implementations, running
 from kernels_linear import TENSORS, compare, make
 
 from distill_kernels import TokenStats, linear_distill_loss, linear_reverse_kl, reference
@@ -64,7 +64,7 @@ def test_all_options(implementation, objective):
         assert not gradients["student_hidden"][1].any()
 
 
-@over_head_implementations
+@over_implementations
 @over_objectives
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tasks_advantage_is_a_sampled_term_of_any_objective(implementation, objective, dtype):

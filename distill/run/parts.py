@@ -19,7 +19,7 @@ from distill.run.loading import Pair, choose_dtype, load_pair, make_student, mak
 from distill.run.prompt_sets import load_prompt_sets
 from distill.runtime import MemoryLimits
 from distill.teachers import FollowingTeacher
-from distill.training import Ranks, Task, TaskRewards, Trainer, check_against_itself, decode_samples, start_tasks
+from distill.training import Ranks, Task, TaskRewards, Trainer, check_against_itself, decode_samples
 
 NAMED_ONLY = (
     "a teacher's server gives no hidden states, so it names its {} likeliest tokens at each place, and the loss is at "
@@ -31,16 +31,21 @@ class RunParts:
     """Everything that is loaded or made before the first step, and stays to the end of the run."""
 
     def __init__(
-        self, config: Config, device: torch.device, console: Console, ranks: Ranks, start: Checkpoint | None
+        self,
+        config: Config,
+        device: torch.device,
+        console: Console,
+        ranks: Ranks,
+        start: Checkpoint | None,
+        tasks: Sequence[Task] = (),
     ) -> None:
-        """`start` is the checkpoint that the run continues from; its weights are not read here.
+        """`start` is the checkpoint that the run continues from; its weights are not read here. `tasks` reward it.
 
         Raises `ConfigError`, `ModelError`, `PromptError`, `ServerError` and `CheckpointError`.
         """
         self.config, self.ranks, self._console = config, ranks, console
         self.device, self.dtype = device, choose_dtype(config.training.precision, device)
         wants_compiling(config, device, ranks)  # which raises where it cannot be had, before all is loaded
-        tasks = start_tasks(config.rewards, ranks)  # whose files are the user's own
         pair = load_pair(config, self.device, self.dtype)
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         self.servers = [teacher.parts.body.server for teacher in pair.teachers if teacher.parts.elsewhere]
@@ -118,12 +123,7 @@ class RunParts:
         """SHA-256 of the files of reward functions, by the functions' references."""
         return self.rewards.files if self.rewards else {}
 
-    def close(self) -> None:
-        """Ends what runs in processes of its own."""
-        if self.rewards:
-            self.rewards.close()
-
-    def _make_rewards(self, tasks: list[Task]) -> TaskRewards | None:
+    def _make_rewards(self, tasks: Sequence[Task]) -> TaskRewards | None:
         if not tasks:
             return None
 

@@ -28,7 +28,7 @@ from distill.run.summary import Summary
 from distill.run.trackers import Trackers, check_installed
 from distill.runtime import MemoryLimitError
 from distill.servers import ServerError
-from distill.training import Ranks
+from distill.training import Ranks, started_tasks
 
 
 class Run:
@@ -47,7 +47,7 @@ class Run:
         ranks: Ranks | None = None,
     ) -> None:
         """Loads everything and finds what to continue from. Raises what `RunParts` raises, `OutputError`, and
-        `FunctionError` for a metric."""
+        `FunctionError` for a metric or a reward."""
         self.config, self.console, self.ranks = config, console, ranks or Ranks()
         self.received_signal = lambda: self.ranks.signal(received_signal())
         began = time.monotonic(), time.process_time()
@@ -64,8 +64,8 @@ class Run:
             target = target_of(config, judges)
             self._open.enter_context(judges)
             self.start = self._find_checkpoint()
-            self.parts = RunParts(config, device, console, self.ranks, self.start)
-            self._open.callback(self.parts.close)
+            tasks = self._open.enter_context(started_tasks(config.rewards, self.ranks))
+            self.parts = RunParts(config, device, console, self.ranks, self.start, tasks)
             self.progress = Progress(self.parts, judges, target, self.output, self.start, began)
             if self.ranks.size > 1:
                 self.parts.tell(self.ranks.describe(self.parts.student))

@@ -7,7 +7,7 @@ from distill.training.accuracy import Judged, judged_figures, pass_figures, reco
 from distill.training.comparison import compare
 from distill.training.evaluation import Evaluation, change_since, check_against_itself, decode_samples, evaluate
 from distill.training.ranks import Ranks
-from distill.training.rewards import Task, TaskRewards, start_tasks
+from distill.training.rewards import Task, TaskRewards, started_tasks
 from distill.training.state import restore, state_of
 from distill.training.token_records import token_view
 from distill.training.trainer import StepResult, Trainer
@@ -31,7 +31,7 @@ __all__ = [
     "pass_figures",
     "record_metrics",
     "restore",
-    "start_tasks",
+    "started_tasks",
     "state_of",
     "token_view",
 ]

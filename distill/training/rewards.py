@@ -10,9 +10,10 @@ does not depend on r (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline
 moves nothing. Divided by the spread of the prompt's rewards (GRPO, Shao et al. 2024) that gradient is another one.
 """
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -37,22 +38,27 @@ class Task(NamedTuple):
     grader: Grader
 
 
-def start_tasks(rewards: Sequence[RewardConfig], ranks: Ranks) -> list[Task]:
-    """The tasks of the configuration; on rank 0, which judges for all, each in a process. Raises `FunctionError`."""
+@contextlib.contextmanager
+def started_tasks(rewards: Sequence[RewardConfig], ranks: Ranks) -> Iterator[list[Task]]:
+    """The tasks of the configuration, within this context; on rank 0, which judges for all, each in a process.
+
+    Raises `FunctionError`, on every rank.
+    """
     functions = [resolve(reward.function, "rewards") for reward in rewards]
+    limits = [{"timeout_seconds": reward.timeout_seconds, "memory_gib": reward.memory_gib} for reward in rewards]
     tasks = [
-        Task(
-            name, reward.weight, Grader(function, timeout_seconds=reward.timeout_seconds, memory_gib=reward.memory_gib)
-        )
-        for name, reward, function in zip(names(functions), rewards, functions, strict=True)
+        Task(name, reward.weight, Grader(function, **limit))
+        for name, reward, function, limit in zip(names(functions), rewards, functions, limits, strict=True)
     ]
+    with contextlib.ExitStack() as running:
 
-    def start() -> None:
-        for task in tasks if ranks.rank == 0 else ():
-            task.grader.start()
+        def start() -> None:
+            for task in tasks if ranks.rank == 0 else ():
+                running.callback(task.grader.close)
+                task.grader.start()
 
-    ranks.together(start, (FunctionError,))
-    return tasks
+        ranks.together(start, (FunctionError,))
+        yield tasks
 
 
 class TaskRewards:
@@ -109,11 +115,6 @@ class TaskRewards:
         """Each rollout's rewards by their names."""
         known = [[None if math.isnan(x) else x for x in row] for row in rollouts.rewards.tolist()]
         return [dict(zip((task.name for task in self.tasks), row, strict=True)) for row in known]
-
-    def close(self) -> None:
-        """Ends the functions' processes."""
-        for task in self.tasks:
-            task.grader.close()
 
     def _judged(self, rollouts: Rollouts, prompts: Sequence[int]) -> list[list[float]]:
         """[F][R], the same on every rank."""
