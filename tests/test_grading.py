@@ -511,13 +511,9 @@ def test_mathematical_answers():
     assert "finds no answer" in found[-1].error
 
 
-def test_a_thousand_calls_take_next_to_no_time():
+def test_a_thousand_calls_of_one_process():
     calls = [({"prompt": "x" * 200, "answer": str(index % 3)}, str(index % 2)) for index in range(1000)]
-    with Grader(resolve("exact_match", "key")) as grader:
-        seconds = []
-        for _ in range(5):
-            began = time.perf_counter()
-            found = grader.grades(calls)
-            seconds.append(time.perf_counter() - began)
-    assert [grade.value for grade in found[:6]] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert min(seconds) < 0.5  # here a fortieth of that
+    with Grader(resolve("exact_match", "key"), processes=1) as grader:
+        found = [grader.grades(calls) for _ in range(2)]
+    expected = [float(index % 3 == index % 2) for index in range(1000)]
+    assert [[grade.value for grade in grades] for grades in found] == [expected] * 2
