@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,8 +27,9 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill.config import Config
-from distill.loss import GroupGradient, LossOptions, ModelParts, Rollouts, TeacherView
-from distill.loss.advantage import advantages
+from distill.loss import Group, GroupGradient, LossOptions, ModelParts, Rollouts, TeacherView
+from distill.loss.advantage import advantages, task_credit
+from distill.loss.gradients import token_weights
 from distill.models import Head
 from distill.prompts import left_pad
 from distill.run import layer_choice
@@ -194,6 +196,9 @@ def figures() -> None:
     for baseline, discount in product(("none", "group", "exact"), (0, 0.5, 1)):
         credit = advantages(stats, lengths, index, LossOptions(baseline=baseline, discount=discount))
         assert (credit.shape, credit.device.type) == ((K,), "cuda")
+    rewarded = replace(found.rollouts, rewards=torch.zeros(6, 2).cuda(), task_advantage=torch.zeros(6).cuda())
+    group = Group.of(rewarded.planned_on_host())  # of a checkpoint, whose rollouts were brought to the device
+    assert task_credit(group, token_weights(lengths, "sequence")).device.type == "cpu"
 
     layer_choice.make_engine = lambda *_: Engine()
     config = Config(student={"model": "one"}, teacher={"model": "other"}, prompts={"train": "some"})

@@ -42,10 +42,7 @@ class Rollouts:
         )
 
     def planned_on_host(self) -> "Rollouts":
-        """With masks and lengths where the steps' plans are made, so that no step waits for an accelerator."""
-        return replace(
-            self,
-            prompt_mask=self.prompt_mask.cpu(),
-            completion_lengths=self.completion_lengths.cpu(),
-            finished=self.finished.cpu(),
-        )
+        """With masks, lengths and rewards where the steps' plans are made, so that no step waits for an accelerator."""
+        names = ("prompt_mask", "completion_lengths", "finished", "rewards", "task_advantage")
+        planned = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: values.cpu() for name, values in planned.items() if values is not None})
