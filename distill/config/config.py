@@ -115,18 +115,15 @@ class Config(BaseSettings):
         return self
 
     def _check_evaluations(self) -> None:
-        settings, training = self.evaluation, self.training
-        if self.prompts.eval is not None:
-            return
         wants = {
-            "training.eval_every": training.eval_every,
-            "evaluation.metrics": settings.metrics and not settings.sets,
-            "training.early_stopping": training.early_stopping,
+            "training.eval_every": self.training.eval_every,
+            "training.early_stopping": self.training.early_stopping,
+            "evaluation.metrics": self.evaluation.metrics,
+            "evaluation.sets": self.evaluation.sets,
         }
-        if found := [key for key, value in wants.items() if value]:
+        found = [key for key, value in wants.items() if value]
+        if found and self.prompts.eval is None:
             raise ValueError(f"{found[0]} is set, but prompts.eval names no file")
-        if settings.sets:
-            raise ValueError("evaluation.sets are looked at beside prompts.eval, which names no file")
 
     def _check_rewards(self) -> None:
         loss = self.loss
