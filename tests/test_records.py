@@ -197,4 +197,4 @@ def test_a_checkpoint_of_an_older_version_goes_on(write_config, tmp_path):
         del found.state[name]
     for section, key in (("rollout", "stop_ids"), ("student", "chat_template_kwargs"), ("prompts", "system_prompt")):
         del found.state["config"][section][key]
-    checkpoint.accept(found, run.parts.config, run.parts.prompts.identity, run.parts.student)
+    checkpoint.accept(found, run.parts.config, run.parts.prompts.identity, run.parts.student, {})
