@@ -5,14 +5,13 @@ Over ranks the first alone has processes for them; the others wait for what it f
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 from distill.config import Config, ConfigError
-from distill.grading import FunctionError, Grade, Grader, GradingFunction, names, resolve
+from distill.grading import Grade, Grader, GradingFunction, names, resolve
 from distill.loss import Rollouts
 from distill.report import MAIN_SET
-from distill.training import Judged, Ranks, decode_samples
+from distill.training import Judged, Ranks, calls_of, running
 
 
 class Judges:
@@ -55,20 +54,11 @@ class Judges:
 
     def __enter__(self) -> Self:
         """Starts them; raises `FunctionError` on every rank where one cannot be loaded."""
-        try:
-            self._ranks.together(self._start, (FunctionError,))
-        except BaseException:
-            self._open.close()
-            raise
+        self._open.enter_context(running(self._graders.values(), self._ranks))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
-
-    def _start(self) -> None:
-        for grader in self._graders.values() if self._ranks.rank == 0 else ():
-            self._open.callback(grader.close)
-            grader.start()
 
     def __call__(
         self, name: str, tokenizer: Any, records: Sequence[Mapping[str, Any]], rollouts: Rollouts
@@ -76,20 +66,10 @@ class Judges:
         """What each of a set's metrics says of the rollouts of prompts with these records; on every rank."""
         if not self._functions[name]:
             return {}
-        if self._ranks.size == 1:
-            return self._judge(name, tokenizer, records, rollouts)
-        with ThreadPoolExecutor(1) as background:
-            first = self._ranks.rank == 0
-            future = background.submit(self._judge, name, tokenizer, records, rollouts) if first else None
-            self._ranks.wait_for_first(future)
-            found = future and future.result()
-        return {metric: Judged(*each) for metric, each in self._ranks.of_first(found).items()}
+        found = self._ranks.by_first(lambda: self._judge(name, calls_of(tokenizer, records, rollouts)))
+        return {metric: Judged(*each) for metric, each in found.items()}
 
-    def _judge(
-        self, name: str, tokenizer: Any, records: Sequence[Mapping[str, Any]], rollouts: Rollouts
-    ) -> dict[str, Judged]:
-        texts = decode_samples(tokenizer, rollouts, range(len(rollouts.finished)))
-        calls = [(records[row // rollouts.num_rollouts], text) for row, text in enumerate(texts)]
+    def _judge(self, name: str, calls: Sequence[tuple[Mapping[str, Any], str]]) -> dict[str, Judged]:
         found = {}
         for metric, function in self._functions[name].items():
             grades: list[Grade] = self._graders[function.reference].grades(calls)

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from distill.config import Config
-from distill.loss import LossOptions, ModelParts, Rollouts, check_sharing
+from distill.loss import LossOptions, ModelParts, check_sharing
 from distill.models import describe, split_head
 from distill.prompts import epoch_batches, epoch_order, left_pad
 from distill.rollout import choose_dtype as choose_rollout_dtype
@@ -19,7 +19,7 @@ from distill.run.loading import Pair, choose_dtype, load_pair, make_student, mak
 from distill.run.prompt_sets import load_prompt_sets
 from distill.runtime import MemoryLimits
 from distill.teachers import FollowingTeacher
-from distill.training import Ranks, Task, TaskRewards, Trainer, check_against_itself, decode_samples
+from distill.training import Ranks, Task, TaskRewards, Trainer, check_against_itself
 
 NAMED_ONLY = (
     "a teacher's server gives no hidden states, so it names its {} likeliest tokens at each place, and the loss is at "
@@ -126,12 +126,8 @@ class RunParts:
     def _make_rewards(self, tasks: Sequence[Task]) -> TaskRewards | None:
         if not tasks:
             return None
-
-        def decode(rollouts: Rollouts) -> list[str]:
-            return decode_samples(self.tokenizer, rollouts, range(len(rollouts.finished)))
-
         scale = self.config.loss.scale_rewards
-        return TaskRewards(tasks, self.prompts.student.records, decode, scale=scale, ranks=self.ranks)
+        return TaskRewards(tasks, self.prompts.student.records, self.tokenizer, scale=scale, ranks=self.ranks)
 
     @property
     def teacher_weights(self) -> dict[str, torch.Tensor]:

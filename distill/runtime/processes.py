@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from signal import Signals
 from typing import Any, Self, TypeVar
@@ -181,6 +181,18 @@ class Processes:
         """Returns on every rank when rank 0's `future` is done, however long that takes."""
         while self.of_first(self.rank == 0 and bool(wait([future], self._timeout_s / 10).not_done)):
             pass
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What rank 0's `work()` gives, anything that JSON holds, on every rank, however long it takes."""
+        if self.size == 1:
+            return work()
+        background = ThreadPoolExecutor(1)
+        try:
+            future = background.submit(work) if self.rank == 0 else None
+            self.wait_for_first(future)
+            return self.of_first(future and future.result())
+        finally:
+            background.shutdown(wait=False)  # where another rank is gone, nobody waits for it
 
     def tensors_of_first(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Rank 0's `tensors` on every rank's `device`."""

@@ -6,6 +6,7 @@ In: models' parts, an engine, prompts. Out: a `StepResult` an optimizer step; fi
 from distill.training.accuracy import Judged, judged_figures, pass_figures, record_metrics
 from distill.training.comparison import compare
 from distill.training.evaluation import Evaluation, change_since, check_against_itself, decode_samples, evaluate
+from distill.training.judging import calls_of, running
 from distill.training.ranks import Ranks
 from distill.training.rewards import Task, TaskRewards, started_tasks
 from distill.training.state import restore, state_of
@@ -22,6 +23,7 @@ __all__ = [
     "Task",
     "TaskRewards",
     "Trainer",
+    "calls_of",
     "change_since",
     "check_against_itself",
     "compare",
@@ -31,6 +33,7 @@ __all__ = [
     "pass_figures",
     "record_metrics",
     "restore",
+    "running",
     "started_tasks",
     "state_of",
     "token_view",

@@ -14,7 +14,6 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,8 +21,9 @@ import torch
 from torch import Tensor
 
 from distill.config import RewardConfig
-from distill.grading import FunctionError, Grade, Grader, names, resolve
+from distill.grading import Grade, Grader, names, resolve
 from distill.loss import Rollouts
+from distill.training.judging import calls_of, running
 from distill.training.ranks import Ranks
 
 SHOWN = 3  # reasons of a batch's failures
@@ -50,14 +50,7 @@ def started_tasks(rewards: Sequence[RewardConfig], ranks: Ranks) -> Iterator[lis
         Task(name, reward.weight, Grader(function, **limit))
         for name, reward, function, limit in zip(names(functions), rewards, functions, limits, strict=True)
     ]
-    with contextlib.ExitStack() as running:
-
-        def start() -> None:
-            for task in tasks if ranks.rank == 0 else ():
-                running.callback(task.grader.close)
-                task.grader.start()
-
-        ranks.together(start, (FunctionError,))
+    with running([task.grader for task in tasks], ranks):
         yield tasks
 
 
@@ -68,15 +61,15 @@ class TaskRewards:
         self,
         tasks: Sequence[Task],
         records: Sequence[dict[str, Any]],
-        decode: Callable[[Rollouts], list[str]],
+        tokenizer: Any,
         *,
         scale: bool,
         ranks: Ranks,
     ) -> None:
-        """`records` are the prompts' by their index, `decode` gives the texts of all rollouts."""
-        self.tasks, self._records, self._decode = tasks, records, decode
+        """`records` are the prompts' by their index."""
+        self.tasks, self._records, self._tokenizer = tasks, records, tokenizer
         self._scale, self._ranks = scale, ranks
-        self._thread = ThreadPoolExecutor(1) if ranks.size > 1 and ranks.rank == 0 else None
+        self._weights = torch.tensor([task.weight for task in tasks], dtype=torch.float64)
         self.report: Callable[[str], None] = lambda message: None
 
     @property
@@ -87,22 +80,21 @@ class TaskRewards:
 
     def __call__(self, rollouts: Rollouts, prompts: Sequence[int]) -> Rollouts:
         """The rollouts of these prompts with their rewards and, where one is trained on, what that is worth."""
-        rewards = torch.tensor(self._judged(rollouts, prompts), dtype=torch.float64).T
-        weights = torch.tensor([task.weight for task in self.tasks], dtype=torch.float64)
-        if not weights.any():
+        judged = self._ranks.by_first(lambda: self._judge(rollouts, prompts))
+        rewards = torch.tensor(judged, dtype=torch.float64).T
+        if not self._weights.any():
             return replace(rollouts, rewards=rewards)
         index = torch.arange(len(rewards)) // rollouts.num_rollouts
-        return replace(
-            rollouts, rewards=rewards, task_advantage=task_advantages(rewards, weights, index, scale=self._scale)
-        )
+        advantage = task_advantages(rewards, self._weights, index, scale=self._scale)
+        return replace(rollouts, rewards=rewards, task_advantage=advantage)
 
     def figures(self, rollouts: Rollouts) -> dict[str, float]:
         """Of a step's rollouts, for its line of metrics; NaN where there is no reward at all."""
-        rewards, weights = rollouts.rewards, torch.tensor([task.weight for task in self.tasks]).double()
+        rewards = rollouts.rewards
         of_each = {
             f"reward/{task.name}": mean for task, mean in zip(self.tasks, rewards.nanmean(0).tolist(), strict=True)
         }
-        total = (rewards * weights).nansum(1).view(-1, rollouts.num_rollouts)
+        total = (rewards * self._weights).nansum(1).view(-1, rollouts.num_rollouts)
         return {
             "reward": total.mean().item(),
             "reward_spread": total.std(1).mean().item() if rollouts.num_rollouts > 1 else math.nan,
@@ -116,17 +108,9 @@ class TaskRewards:
         known = [[None if math.isnan(x) else x for x in row] for row in rollouts.rewards.tolist()]
         return [dict(zip((task.name for task in self.tasks), row, strict=True)) for row in known]
 
-    def _judged(self, rollouts: Rollouts, prompts: Sequence[int]) -> list[list[float]]:
-        """[F][R], the same on every rank."""
-        if self._ranks.size == 1:
-            return self._judge(rollouts, prompts)
-        judged = self._thread and self._thread.submit(self._judge, rollouts, prompts)
-        self._ranks.wait_for_first(judged)
-        return self._ranks.of_first(judged and judged.result())
-
     def _judge(self, rollouts: Rollouts, prompts: Sequence[int]) -> list[list[float]]:
-        texts = self._decode(rollouts)
-        calls = [(self._records[prompts[row // rollouts.num_rollouts]], text) for row, text in enumerate(texts)]
+        """[F][R]."""
+        calls = calls_of(self._tokenizer, [self._records[prompt] for prompt in prompts], rollouts)
         found = []
         for task in self.tasks:
             grades = task.grader.grades(calls)
