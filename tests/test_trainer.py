@@ -17,6 +17,7 @@ from distill.models import split_head
 from distill.rollout import SamplingOptions, local_engine
 from distill.runtime import PhaseClock
 from distill.training import Trainer
+from distill.training.trainer import Lesson
 from distill_kernels.chunks import WORKSPACE_BYTES
 
 aten = torch.ops.aten
@@ -192,7 +193,7 @@ def test_a_step_waits_for_its_metrics_only(trainer, loss, monkeypatch):
     monkeypatch.setattr("distill.runtime.clock._pinned", watch.pin)
     copies, waits = watch.modes()
     with copies, waits:
-        metrics, _ = made._step(Group.of(rollouts), groups_in_batch=1)
+        metrics, *_ = made.step(Group.of(rollouts), Lesson(made.teachers, made.loss_options, 1e-5, {}))
     assert metrics["reverse_kl_exact"] > 0
     assert watch.waits == ["tolist"]
 

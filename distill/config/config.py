@@ -80,7 +80,7 @@ class Config(BaseSettings):
             return self.teacher.server_gives
         if self._needs_whole_distribution():
             return "hidden"
-        return "sampled" if self.loss.objective in OF_SAMPLED_TOKENS else "auto"
+        return "auto" if self._compares_distributions() else "sampled"
 
     @property
     def rewarded(self) -> bool:
@@ -96,6 +96,7 @@ class Config(BaseSettings):
                 "number of steps"
             )
         self._check_loss()
+        self._check_answers()
         self._check_served_teacher()
         self._check_following_teacher()
         if self.training.parallel == "shard" and (
@@ -124,6 +125,38 @@ class Config(BaseSettings):
         found = [key for key, value in wants.items() if value]
         if found and self.prompts.eval is None:
             raise ValueError(f"{found[0]} is set, but prompts.eval names no file")
+
+    def _check_answers(self) -> None:
+        training, M = self.training, self.training.off_policy_sequences
+        unused = {
+            "prompts.answers": self.prompts.answers,
+            "prompts.answer_column": self.prompts.answer_column,
+        }
+        trained_on = training.warm_start or training.off_policy_fraction
+        if found := [key for key, value in unused.items() if value and not trained_on]:
+            raise ValueError(
+                f"{found[0]} is for training.warm_start and training.off_policy_fraction, and neither is set"
+            )
+        if training.max_steps == 0 and not training.warm_start:
+            raise ValueError(
+                "training.max_steps is 0, which leaves a warm start alone, and training.warm_start is absent"
+            )
+        if not training.off_policy_fraction:
+            if training.off_policy_objective:
+                raise ValueError("training.off_policy_objective is set, and training.off_policy_fraction is 0")
+            return
+        sequences = training.prompts_per_step * training.num_rollouts_per_prompt
+        if M in (0, sequences):
+            raise ValueError(
+                f"training.off_policy_fraction {training.off_policy_fraction} of a step's {sequences} sequences "
+                f"(training.prompts_per_step times num_rollouts_per_prompt) is rounded to {M}, which leaves "
+                f"{'no answer' if M == 0 else 'no rollout'}: set another fraction, or take more sequences"
+            )
+        if self.loss.objective == "rewards" and not training.off_policy_objective:
+            raise ValueError(
+                "training.off_policy_fraction is set, and loss.objective rewards says nothing of written answers: set "
+                "training.off_policy_objective"
+            )
 
     def _check_rewards(self) -> None:
         loss = self.loss
@@ -188,19 +221,19 @@ class Config(BaseSettings):
         served = self.teacher.served()
         if not served:
             return
-        gives, objective = self.teacher.server_gives, self.loss.objective
+        gives, objective = self.teacher.server_gives, self._compares_distributions()
         for key, section in served.items():
             if section.offload or section.precision in ("int8", "int4"):
                 what = "offload" if section.offload else f"precision {section.precision}"
                 raise ValueError(f"{key}.{what} is of weights here, and {key}.server has them elsewhere: leave one out")
-        if gives == "sampled" and objective not in OF_SAMPLED_TOKENS:
+        if gives == "sampled" and objective:
             raise ValueError(
-                f"loss.objective is {objective!r}, which compares distributions, and teacher.server_gives is sampled: "
-                f"set that to hidden or top_k, or the objective to sampled_reverse_kl"
+                f"{objective} compares distributions, and teacher.server_gives is sampled: set that to hidden or "
+                f"top_k, or the objective to sampled_reverse_kl (on written answers, to cross_entropy)"
             )
-        if gives == "top_k" and objective in OF_SAMPLED_TOKENS:
+        if gives == "top_k" and not objective:
             raise ValueError(
-                f"teacher.server_gives is top_k, and {objective} asks of the sampled tokens only: leave "
+                f"teacher.server_gives is top_k, and {self.loss.objective} asks of the sampled tokens only: leave "
                 f"teacher.server_gives out, or set another loss.objective"
             )
         if gives in ("sampled", "top_k") and (needs := self._needs_whole_distribution()):
@@ -208,6 +241,18 @@ class Config(BaseSettings):
                 f"{needs} needs the teacher's whole distribution, of which its server says too little with "
                 f"teacher.server_gives {gives}: set that to hidden"
             )
+
+    def _compares_distributions(self) -> str:
+        """Which objective asks a teacher about more than the tokens that were sampled; empty where none does."""
+        training, of_answers = self.training, self.training.off_policy_objective
+        warm = training.warm_start and training.warm_start.objective
+        found = {
+            f"loss.objective {self.loss.objective}": self.loss.objective not in OF_SAMPLED_TOKENS,
+            f"training.warm_start.objective {warm}": warm == "forward_kl",
+            f"training.off_policy_objective {of_answers or 'reverse_kl'}": training.off_policy_fraction
+            and of_answers != "cross_entropy",
+        }
+        return next((what for what, does in found.items() if does), "")
 
     def _needs_whole_distribution(self) -> str:
         """What needs more of a teacher than its likeliest tokens, whatever the objective; empty where nothing does."""

@@ -53,6 +53,7 @@ Template = Annotated[
     str, written_as(r"auto|never|.*\.jinja", "auto, never, or the path of a .jinja file"), AfterValidator(no_nul)
 ]
 Device = Annotated[str, written_as(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:INDEX, as cuda:0")]
+RepositoryName = Annotated[str, written_as(r"[\w.-]{1,96}/[\w.-]{1,96}", "OWNER/NAME, as on the Hugging Face hub")]
 Attention = Annotated[
     str, written_as(r"[a-z0-9_]+", "auto, or a name such as sdpa: small letters, digits and underscores")
 ]
@@ -91,6 +92,12 @@ class PromptsConfig(Section):
     """System message of the prompts that have none of their own, for the student and whoever sees what it sees."""
     max_tokens: Positive = 1024
     """Prompts of more tokens than this are left out, counted and reported."""
+    answers: FilePath | None = None
+    """Records with written answers for `training.warm_start` and `training.off_policy_fraction`, in any of the forms of
+    `train`; absent: those of `train` that have one."""
+    answer_column: str | None = Field(None, min_length=1)
+    """Column with the answer, as text or as a list with one message of the assistant's; absent: `completion`, else a
+    conversation's last turn where that is the assistant's."""
     control_tokens: Literal["text", "special"] = "text"
     """What a prompt's spelled-out control tokens (`<|im_end|>`) are: text like any other, or the tokens themselves."""
     shuffle: bool = True
@@ -150,6 +157,30 @@ class RolloutConfig(Section):
         return self
 
 
+class WarmStartConfig(Section):
+    steps: Positive | None = None
+    """Optimizer steps; this or `epochs`."""
+    epochs: Positive | None = None
+    """Passes over the answers; this or `steps`."""
+    objective: Literal["cross_entropy", "forward_kl"] = "cross_entropy"
+    """What is minimised at the answers' tokens: `cross_entropy`, which asks no teacher; `forward_kl` to the teacher."""
+    learning_rate: Number | None = Field(None, gt=0)
+    """Adam's step size, with the warm-up and the schedule of `training` over these steps; `training.learning_rate` if
+    absent."""
+    answers_per_step: Positive | None = None
+    """Answers in one optimizer step; if absent as many as a step has rollouts."""
+
+    @model_validator(mode="after")
+    def _length(self) -> "WarmStartConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("a warm start has either steps or epochs: set one of them")
+        return self
+
+    def total_steps(self, answers: int, per_step: int) -> int:
+        """Its optimizer steps, with so many answers in all and in a step."""
+        return self.steps or self.epochs * math.ceil(answers / per_step)
+
+
 class TrainingConfig(Section):
     num_rollouts_per_prompt: Positive = 1
     """Rollouts sampled for each prompt (N); they share one optimizer step."""
@@ -169,8 +200,15 @@ class TrainingConfig(Section):
     """A step whose loss or gradient is not finite is skipped; more than this many in a row end the run."""
     num_epochs: Positive = 1
     """Passes over the training prompts."""
-    max_steps: Positive | None = None
-    """Stop after this many optimizer steps, if the epochs hold more."""
+    max_steps: Annotated[Integer, Field(ge=0)] | None = None
+    """Stop after this many optimizer steps, if the epochs hold more; 0: after the warm start."""
+    warm_start: WarmStartConfig | None = None
+    """Train on written answers (`prompts.answers`) before the first rollout; absent: not."""
+    off_policy_fraction: Number = Field(0.0, ge=0, lt=1)
+    """Part of a step's sequences that are written answers (`prompts.answers`) in place of rollouts."""
+    off_policy_objective: Literal["reverse_kl", "forward_kl", "jsd", "cross_entropy"] | None = None
+    """What is minimised on those answers; absent: `loss.objective`, for `sampled_reverse_kl` its expectation at each
+    position, which is reverse_kl."""
     tokens_per_micro_batch: Positive | Literal["auto"] = "auto"
     """Prompt and completion tokens in one forward and backward pass; lowers memory, never changes the gradient. Too
     many are halved by themselves. `auto`: on a GPU, which spends each pass's launches whatever its size, as many as fit
@@ -212,19 +250,34 @@ class TrainingConfig(Section):
     """Continue from a checkpoint although the file of a reward function has changed since."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
     """Experiment trackers that are told every step and evaluation."""
+    hub_id: RepositoryName | None = None
+    """Name on the Hugging Face hub, as OWNER/NAME, to which the trained model is pushed at the end; absent: nowhere."""
+    hub_private: bool = True
+    """Make that a private repository, if it is not there yet."""
 
     def total_steps(self, batch_sizes: Iterable[int]) -> int:
         """Optimizer steps of a run whose epochs have batches of so many prompts."""
         steps = self.num_epochs * sum(math.ceil(size / self.prompts_per_step) for size in batch_sizes)
-        return min(steps, self.max_steps or steps)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
-    def learning_rate_at(self, step: int, total_steps: int) -> float:
-        """The learning rate of optimizer step `step`, counted from 0."""
+    @property
+    def off_policy_sequences(self) -> int:
+        """Sequences of a whole step that are written answers."""
+        return round(self.off_policy_fraction * self.prompts_per_step * self.num_rollouts_per_prompt)
+
+    @property
+    def sampled_rollouts(self) -> int:
+        """Rollouts that are sampled for each prompt: N, or as many as written answers leave of them, rounded up."""
+        return max(1, self.num_rollouts_per_prompt - self.off_policy_sequences // self.prompts_per_step)
+
+    def learning_rate_at(self, step: int, total_steps: int, highest: float | None = None) -> float:
+        """The learning rate of optimizer step `step`, counted from 0; `highest` in place of `learning_rate`."""
+        highest = highest or self.learning_rate
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+            return highest * (step + 1) / self.warmup_steps
         remaining = 1 - (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
         shapes = {"constant": 1.0, "linear": remaining, "cosine": 0.5 * (1 - math.cos(math.pi * remaining))}
-        return self.learning_rate * shapes[self.lr_schedule]
+        return highest * shapes[self.lr_schedule]
 
 
 class LossConfig(Section):

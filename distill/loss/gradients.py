@@ -23,12 +23,16 @@ from distill_kernels import TokenStats
 class GroupGradient(NamedTuple):
     """What is known of a group once its gradient has been added up, all of it detached."""
 
-    loss: Tensor  # [] nats
+    losses: Tensor  # [2] nats: what rollouts and what written answers are of the group's loss
     stats: TokenStats  # of the group's K tokens, row 0's first
     row_gradients: Tensor | None
     """[R, H] gradient of each row's part of the loss with respect to a shift of all its hidden states."""
     agreement: Tensor
     """[2] of some evenly spaced tokens, for how many teacher and student have the same likeliest one, and how many."""
+
+    @property
+    def loss(self) -> Tensor:
+        return self.losses.sum()
 
 
 def token_weights(completion_lengths: Tensor, reduction: str, counted: Tensor | None = None) -> Tensor:
@@ -82,10 +86,9 @@ def accumulate_gradients(
         weights = weights.where(own.repeat_interleave(group.completion_lengths), 0)
     pairs = [HeadPair(student, teacher, options.temperature, vocab_size) for teacher in teachers]
     ratio_to, advantage, hidden = options.ratio_to(group), None, None
-    clip = None if ratio_to is None else options.importance_clip
     alone = options.objective == "rewards"  # then they are all that a token is credited with
-    objective = "sampled_reverse_kl" if alone else options.objective
-    fixed = {"objective": objective, "importance_clip": clip, "beta": options.beta}
+    objectives = options.objectives()
+    objectives[0]["importance_clip"] = None if ratio_to is None else options.importance_clip
     if needs_scores(options):
         scores, hidden = _score_first(pairs, teacher_hidden, group, micro_batches, options, checkpointing)
         advantage = advantages(scores, group.completion_lengths, group.prompt_index, options)
@@ -102,12 +105,12 @@ def accumulate_gradients(
         }
         if task is not None:
             each["advantage" if alone else "task_advantage"] = to_device(task[tokens], hidden.device)
-        loss, stats, agreement = _to_teachers(pairs, teacher_hidden, shares(group, rows), hidden, each, fixed)
+        losses, stats, agreement = _to_teachers(pairs, teacher_hidden, shares(group, rows), hidden, each, objectives)
         if hidden.requires_grad:
             hidden.retain_grad()
-        loss.backward()
+        losses.sum().backward()
         shifts = _row_sums(hidden.grad, group.completion_lengths[rows])
-        found.append((loss.detach(), stats, shifts, agreement[: None if own is None or own[rows[0]] else 0]))
+        found.append((losses.detach(), stats, shifts, agreement[: None if own is None or own[rows[0]] else 0]))
         hidden = None
     return _summed(found, group, micro_batches)
 
@@ -118,21 +121,23 @@ def _to_teachers(
     parts: Sequence[Share],
     hidden: Tensor,
     each: dict[str, Tensor | None],
-    options: dict,
+    objectives: tuple[dict, dict],
 ) -> tuple[Tensor, TokenStats, Tensor]:
-    """A micro-batch's loss, its statistics and which of some tokens agree, from `each` of its tokens' inputs."""
-    losses, found, agreements = [], [], []
+    """A micro-batch's loss [2], of rollouts and of written answers, its statistics and which of some tokens agree, from
+    `each` of its tokens' inputs."""
+    losses, found, agreements = ([], []), [], []
     for share in parts:
         heads, ours = pairs[share.teacher], share.of(hidden)
         theirs = heads.theirs(teacher_hidden, share.teacher, share.rows, ours)
-        inputs = {name: share.of(values) for name, values in each.items()}
-        loss, stats = heads.loss(
-            ours, theirs, **inputs | {"token_weight": share.weigh(inputs["token_weight"])}, **options
-        )
-        losses.append(loss)
+        told = {name: each[name] for name in ("token_ids", "token_weight")} if share.written else each
+        inputs = {name: share.of(values) for name, values in told.items()}
+        inputs["token_weight"] = share.weigh(inputs["token_weight"])
+        loss, stats = heads.loss(ours, theirs, **inputs, **objectives[share.written])
+        losses[share.written].append(loss)
         found.append((share, stats))
         agreements.append(heads.agreement(ours.detach(), theirs))
-    return torch.stack(losses).sum(), mixed(found, len(hidden)), torch.cat(agreements)
+    whole = torch.stack([torch.stack(each or [loss.new_zeros(())]).sum() for each in losses])
+    return whole, mixed(found, len(hidden)), torch.cat(agreements)
 
 
 def _score_first(
@@ -175,11 +180,11 @@ def _summed(found: list[tuple], group: Group, micro_batches: Sequence[Tensor]) -
     device = group.completion_ids.device
     if not found:
         zero = torch.zeros(2, device=device)
-        return GroupGradient(zero[0], in_row_order([], group, micro_batches), None, zero)
+        return GroupGradient(zero, in_row_order([], group, micro_batches), None, zero)
     losses, parts, shifts, agreements = zip(*found, strict=True)
     agree, rows = torch.cat(agreements).float(), to_device(torch.cat(list(micro_batches)), device)
     return GroupGradient(
-        torch.stack(losses).sum(),
+        torch.stack(losses).sum(0),
         in_row_order(parts, group, micro_batches),
         None if shifts[0] is None else _placed(shifts, rows, len(group.completion_lengths)),
         torch.stack([agree.sum(), torch.ones_like(agree).sum()]),

@@ -35,13 +35,14 @@ class Group(NamedTuple):
     finished: Tensor | None = None  # [R] bool, on the host: not cut by length
     teacher_view: TeacherView | None = None  # None: the first teacher sees what the student sees
     task_advantage: Tensor | None = None  # [R] float32, on the host, nats
+    written: Tensor | None = None  # [R] bool, on the host: an answer of a record, not the student's; None: none is
 
     @classmethod
     def of(cls, rollouts: Rollouts, teacher_view: TeacherView | None = None) -> "Group":
         """The group that some rollouts form."""
         mask, lengths = rollouts.prompt_mask.cpu(), rollouts.completion_lengths.cpu()
-        index = torch.arange(len(lengths)) // rollouts.num_rollouts
-        sampled = rollouts.completion_ids, lengths, index, rollouts.logprob, rollouts.sampling_logprob
+        index, logprobs = rollouts.prompt_index, (rollouts.logprob, rollouts.sampling_logprob)
+        sampled = rollouts.completion_ids, lengths, index, *logprobs
         return cls(rollouts.prompt_ids, mask, *sampled, rollouts.finished.cpu(), teacher_view, rollouts.task_advantage)
 
     @property

@@ -43,7 +43,11 @@ class HeadPair(NamedTuple):
     ) -> tuple[Tensor, TokenStats]:
         """`linear_distill_loss` of K tokens with the options of its `objective`, and the detached statistics."""
         teacher, options = self._teacher(teacher_hidden)
-        if self.teacher.head is None and (top := self.teacher.named(teacher_hidden)):
+        sampled = objective["objective"] == "sampled_reverse_kl"
+        if self.teacher.silent:  # the tokens' cross entropy, whatever else is asked
+            objective = {"advantage": torch.ones_like(token_weight)}
+            options |= {"teacher_logprob": None, "temperature": 1.0}
+        elif self.teacher.head is None and not sampled and (top := self.teacher.named(teacher_hidden)):
             options["teacher_top"] = TopTokens(*top)
         inputs = student_hidden, self.student.head.weight, *teacher, token_ids, token_weight
         return linear_distill_loss(*inputs, **objective, **options)
@@ -61,7 +65,8 @@ class HeadPair(NamedTuple):
     def agreement(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """[k] bool, k at most AGREEMENT_TOKENS: whether evenly spaced tokens have the same likeliest token."""
         if self.teacher.head is None:
-            return torch.full((1,), torch.nan, device=student_hidden.device)
+            unknown = 0 if self.teacher.silent else 1
+            return torch.full((unknown,), torch.nan, device=student_hidden.device)
         every = max(1, -(-len(student_hidden) // AGREEMENT_TOKENS))
         with OneDnnLinears():
             student, teacher = (

@@ -19,6 +19,7 @@ class ModelParts(NamedTuple):
     present: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     """Surrounds a phase in which the body computes: it may live elsewhere the rest of the time."""
     elsewhere = False  # whether another process computes the body
+    silent = False  # whether there is no teacher: the sampled token is then all that there is to learn
     one_call: bool = False
     """Whether `hidden` has to call the body once, as where its weights are gathered from other ranks for a call."""
     refresh: Callable[[], None] = lambda: None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,13 @@ class Rollouts:
     num_rollouts: int  # N
     rewards: Tensor | None = None  # [R, F] float64 on the host: of each of F tasks; NaN where it has none
     task_advantage: Tensor | None = None  # [R] float32 on the host, nats: what they are worth beside the others'
+    rows: Tensor | None = None  # [R] int64 on the host: which of B·N they are, where some are left out
+
+    @property
+    def prompt_index(self) -> Tensor:
+        """[R] int64 on the host: the prompt that each row continues."""
+        rows = torch.arange(len(self.completion_lengths)) if self.rows is None else self.rows
+        return rows // self.num_rollouts
 
     def select(self, prompts: slice) -> "Rollouts":
         """The rollouts of some prompts, without the columns that are padding in all of them."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from distill.prompts.answers import Answer, AnswerOptions, AnswerTokeniser, WrittenAnswer, answer_of
 from distill.prompts.conversations import Conversation, Message, Mixture, Tools, conversation_of, last_text, texts_in
 from distill.prompts.records import BLANK, MAX_LINE_BYTES, PromptError, Record, Records, read
 from distill.prompts.tokens import PromptTokeniser, Written
@@ -46,7 +47,11 @@ class PromptSet:
     too_long: int = 0
     """Prompts above the token limit."""
     answered: int = 0
-    """Conversations whose last message was the assistant's, which was left out."""
+    """Conversations whose last message was the assistant's, which is no part of the prompt."""
+    answers: list[Answer | None] = field(default_factory=list)
+    """The written answer to each, None where there is none; empty where they were not asked for."""
+    answers_apart: int = 0
+    """Answers that the chat template does not write right after the prompt, and that are put there as they are."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -55,6 +60,11 @@ class PromptSet:
     def digest(self) -> str:
         """Tells one set of tokenised prompts, each with its teacher, from another."""
         return _sha256([self.token_ids, self.teachers] if any(self.teachers) else self.token_ids)
+
+    @cached_property
+    def answers_digest(self) -> str:
+        """Tells one set of tokenised answers, each with its prompt, from another."""
+        return _sha256([self.digest, self.answers])
 
     def column_digests(self, columns: Iterable[str]) -> dict[str, str]:
         """SHA-256 of what each of these columns holds in `records`; of a prompt's own column, of its token ids."""
@@ -84,6 +94,7 @@ def load_prompts(
     system_prompt: str | None = None,
     control_tokens: str = "text",
     max_tokens: int = 1024,
+    answers: AnswerOptions | None = None,
     watched: Callable[[Records], Records] = iter,
 ) -> PromptSet:
     """Reads and tokenises the first `limit` records, or all, of a prompt file, a folder or a hub dataset.
@@ -91,23 +102,29 @@ def load_prompts(
     `column` holds the prompt: text, or a conversation whose last turn the student answers; absent, one of COLUMNS.
     The tokenizer's chat template is used unless `chat_template` is `never`. A conversation without a system message
     gets `system_prompt` as its own. `control_tokens` says what those are that a prompt spells out: `text`, or `special`
-    tokens. `watched` is handed the records and hands them on, to show how far it is.
+    tokens. `answers` asks for the records' written answers. `watched` is handed the records and hands them on, to show
+    how far it is.
     Raises `PromptError` for what is missing, not UTF-8, malformed, or without a usable prompt.
     """
     tokeniser = _tokeniser(tokenizer, chat_template, chat_template_kwargs or {}, system_prompt, control_tokens)
     left_out: Counter[str] = Counter()
     records = watched(islice(read(path, whole=limit is None, streaming=streaming), limit))
-    prompts = _written(records, None if path.suffix == ".txt" else column, system_prompt, tokeniser, left_out)
-    token_ids, used = [], []
+    written = AnswerTokeniser(tokeniser, answers) if answers else None
+    column = None if path.suffix == ".txt" else column
+    prompts = _written(records, column, system_prompt, tokeniser, left_out, written, answers and answers.column)
+    token_ids, used, said = [], [], []
     # Token ids are numbers met again and again: each is kept once.
     known = list(range(len(tokenizer)))
     for batch in _batches(prompts):
-        for prompt, ids in zip(batch, _encoded(batch, tokeniser), strict=True):
+        encoded = _encoded(batch, tokeniser)
+        found = _answers(batch, encoded, written) if written else [None] * len(batch)
+        for prompt, ids, answer in zip(batch, encoded, found, strict=True):
             if len(ids) > max_tokens:
                 left_out["too_long"] += 1
             elif ids:
                 token_ids.append([known[i] for i in ids])
-                used.append(prompt._replace(written=None))
+                used.append(prompt._replace(written=None, answer=None))
+                said.append(answer and answer._replace(token_ids=[known[i] for i in answer.token_ids]))
             else:
                 left_out["empty"] += 1
     if not token_ids:
@@ -124,6 +141,8 @@ def load_prompts(
         teachers=[conversation.teacher for conversation in conversations],
         records=[prompt.record for prompt in used],
         columns=tuple(sorted({conversation.column for conversation in conversations})),
+        answers=said if written else [],
+        answers_apart=written.apart if written else 0,
         **left_out,
     )
 
@@ -154,6 +173,7 @@ class _Prompt(NamedTuple):
     record: Record
     conversation: Conversation
     written: Written | None
+    answer: WrittenAnswer | None
 
 
 def _written(
@@ -162,17 +182,19 @@ def _written(
     system_prompt: str | None,
     tokeniser: PromptTokeniser,
     left_out: Counter[str],
+    answers: AnswerTokeniser | None,
+    answer_column: str | None,
 ) -> Iterator[_Prompt]:
-    """The prompts of records, those that are not used counted in `left_out`. Raises `PromptError`."""
+    """The prompts of records, those that are not used counted in `left_out`, and what they answer. Raises
+    `PromptError`."""
     for where, record in records:
         if record is None or record is BLANK:
             left_out["empty" if record is BLANK else "too_long"] += 1
             continue
         conversation = conversation_of(record, where, column)
-        messages, tools, answers = conversation.messages, conversation.tools, 0
-        while messages and messages[-1]["role"] == "assistant":
-            messages, answers = messages[:-1], 1
-        left_out["answered"] += answers
+        messages, tools = _prompt_of(conversation.messages), conversation.tools
+        turns = conversation.messages[len(messages) :]
+        left_out["answered"] += bool(turns)
         if not messages or not last_text(messages).strip():
             left_out["empty"] += 1
             continue
@@ -182,14 +204,23 @@ def _written(
             )
         if system_prompt is not None and all(message["role"] != "system" for message in messages):
             messages = [{"role": "system", "content": system_prompt}, *messages]
+        said = answer_of(record, turns, where, answer_column) if answers else None
         try:
             if sum(map(len, texts_in([messages, tools]))) > MAX_LINE_BYTES:
                 left_out["too_long"] += 1
                 continue
             written = tokeniser.write(messages, tools)
+            answer = said and answers.write(messages, said, tools)
         except UNUSABLE as error:
             raise _not_tokenised(where, error) from None
-        yield _Prompt(where, record, conversation._replace(messages=messages), written)
+        yield _Prompt(where, record, conversation._replace(messages=messages), written, answer)
+
+
+def _prompt_of(messages: list[Message]) -> list[Message]:
+    """A conversation without the assistant's turns that it ends with."""
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return messages
 
 
 def _batches(prompts: Iterator[_Prompt]) -> Iterator[list[_Prompt]]:
@@ -221,9 +252,24 @@ def _encoded(batch: list[_Prompt], tokeniser: PromptTokeniser) -> list[list[int]
     return found
 
 
-def _not_tokenised(where: str, error: Exception) -> PromptError:
+def _answers(batch: list[_Prompt], prompt_ids: Sequence[list[int]], tokeniser: AnswerTokeniser) -> list[Answer | None]:
+    """What each of some prompts is answered."""
+    answered = [(prompt, ids) for prompt, ids in zip(batch, prompt_ids, strict=True) if prompt.answer]
+    try:
+        found = iter(tokeniser.encode([prompt.answer for prompt, _ in answered], [ids for _, ids in answered]))
+    except UNUSABLE:
+        for prompt, ids in answered:  # to find which of them it was
+            try:
+                tokeniser.encode([prompt.answer], [ids])
+            except UNUSABLE as error:
+                raise _not_tokenised(prompt.where, error, "answer") from None
+        raise
+    return [next(found) if prompt.answer else None for prompt in batch]
+
+
+def _not_tokenised(where: str, error: Exception, what: str = "prompt") -> PromptError:
     """Half a surrogate pair, which JSON can write and UTF-8 cannot; a template that wants roles to alternate."""
-    return PromptError(f"{where}: this prompt cannot be tokenised: {error}")
+    return PromptError(f"{where}: this {what} cannot be tokenised: {error}")
 
 
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:

@@ -44,6 +44,7 @@ class PromptTokeniser:
         self._control = None if special else ControlTokens([token.content for token in added if token.special])
         probe = [{"role": "user", "content": PROBE}]
         # Templates for models of pictures may leave out a text that is no list of parts.
+        self._in_parts = False
         self._in_parts = templated and not self._holds(probe) and self._holds(_in_parts(probe))
 
     def __call__(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
@@ -52,27 +53,46 @@ class PromptTokeniser:
 
     def write(self, messages: Sequence[Message], tools: Tools | None = None) -> Written:
         """A prompt in the chat template, which gets messages and tools as they are, with texts marked in any depth."""
+        messages, tools, hidden = self._marked(messages, tools)
+        return _cut(self._text(messages, tools), hidden)
+
+    def write_answer(
+        self, messages: Sequence[Message], answer: Message, tools: Tools | None = None
+    ) -> tuple[Written, Written, bool]:
+        """A prompt with its answer, what stands after the prompt, and whether the template writes that there; where it
+        does not, the answer is taken as it is.
+        """
+        marked, tools, hidden = self._marked([*messages, answer], tools)
+        prompt, said = self._text(marked[:-1], tools), last_text(marked)
+        whole = self._rendered(marked, tools, answered=True) if self.templated else prompt + said
+        follows = whole.startswith(prompt)
+        return _cut(whole, hidden), _cut(whole.removeprefix(prompt) if follows else said, hidden), follows
+
+    def _marked(
+        self, messages: Sequence[Message], tools: Tools | None
+    ) -> tuple[Sequence[Message], Tools | None, list[str]]:
+        """Both with marks in the place of control tokens, and what these hide: of the tools first, so that a message
+        more changes no other's mark."""
         hidden: list[str] = []
         if self._control is not None:
             if any(mark in text for text in texts_in([*messages, tools]) for mark in (*MARKS, *ESCAPED)):
                 raise PromptError(
                     f"it holds one of the private-use characters {MARKS[0]!r} and {MARKS[1]!r}; remove them"
                 )
-            messages = [self._hidden(message, hidden) | {"role": message["role"]} for message in messages]
             tools = self._hidden(tools, hidden)
-        if self.templated:
-            text = self._rendered(_in_parts(messages) if self._in_parts else messages, tools)
-        else:
-            text = last_text(messages)
-        pieces = MARK.split(text) if hidden else [text]
-        return Written(pieces[::2], [hidden[int(index)] for index in pieces[1::2]])
+            messages = [self._hidden(message, hidden) | {"role": message["role"]} for message in messages]
+        return messages, tools, hidden
 
-    def encode(self, prompts: Sequence[Written]) -> list[list[int]]:
+    def _text(self, messages: Sequence[Message], tools: Tools | None) -> str:
+        return self._rendered(messages, tools) if self.templated else last_text(messages)
+
+    def encode(self, prompts: Sequence[Written], *, begins: bool = True) -> list[list[int]]:
         """Token ids of each: the tokenizer is called once for all beginnings, once for what is spelled out, and once
-        for what stands between.
+        for what stands between. `begins`: nothing comes before them.
         """
         # The template writes its own beginning-of-sequence token where the model wants one.
-        ids = self._called([prompt.pieces[0] for prompt in prompts], add_special_tokens=not self.templated)
+        special = begins and not self.templated
+        ids = self._called([prompt.pieces[0] for prompt in prompts], add_special_tokens=special)
         spelled = [text for prompt in prompts for text in prompt.spelled]
         between = [text for prompt in prompts for text in prompt.pieces[1:]]
         spelled_ids = iter(self._called(spelled, add_special_tokens=False, split_special_tokens=True))
@@ -88,9 +108,13 @@ class PromptTokeniser:
     def _hidden(self, value: Any, hidden: list[str]) -> Any:
         return with_texts(value, lambda text: self._control.hide(text, hidden))
 
-    def _rendered(self, messages: list[Message], tools: Tools | None = None) -> str:
+    def _rendered(self, messages: Sequence[Message], tools: Tools | None = None, *, answered: bool = False) -> str:
         return self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True, **self._arguments
+            _in_parts(messages) if self._in_parts else list(messages),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=not answered,
+            **self._arguments,
         )
 
     def _holds(self, messages: list[Message]) -> bool:
@@ -138,7 +162,13 @@ def read_template(path: Path) -> str:
     return text
 
 
-def _in_parts(messages: list[Message]) -> list[Message]:
+def _cut(text: str, hidden: Sequence[str]) -> Written:
+    """A marked text, cut where a mark hides something."""
+    pieces = MARK.split(text) if hidden else [text]
+    return Written(pieces[::2], [hidden[int(index)] for index in pieces[1::2]])
+
+
+def _in_parts(messages: Sequence[Message]) -> list[Message]:
     return [
         message if (text := message.get("content")) is None else message | {"content": [{"type": "text", "text": text}]}
         for message in messages

@@ -44,6 +44,8 @@ HARMLESS = {
     "training.eval_every",
     "training.max_bad_steps",
     "training.report_to",
+    "training.hub_id",
+    "training.hub_private",
     "training.early_stopping",
     "training.accept_changed_rewards",
     "training.parallel",  # but for rounding, as for the number of ranks
@@ -70,7 +72,8 @@ class Checkpoint(NamedTuple):
 
     @property
     def step(self) -> int:
-        return self.state["trainer"]["position"]["step"]
+        position = self.state["trainer"]["position"]
+        return position["step"] + position.get("warm", 0)
 
     @property
     def metrics(self) -> Path:
@@ -227,7 +230,12 @@ def set_aside_newer(folder: Path, step: int) -> None:
 
 
 def accept(
-    found: Checkpoint, config: Config, prompts: Identity, student: nn.Module, reward_files: Mapping[str, str]
+    found: Checkpoint,
+    config: Config,
+    prompts: Identity,
+    student: nn.Module,
+    reward_files: Mapping[str, str],
+    answers: str = "",
 ) -> None:
     """Refuses a checkpoint of a run that this one would not continue truly, naming each key, column and file."""
     state = found.state
@@ -235,6 +243,8 @@ def accept(
         raise CheckpointError(f"{found.path / 'state.json'} lacks {', '.join(sorted(missing))}")
     changed = changed_keys(state["config"], config.model_dump(mode="json"))
     changed += prompts.differences(state, config.prompts.train)
+    if answers != state.get("answers", answers):
+        changed.append(f"the answers in {config.prompts.answers or config.prompts.train} are others than before")
     if not config.training.accept_changed_rewards:
         changed += _changed_files(state.get("reward_files", {}), reward_files)
     if changed:

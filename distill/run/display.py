@@ -55,7 +55,7 @@ class Display:
         self.console = console or Console()
         self.total, self.step = total_steps, first_step
         self._phase, self._metrics, self._sample = "starting", {}, ""
-        self._history: deque[float] = deque(maxlen=16)  # what a trend is made of
+        self._name, self._history = "", deque[float](maxlen=16)  # what a trend is made of
         self._seconds, self._shown = 0.0, 0
         self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
 
@@ -78,11 +78,12 @@ class Display:
     def update(self, metrics: dict[str, Any], sample: str) -> None:
         """Shows a finished optimizer step."""
         self.step, self._metrics, self._sample = metrics["step"], metrics, " ".join(sample.split())
-        # The exact figure where there is one: the sampled one is too noisy for a trend to be seen.
-        exact = metrics["reverse_kl_exact"]
-        self._reverse_kl = exact if math.isfinite(exact) else metrics["reverse_kl"]
-        if math.isfinite(self._reverse_kl):
-            self._history.append(self._reverse_kl)
+        name, self._figure = _main_figure(metrics)
+        if name != self._name:
+            self._name = name
+            self._history.clear()
+        if math.isfinite(self._figure):
+            self._history.append(self._figure)
         self._seconds += sum(value for key, value in metrics.items() if key.startswith("seconds_"))
         self._shown += 1
         if not self.console.is_terminal:
@@ -94,7 +95,7 @@ class Display:
         shown = "" if change is None else f" (trend {change:+.3f})"
         reward = f"reward {self._metrics['reward']:.2f}  " if "reward" in self._metrics else ""
         return (
-            f"reverse KL {self._reverse_kl:.3f}{shown}  {reward}gradient {norm:.2f}  "
+            f"{self._name} {self._figure:.3f}{shown}  {reward}gradient {norm:.2f}  "
             f"{speed:.0f} tokens/s  {self._time_left()} left"
         )
 
@@ -117,6 +118,15 @@ class Display:
                 Text(f"“{self._sample}”", style="italic", overflow="ellipsis", no_wrap=False),
             ]
         return Panel(Group(*lines), title="on-policy distillation", border_style="blue")
+
+
+def _main_figure(metrics: dict[str, Any]) -> tuple[str, float]:
+    """What a step is told by, and what that is."""
+    if "cross_entropy" in metrics:  # of answers: what is learned from them, whatever a teacher says
+        return "cross entropy", metrics["cross_entropy"]
+    # The exact figure where there is one: the sampled one is too noisy for a trend to be seen.
+    exact = metrics["reverse_kl_exact"]
+    return "reverse KL", exact if math.isfinite(exact) else metrics["reverse_kl"]
 
 
 def closing_table(console: Console, rows: list[tuple[str, str, str]]) -> None:

@@ -66,12 +66,12 @@ def target_of(config: Config, judges: Judges) -> Target:
     raise ConfigError(f"{KEY}.metric: found {settings.metric!r}{meant} There are {', '.join(known)}")
 
 
-def best_step(evaluations: Evaluations, target: Target) -> int | None:
-    """The step of the first of the best evaluations; the untrained student does not count."""
+def best_step(evaluations: Evaluations, target: Target, *, since: int = 0) -> int | None:
+    """The step of the first of the best evaluations after step `since`; the student as it was then does not count."""
     best, at = -math.inf, None
     for evaluation in evaluations:
         value = target.value(evaluation)
-        if evaluation["step"] and math.isfinite(value) and value > best + ROUNDING:
+        if evaluation["step"] > since and math.isfinite(value) and value > best + ROUNDING:
             best, at = value, evaluation["step"]
     return at
 

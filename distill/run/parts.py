@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from distill.config import Config
-from distill.loss import LossOptions, ModelParts, check_sharing
+from distill.loss import Group, LossOptions, ModelParts, check_sharing
 from distill.models import describe, split_head
 from distill.prompts import epoch_batches, epoch_order, left_pad
 from distill.rollout import choose_dtype as choose_rollout_dtype
@@ -16,10 +16,22 @@ from distill.run.compiling import compile_parts, wants_compiling
 from distill.run.engines import make_engine
 from distill.run.layer_choice import choose_layers
 from distill.run.loading import Pair, choose_dtype, load_pair, make_student, make_working_copy, on_copy
-from distill.run.prompt_sets import load_prompt_sets
+from distill.run.prompt_sets import Prompts, load_answers, load_prompt_sets
 from distill.runtime import MemoryLimits
-from distill.teachers import FollowingTeacher
-from distill.training import Ranks, Task, TaskRewards, Trainer, check_against_itself
+from distill.teachers import NO_TEACHER, FollowingTeacher
+from distill.training import (
+    WARM_START,
+    Answers,
+    Mixture,
+    Ranks,
+    StepResult,
+    Task,
+    TaskRewards,
+    Trainer,
+    WarmStart,
+    check_against_itself,
+    mixture_metrics,
+)
 
 NAMED_ONLY = (
     "a teacher's server gives no hidden states, so it names its {} likeliest tokens at each place, and the loss is at "
@@ -50,6 +62,8 @@ class RunParts:
         self.tokenizer, self.vocab_size = pair.tokenizer, pair.vocab_size
         self.servers = [teacher.parts.body.server for teacher in pair.teachers if teacher.parts.elsewhere]
         self.prompts, self.held_out, self.sets = load_prompt_sets(config, pair, console)
+        answered = load_answers(config, pair, console, self.prompts)
+        self.answers = self._make_answers(answered)
         self.rewards = self._make_rewards(tasks)
         models = {id(teacher.parts.body): teacher.parts for teacher in pair.teachers}  # each once
         for model in models.values():
@@ -58,7 +72,8 @@ class RunParts:
         self.dropped_layers = self._choose_layers(pair, start)
         self.student = make_student(pair.student, config, self.dropped_layers)
         whole = ModelParts(*split_head(self.student), self.dtype)
-        of_sets = (self.prompts, *([self.held_out] if self.held_out else []), *self.sets.values())
+        further = [answered] if answered and answered is not self.prompts else []
+        of_sets = (self.prompts, *further, *([self.held_out] if self.held_out else []), *self.sets.values())
         self.notices = [("prompts", line) for prompts in of_sets for line in prompts.remarks]
         """Events of the loading, with what is said of each."""
         if config.asked_of_servers == "auto" and any(each.parts.head is None for each in pair.teachers):
@@ -77,7 +92,7 @@ class RunParts:
         if config.student.lora:
             self.tell(describe(self.student))
         if start:
-            accept(start, config, self.prompts.identity, self.student, self.reward_files)
+            accept(start, config, self.prompts.identity, self.student, self.reward_files, self.answers_digest)
         self.limits = MemoryLimits(config.training.tokens_per_micro_batch, fixed=ranks.sharded, device=device)
         steps = config.training.total_steps(map(len, self._batches(0)))
         compiled = wants_compiling(config, device, ranks, steps) and self._compile()
@@ -88,14 +103,27 @@ class RunParts:
         if config.rollout.server and ranks.rank == 0:
             self.servers.append(self.engine.server)
         self.trainer = self._make_trainer()
+        self.warm_start = self._make_warm_start()
+
+    @property
+    def total_steps(self) -> int:
+        """All optimizer steps of the run, the warm start's included."""
+        return self.warm_steps + self.trainer.total_steps
+
+    @property
+    def warm_steps(self) -> int:
+        """Those before the first rollout."""
+        return self.warm_start.total_steps if self.warm_start else 0
 
     def tell(self, line: str) -> None:
         """Prints a line as it is."""
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def texts(self, prompts: Sequence[int]) -> list[str]:
-        """The texts of some training prompts."""
-        return [self.prompts.student.texts[index] for index in prompts]
+    def texts(self, result: StepResult) -> list[str]:
+        """The texts of the prompts of a step."""
+        warm = result.metrics.get("phase") == WARM_START
+        texts = (self.answers.prompts if warm else self.prompts.student).texts
+        return [texts[index] for index in result.prompts]
 
     def environment(self) -> dict[str, Any]:
         """What the last digits of a sum depend on beside the configuration."""
@@ -122,6 +150,24 @@ class RunParts:
     def reward_files(self) -> dict[str, str]:
         """SHA-256 of the files of reward functions, by the functions' references."""
         return self.rewards.files if self.rewards else {}
+
+    @property
+    def answers_digest(self) -> str:
+        """Tells the written answers from others; empty where there are none."""
+        return self.answers.prompts.answers_digest if self.answers else ""
+
+    def _make_answers(self, answered: Prompts | None) -> Answers | None:
+        if answered is None:
+            return None
+        order = {"seed": self.config.training.seed, "shuffle": self.config.prompts.shuffle}
+        return Answers(answered.student, answered.teacher, self.tokenizer.pad_token_id, self.device, **order)
+
+    def _make_warm_start(self) -> WarmStart | None:
+        settings = self.config.training.warm_start
+        if settings is None:
+            return None
+        teachers = self.teachers if settings.objective == "forward_kl" else [NO_TEACHER]
+        return WarmStart(self.trainer, self.answers, settings, teachers)
 
     def _make_rewards(self, tasks: Sequence[Task]) -> TaskRewards | None:
         if not tasks:
@@ -184,20 +230,33 @@ class RunParts:
         order = epoch_order(count=count, seed=config.training.seed, shuffle=config.prompts.shuffle, epoch=epoch)
         return epoch_batches(order, config.prompts_per_batch)
 
+    def _loss_options(self) -> LossOptions:
+        of_written = self.config.training.off_policy_objective
+        return LossOptions(
+            **self.config.loss.of_tokens(),
+            mask_truncated=self.config.rollout.mask_truncated,
+            of_written=None if of_written == "cross_entropy" else of_written,
+        )
+
     def _make_trainer(self) -> Trainer:
         config, training = self.config, self.config.training
-        prompts, seen = self.prompts.student, self.prompts.teacher
+        prompts, seen, teachers = self.prompts.student, self.prompts.teacher, self.teachers
+        groups: dict[str, Any] = {"make_group": lambda r, indices, step: (r, Group.of(r, seen and seen.view(indices)))}
+        if training.off_policy_fraction:
+            mixture = Mixture(self.answers, training, seen, len(teachers), self.tokenizer.pad_token_id)
+            groups = {"make_group": mixture, "measure": mixture_metrics}
+            teachers = teachers if mixture.scored else [*teachers, NO_TEACHER]
         return Trainer(
             self.student,
             self.student_parts,
-            self.teachers,
+            teachers,
             self.engine,
             self._batches,
             lambda indices: left_pad([prompts.token_ids[i] for i in indices], self.tokenizer.pad_token_id),
             training,
-            LossOptions(**config.loss.of_tokens(), mask_truncated=config.rollout.mask_truncated),
+            self._loss_options(),
             vocab_size=self.vocab_size,
-            teacher_view=lambda indices: seen and seen.view(indices),
+            **groups,
             limits=self.limits,
             async_batches=config.rollout.async_batches,
             ranks=self.ranks,

@@ -19,7 +19,7 @@ from distill.run.output import OutputFolder
 from distill.run.parts import RunParts
 from distill.run.trackers import Trackers
 from distill.runtime import read_json_lines
-from distill.training import StepResult, decode_samples, restore, state_of, token_view
+from distill.training import WARM_START, StepResult, decode_samples, restore, state_of, token_view
 
 
 class Progress:
@@ -49,7 +49,18 @@ class Progress:
     @property
     def step(self) -> int:
         """Steps that are done."""
-        return self.parts.trainer.position.step
+        return self.parts.trainer.position.done
+
+    @property
+    def in_phase(self) -> int:
+        """Steps that are done of the phase at hand: of the warm start, or since its end."""
+        at = self.parts.trainer.position
+        return at.step if at.warm == self.parts.warm_steps else at.warm
+
+    @property
+    def warm_start_ends(self) -> bool:
+        """Whether the last step was the warm start's last one."""
+        return 0 < self.step == self.parts.warm_steps
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -60,21 +71,25 @@ class Progress:
     @property
     def best_step(self) -> int | None:
         """The step of the best evaluation so far; the untrained student does not count."""
-        return best_step(self.evaluations, self.target)
+        return best_step(self.evaluations, self.target, since=self.parts.warm_steps)
 
     @property
     def enough(self) -> str | None:
         """Why the run ends here, before its last step; None where it goes on."""
         settings = self.parts.config.training.early_stopping
         limits = settings and {"patience": settings.patience, "min_delta": settings.min_delta}
-        return had_enough(self.evaluations, self.target, **limits) if limits else None
+        since = [each for each in self.evaluations if each["step"] >= self.parts.warm_steps]
+        return had_enough(since, self.target, **limits) if limits else None
 
     def begin(self, display: Display, trackers: Trackers) -> None:
         """The output folder is open from now on."""
         self.display, self.trackers = display, trackers
         paths = (self.output.path / f"{name}.jsonl" for name in ("metrics", "events"))
         metrics, events = ([] if self.parts.ranks.rank else read_json_lines(path) for path in paths)
-        self._gradients = GradientWatch(line["grad_norm"] for line in metrics)
+        phase = metrics[-1].get("phase") if metrics else None
+        of_phase = [line for line in metrics if line.get("phase") == phase]
+        self._phase, self._gradients = phase, GradientWatch(line["grad_norm"] for line in of_phase)
+        metrics = [line for line in metrics if line.get("phase") != WARM_START]
         said = any(event["event"] == "truncated" for event in events)
         self._lengths = LengthWatch(self.parts.config.rollout, metrics, said=said)
 
@@ -126,28 +141,31 @@ class Progress:
         if self.parts.ranks.rank:
             return
         texts = decode_samples(self.parts.tokenizer, result.rollouts, range(len(result.rollouts.finished)))
-        rewards = self.parts.rewards
-        if rewards:
+        warm, rewards = result.metrics.get("phase") == WARM_START, self.parts.rewards
+        if rewards and not warm:
             result.metrics.update(rewards.figures(result.rollouts))
         self.output.log("metrics", [result.metrics])
         self.trackers.log(result.metrics)
-        records = _rollout_records(result, self.parts.texts(result.prompts), texts)
-        if rewards:
-            records = [
-                {**each, "rewards": of} for each, of in zip(records, rewards.of_rows(result.rollouts), strict=True)
-            ]
-        self.output.log("rollouts", records)
+        if not warm:
+            records = _rollout_records(result, self.parts.texts(result), texts)
+            if rewards:
+                of_rows = rewards.of_rows(result.rollouts)
+                records = [{**each, "rewards": of} for each, of in zip(records, of_rows, strict=True)]
+            self.output.log("rollouts", records)
         self.display.update(result.metrics, texts[0])
 
     def inspect(self, result: StepResult) -> None:
         """Reports a skipped step, a jump of the gradient, or completions that are cut by length; too many skipped in a
         row end the run."""
-        metrics, step, prompts = result.metrics, result.metrics["step"], self.parts.texts(result.prompts)
+        metrics, step, prompts = result.metrics, result.metrics["step"], self.parts.texts(result)
+        if metrics.get("phase") != self._phase:  # whose gradients are of another loss
+            self._phase, self._gradients = metrics.get("phase"), GradientWatch()
         median = self._gradients.spike(metrics["grad_norm"])
         if median is not None:
             message = f"gradient norm {metrics['grad_norm']:.3g}, {metrics['grad_norm'] / median:.0f} times the median"
             self.notice("gradient_spike", step, f"step {step}: {message}; prompts: {suspects(prompts)}")
-        if complaint := self._lengths.complaint(metrics, last=step == self.parts.trainer.total_steps):
+        of_rollouts = self._phase != WARM_START
+        if of_rollouts and (complaint := self._lengths.complaint(metrics, last=step == self.parts.total_steps)):
             self.notice("truncated", step, complaint)
         if result.sound:
             return
@@ -177,6 +195,7 @@ class Progress:
             "rollout_precision": parts.engine.precision,
             "layer_choice": parts.layer_choice,
             "reward_files": parts.reward_files,
+            **({"answers": parts.answers_digest} if parts.answers else {}),
             "evaluations": self.evaluations,
             "samples": self.samples,
             "environment": parts.environment(),
@@ -195,7 +214,7 @@ class Progress:
         for name, before in state.get("environment", {}).items():
             if now[name] != before:
                 parts.tell(f"{name} was {before}, now {now[name]}: the numbers' last digits can differ from now on")
-        parts.tell(f"continuing after step {start.step} of {parts.trainer.total_steps}")
+        parts.tell(f"continuing after step {start.step} of {parts.total_steps}")
 
 
 def _rollout_records(result: StepResult, prompts: Sequence[str], completions: Sequence[str]) -> list[dict[str, Any]]:
@@ -204,11 +223,11 @@ def _rollout_records(result: StepResult, prompts: Sequence[str], completions: Se
     return [
         {
             "step": result.metrics["step"],
-            "prompt": prompts[row // rollouts.num_rollouts],
+            "prompt": prompts[prompt],
             "completion": completion,
             "completion_length": int(rollouts.completion_lengths[row]),
             "finished": bool(rollouts.finished[row]),
             "reverse_kl_exact": result.row_reverse_kl[row],
         }
-        for row, completion in enumerate(completions)
+        for row, (prompt, completion) in enumerate(zip(rollouts.prompt_index.tolist(), completions, strict=True))
     ]

@@ -1,5 +1,6 @@
 """The training and the held-out prompts of a run, as the student sees them and as its teachers do."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from distill.config import MAIN, Config, ConfigError
-from distill.prompts import PromptSet, left_pad, load_prompts
+from distill.models import eos_ids, named_ids
+from distill.prompts import AnswerOptions, PromptError, PromptSet, left_pad, load_prompts
 from distill.run.display import counting
 from distill.run.identity import Identity
 from distill.run.loading import Pair
@@ -55,8 +57,9 @@ def load_prompt_sets(
 
     Raises `ConfigError` or `PromptError`.
     """
-    settings, completion = config.prompts, config.rollout.max_new_tokens
-    train = _load(config, pair, console, settings.train, settings.limit, "rollout.max_new_tokens", completion)
+    settings = config.prompts
+    answers = None if settings.answers else _wanted_answers(config, pair)
+    train = _load(config, pair, console, settings.train, settings.limit, *_of_rollouts(config), answers=answers)
     if settings.eval is None:
         return train, None, {}
     held_out = _load(config, pair, console, settings.eval, settings.eval_limit, *_longest(config))
@@ -65,6 +68,38 @@ def load_prompt_sets(
         for name, own in config.evaluation.sets.items()
     }
     return train, held_out, sets
+
+
+def load_answers(config: Config, pair: Pair, console: Console, train: Prompts) -> Prompts | None:
+    """The prompts with written answers, which are among the training prompts or in a file of their own; None where none
+    are wanted. Raises `ConfigError` or `PromptError`."""
+    wanted, path = _wanted_answers(config, pair), config.prompts.answers
+    if wanted is None:
+        return None
+    found = train if path is None else _load(config, pair, console, path, None, *_of_rollouts(config), answers=wanted)
+    if not any(found.student.answers):
+        where = f"prompts.{'train' if path is None else 'answers'}"
+        column = f"the column {wanted.column!r}" if wanted.column else "a column `completion`"
+        raise PromptError(
+            f"{where}: none of the records in {found.path} has an answer, and training.warm_start and "
+            f"training.off_policy_fraction train on those: they are text in {column}"
+            f"{'' if wanted.column else ', or the last turn of a conversation'}"
+        )
+    return found
+
+
+def _wanted_answers(config: Config, pair: Pair) -> AnswerOptions | None:
+    training, tokenizer = config.training, pair.tokenizer
+    if not (training.warm_start or training.off_policy_fraction):
+        return None
+    ends = named_ids(config.rollout.stop_ids, tokenizer) or eos_ids(pair.student, tokenizer)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends)
+    return AnswerOptions(config.prompts.answer_column, frozenset(ends), end, config.rollout.max_new_tokens)
+
+
+def _of_rollouts(config: Config) -> tuple[str, int]:
+    """The key that says how long a rollout may be, and what it says."""
+    return "rollout.max_new_tokens", config.rollout.max_new_tokens
 
 
 def _longest(config: Config, name: str | None = None) -> tuple[str, int]:
@@ -77,9 +112,17 @@ def _longest(config: Config, name: str | None = None) -> tuple[str, int]:
 
 
 def _load(
-    config: Config, pair: Pair, console: Console, path: Path, limit: int | None, key: str, completion: int
+    config: Config,
+    pair: Pair,
+    console: Console,
+    path: Path,
+    limit: int | None,
+    key: str,
+    completion: int,
+    answers: AnswerOptions | None = None,
 ) -> Prompts:
-    """The prompts of a file, with room for completions that are as long as `key` says."""
+    """The prompts of a file, with room for completions that are as long as `key` says, and `answers` where these are
+    wanted."""
     settings, longest = config.prompts, config.prompts.max_tokens
 
     def tell(line: str) -> None:
@@ -103,15 +146,11 @@ def _load(
             system_prompt=settings.system_prompt,
             control_tokens=settings.control_tokens,
             max_tokens=longest,
+            answers=answers,
             watched=watched,
         )
-    if prompts.empty or prompts.too_long:
-        tell(
-            f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "
-            f"{prompts.too_long} of more than {longest} tokens"
-        )
-    if prompts.answered:
-        tell(f"{path}: {prompts.answered} conversations ended in an answer, which was left out")
+    for line in _remarks(path, prompts, longest):
+        tell(line)
     if not pair.teachers:  # nobody scores what is only judged
         return Prompts(prompts, None, path)
     seen = teacher_prompts(
@@ -124,6 +163,27 @@ def _load(
         template_arguments=config.student.chat_template_kwargs,
     )
     return Prompts(prompts, seen, path)
+
+
+def _remarks(path: Path, prompts: PromptSet, longest: int) -> Iterator[str]:
+    """What is to be said of the prompts of a file."""
+    if prompts.empty or prompts.too_long:
+        yield (
+            f"{path}: {len(prompts)} prompts used; left out: {prompts.empty} empty, "
+            f"{prompts.too_long} of more than {longest} tokens"
+        )
+    if prompts.answered and not prompts.answers:
+        yield f"{path}: {prompts.answered} conversations ended in an answer, which was left out"
+    found = [answer for answer in prompts.answers if answer]
+    if found:
+        cut = sum(not answer.finished for answer in found)
+        longer = f"; {cut} of them are longer than a completion (rollout.max_new_tokens), and cut" if cut else ""
+        yield f"{path}: {len(found)} of {len(prompts)} prompts have an answer{longer}"
+    if prompts.answers_apart:
+        yield (
+            f"{path}: the chat template writes {prompts.answers_apart} answers otherwise than right after the prompt, "
+            f"where they are put as they are"
+        )
 
 
 def evaluation_arguments(

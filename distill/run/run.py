@@ -5,6 +5,7 @@ is written at the end in ending.py; here stands the order in which they come, an
 """
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -76,7 +77,7 @@ class Run:
     def execute(self) -> int:
         """Trains, evaluates and writes everything; returns the exit status."""
         progress, trainer = self.progress, self.parts.trainer
-        display = Display(trainer.total_steps, progress.step, self.console)
+        display = Display(self.parts.total_steps, progress.step, self.console)
         trainer.on_phase = display.phase
         self.parts.limits.report = lambda message: progress.notice("memory", progress.step + 1, message)
         for server in self.parts.servers:
@@ -123,19 +124,21 @@ class Run:
 
     def _train(self) -> Signals | None:
         """Takes every step that is left; returns the signal that ended it early, with everything saved."""
-        progress, trainer, training = self.progress, self.parts.trainer, self.config.training
+        progress, training = self.progress, self.config.training
         if not progress.evaluations:
             progress.evaluate()
-        if progress.step == trainer.total_steps or progress.enough:
+        total = self.parts.total_steps
+        if progress.step == total or progress.enough:
             return None
         if stop := self.received_signal():  # while the models were loaded
             return self._stopped(stop)
-        for result in trainer.steps():
+        warm_start = self.parts.warm_start.steps() if self.parts.warm_start else ()
+        for result in itertools.chain(warm_start, self.parts.trainer.steps()):
             progress.record(result)
             progress.inspect(result)
-            step, last = progress.step, progress.step == trainer.total_steps
+            step, last, warmed = progress.step, progress.step == total, progress.warm_start_ends
             best_before = progress.best_step
-            if evaluated := last or (training.eval_every and step % training.eval_every == 0):
+            if evaluated := last or warmed or (training.eval_every and progress.in_phase % training.eval_every == 0):
                 progress.evaluate()
             if not last and (reason := progress.enough):
                 progress.notice("early_stopping", step, f"{reason}: the run ends after step {step}")
@@ -143,7 +146,8 @@ class Run:
             stop = self.received_signal()
             if stop and not last:
                 return self._stopped(stop)
-            if saved := last or step % training.save_every == 0 or progress.best_step != best_before:
+            due = warmed or progress.in_phase % training.save_every == 0
+            if saved := last or due or progress.best_step != best_before:
                 progress.save()
             if last:
                 break

@@ -54,6 +54,8 @@ def step_metrics(
             "row_reverse_kl": torch.segment_reduce(stats.reverse_kl, "mean", lengths=lengths, unsafe=True),
         }
     )
+    tokens = int(group.completion_lengths.sum())
+    found |= {"completion_tokens": tokens, "completion_length": tokens / len(lengths)}
     return found, found.pop("row_reverse_kl")
 
 

@@ -93,10 +93,10 @@ class Ranks(Processes):
         self.add_gradients(parameters)
         shifts = result.row_gradients
         if shifts is None:
-            shifts = result.loss.new_zeros(len(own), width)
+            shifts = result.losses.new_zeros(len(own), width)
         tokens = own.repeat_interleave(group.completion_lengths)
         return GroupGradient(
-            self.total(result.loss),
+            self.total(result.losses),
             result.stats._make(self.total(torch.stack(list(result.stats)), tokens)),
             self.total(shifts, own[:, None]),
             self.total(result.agreement),

@@ -94,11 +94,13 @@ class TaskRewards:
         of_each = {
             f"reward/{task.name}": mean for task, mean in zip(self.tasks, rewards.nanmean(0).tolist(), strict=True)
         }
-        total = (rewards * self._weights).nansum(1).view(-1, rollouts.num_rollouts)
+        total = (rewards * self._weights).nansum(1)
+        of_prompts = [of for of in total.split(rollouts.prompt_index.bincount().tolist()) if len(of)]
+        spreads = [of.std() for of in of_prompts if len(of) > 1]
         return {
             "reward": total.mean().item(),
-            "reward_spread": total.std(1).mean().item() if rollouts.num_rollouts > 1 else math.nan,
-            "reward_contrast": (total.amax(1) > total.amin(1)).double().mean().item(),
+            "reward_spread": torch.stack(spreads).mean().item() if spreads else math.nan,
+            "reward_contrast": sum((of.max() > of.min()).item() for of in of_prompts) / len(of_prompts),
             "reward_missing": int(rewards.isnan().sum()),
             **of_each,
         }

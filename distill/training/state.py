@@ -78,7 +78,7 @@ def restore(trainer: Trainer, teacher: Mapping[str, Tensor], found: Saved) -> No
     trainer.sampled_at, trainer.ahead_sampled_at = state.get("sampled_at", (begun, begun))
     for name, group in found.rollouts.items():
         saved = {key: value.to(trainer.device) for key, value in group.items()}
-        rollouts = Rollouts(num_rollouts=trainer.options.num_rollouts_per_prompt, **saved).planned_on_host()
+        rollouts = Rollouts(num_rollouts=trainer.options.sampled_rollouts, **saved).planned_on_host()
         if name == "rollouts":
             trainer.rollouts = rollouts
         else:

@@ -6,10 +6,11 @@ trainer is in state.py.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +23,31 @@ from distill.loss import (
     ModelParts,
     Rollouts,
     TeacherStates,
-    TeacherView,
     accumulate_gradients,
     score,
 )
 from distill.models import whole
 from distill.rollout import RolloutEngine
 from distill.runtime import MemoryLimits, PhaseClock, peak_memory_bytes, to_device
-from distill.training.diagnostics import step_metrics
+from distill.training.diagnostics import Metrics, step_metrics
 from distill.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: the next optimizer step is group `group` of batch `batch` of epoch `epoch`."""
+    """Where a run stands: the next optimizer step is group `group` of batch `batch` of epoch `epoch`; `warm` steps were
+    taken before the first rollout."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     group: int = 0
+    warm: int = 0
+
+    @property
+    def done(self) -> int:
+        """All optimizer steps so far, by which metrics, evaluations and checkpoints are numbered."""
+        return self.warm + self.step
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,24 @@ class StepResult:
     """Whether loss and gradient were finite; if not, weights and optimizer are as they were before."""
 
 
+class Lesson(NamedTuple):
+    """What a step learns from its group: whose scores, which loss, how fast, and what is done once weights changed."""
+
+    teachers: Sequence[ModelParts]
+    loss_options: LossOptions
+    learning_rate: float
+    sampling_seconds: Mapping[str, float]
+    measure: Callable[[GroupGradient, Group, Tensor, LossOptions], tuple[Metrics, list[float]]] = step_metrics
+    after: Callable[[], None] = lambda: None
+
+
 class Trainer:
     """Owns the optimizer, the position in the prompts, and the rollouts in hand.
 
     `prompt_batches(epoch)` gives the epoch's batches of prompt indices; `encode(indices)` their left-padded ids and
-    mask, `teacher_view(indices)` what scores them; `judge(rollouts, indices)` a batch of rollouts with their rewards,
-    on the host. `on_phase` hears the name of each phase as it begins, `after_step` the number of each step when
-    the weights have changed.
+    mask; `judge(rollouts, indices)` a batch of rollouts with their rewards, on the host; `make_group(rollouts, indices,
+    step)` those that a step learns from, and its group; `measure` says of it what `step_metrics` does. `on_phase` hears
+    the name of each phase as it begins, `after_step` the number of each step when the weights have changed.
     """
 
     def __init__(
@@ -76,7 +94,8 @@ class Trainer:
         loss_options: LossOptions,
         *,
         vocab_size: int,
-        teacher_view: Callable[[Sequence[int]], TeacherView | None] = lambda indices: None,
+        make_group: Callable[[Rollouts, Sequence[int], int], tuple[Rollouts, Group]] = lambda r, *_: (r, Group.of(r)),
+        measure: Callable[..., tuple[Metrics, list[float]]] = step_metrics,
         limits: MemoryLimits | None = None,
         async_batches: int = 0,
         ranks: Ranks | None = None,
@@ -85,7 +104,7 @@ class Trainer:
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.student, self.student_parts, self.teachers = student, student_parts, teachers
-        self.teacher_view = teacher_view
+        self.make_group, self.measure = make_group, measure
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
         self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
         self.ranks, self.judge, self.after_step = ranks or Ranks(), judge, after_step
@@ -121,16 +140,16 @@ class Trainer:
                 self._sample(at.epoch, batches, at.batch)
             per_step = self.options.prompts_per_step
             chosen = slice(at.group * per_step, min((at.group + 1) * per_step, len(prompts)))
-            rollouts = self.rollouts.select(chosen)
-            group = Group.of(rollouts, self.teacher_view(prompts[chosen]))
-            metrics, row_reverse_kl = self._step(group, groups_in_batch=math.ceil(len(prompts) / per_step))
+            rollouts, group = self.make_group(self.rollouts.select(chosen), prompts[chosen], at.step)
+            learning_rate = self.options.learning_rate_at(at.step, self.total_steps)
+            # A batch's rollouts are shared evenly by the steps that it serves.
+            seconds = {k: value / math.ceil(len(prompts) / per_step) for k, value in self.sampling_seconds.items()}
+            told = self.measure, lambda: self.after_step(self.position.step + 1)
+            lesson = Lesson(self.teachers, self.loss_options, learning_rate, seconds, *told)
+            line, row_reverse_kl, sound = self.step(group, lesson)
             self.position = self._after(at, batches)
             if self.position.batch != at.batch or self.position.epoch != at.epoch:
                 self.rollouts = None
-            sound = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-            self.bad_in_row = 0 if sound else self.bad_in_row + 1
-            self.skipped_steps += not sound
-            line = {"step": at.step + 1, "epoch": at.epoch, **metrics, "skipped_steps": self.skipped_steps}
             line["rollout_staleness"] = at.step - self.sampled_at
             yield StepResult(line, list(prompts[chosen]), rollouts, row_reverse_kl, sound)
 
@@ -139,8 +158,8 @@ class Trainer:
         if group * self.options.prompts_per_step < len(batches[at.batch]):
             return replace(at, step=step, group=group)
         if at.batch + 1 < len(batches):
-            return Position(step, at.epoch, at.batch + 1)
-        return Position(step, at.epoch + 1)
+            return replace(at, step=step, batch=at.batch + 1, group=0)
+        return replace(at, step=step, epoch=at.epoch + 1, batch=0, group=0)
 
     def _sample(self, epoch: int, batches: Sequence[Sequence[int]], batch: int) -> None:
         self.on_phase("rollout")
@@ -172,24 +191,24 @@ class Trainer:
         return {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
-            "num_rollouts": self.options.num_rollouts_per_prompt,
+            "num_rollouts": self.options.sampled_rollouts,
             "prompt_keys": torch.arange(first, first + len(batches[batch])),
         }
 
-    def _step(self, group: Group, groups_in_batch: int) -> tuple[dict[str, float], list[float]]:
-        """Scores a group, updates the student, and returns the metrics and each row's mean token reverse KL."""
+    def step(self, group: Group, lesson: Lesson) -> tuple[Metrics, list[float], bool]:
+        """Scores a group, updates the student, and returns the metrics, each row's mean token reverse KL, and whether
+        loss and gradient were finite; the position is the caller's to move."""
+        teachers, options, learning_rate, sampling_seconds, measure, after = lesson
         self.on_phase("score")
         own = self.ranks.own_rows(group)
         with self.clock.phase("score"):
             teacher_hidden = self.ranks.in_micro_batches(
-                self.limits, "score", group, own, lambda parts: score(self.teachers, group, parts), by_teacher=True
+                self.limits, "score", group, own, lambda parts: score(teachers, group, parts), by_teacher=True
             )
         self.on_phase("update")
-        learning_rate = self.options.learning_rate_at(self.position.step, self.total_steps)
         with self.clock.phase("update"):
-            result = self.ranks.in_micro_batches(
-                self.limits, "update", group, own, lambda parts: self._gradients(teacher_hidden, group, parts, own)
-            )
+            learn = partial(self._gradients, lesson, teacher_hidden, group, own)
+            result = self.ranks.in_micro_batches(self.limits, "update", group, own, learn)
             result = self.ranks.sum_of(result, group, own, self.width, self.parameters.values())
             grad_norm = whole(nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None]))
             # The gradient is clipped as Adam's fused step reads it, which saves a pass over memory.
@@ -200,21 +219,23 @@ class Trainer:
                 settings["lr"] = learning_rate
             self.optimizer.step()
             self.weights_changed()
-            self.after_step(self.position.step + 1)
-        metrics, row_reverse_kl = step_metrics(result, group, grad_norm, self.loss_options)
-        # A batch's rollouts are shared evenly by the steps that it serves.
-        seconds = {name: value / groups_in_batch for name, value in self.sampling_seconds.items()}
-        seconds |= self.clock.read()
-        tokens = int(group.completion_lengths.sum())
-        metrics |= {
+            after()
+        metrics, row_reverse_kl = measure(result, group, grad_norm, options)
+        seconds = {**sampling_seconds, **self.clock.read()}
+        sound = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        self.bad_in_row = 0 if sound else self.bad_in_row + 1
+        self.skipped_steps += not sound
+        line = {
+            "step": self.position.done + 1,
+            "epoch": self.position.epoch,
+            **metrics,
             "learning_rate": learning_rate,
-            "completion_tokens": tokens,
-            "completion_length": tokens / len(group.completion_lengths),
             **{f"seconds_{name}": value for name, value in seconds.items()},
-            "tokens_per_second": tokens / sum(seconds.values()),
+            "tokens_per_second": metrics["completion_tokens"] / sum(seconds.values()),
             "peak_memory_bytes": peak_memory_bytes(self.device),
+            "skipped_steps": self.skipped_steps,
         }
-        return metrics, row_reverse_kl
+        return line, row_reverse_kl, sound
 
     def weights_changed(self) -> None:
         """Has everything that computes with copies of the student's weights take them anew."""
@@ -222,17 +243,17 @@ class Trainer:
         self.engine.refresh()
 
     def _gradients(
-        self, teacher_hidden: TeacherStates, group: Group, parts: list[Tensor], own: Tensor | None = None
+        self, lesson: Lesson, teacher_hidden: TeacherStates, group: Group, own: Tensor, parts: list[Tensor]
     ) -> GroupGradient:
         # Before every attempt: what a failed one added must not count twice.
         self.optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(
             self.student_parts,
-            self.teachers,
+            lesson.teachers,
             teacher_hidden,
             group,
             parts,
-            self.loss_options,
+            lesson.loss_options,
             vocab_size=self.vocab_size,
             checkpointing=self.options.activation_checkpointing,
             own=own,
