@@ -9,7 +9,7 @@ import numpy as np
 from bokeh.models import FixedTicker, Whisker
 from bokeh.plotting import figure
 
-from distill.report.drawing import COLOURS, MARKERS, Chart, finished, hover, line_style, new_figure, source_of
+from distill.report.drawing import COLOURS, MARKERS, STEPS, Chart, finished, hover, line_style, new_figure, source_of
 
 Records = list[dict[str, Any]]
 GIB = 2**30
@@ -40,6 +40,16 @@ PER_STEP = (
     ),
     ("Gradient norm", "norm", "", {"grad_norm": "before clipping"}),
 )
+WARM_START = "warm_start"  # `phase` of a step before the first rollout
+OF_ANSWERS = (
+    "Written answers",
+    "nats per token",
+    {
+        "cross_entropy": "cross entropy, warm start",
+        "off_policy_cross_entropy": "cross entropy, beside rollouts",
+        "off_policy_reverse_kl_exact": "reverse KL, beside rollouts",
+    },
+)
 
 
 def run_charts(metrics: Records, evaluations: Records) -> list[Chart]:
@@ -48,11 +58,13 @@ def run_charts(metrics: Records, evaluations: Records) -> list[Chart]:
         return []
     window = rolling_window(len(metrics))
     mean = f"Thin: each step; thick: mean of {window} steps."
-    found = [_reverse_kl(metrics, evaluations, window), _fluctuation(metrics, window), _positions(metrics)]
-    found += [
-        _lines(metrics, title, unit, labels, f"{about}{mean}", window, log=title == "Gradient norm")
-        for title, unit, about, labels in PER_STEP
-    ]
+    # Of answers, divergences, lengths and ends are not the student's doing.
+    on_policy = [{"step": line["step"], "phase": WARM_START} if _warm(line) else line for line in metrics]
+    found = [_reverse_kl(on_policy, evaluations, window), _lines(metrics, *OF_ANSWERS, mean, window)]
+    found += [_fluctuation(on_policy, window), _positions(on_policy)]
+    for title, unit, about, labels in PER_STEP:
+        lines = metrics if title in ("Entropy", "Gradient norm") else on_policy
+        found.append(_lines(lines, title, unit, labels, f"{about}{mean}", window, log=title == "Gradient norm"))
     rewards = {key: key.removeprefix("reward/") for r in metrics for key in r if key.startswith("reward/")}
     rewards |= {"reward": "all, weighted"} if rewards else {}
     phases = {key: key.removeprefix("seconds_") for r in metrics for key in r if key.startswith("seconds_")}
@@ -77,11 +89,11 @@ def comparison_charts(runs: dict[str, tuple[Records, Records]]) -> list[Chart]:
     }
     found = []
     for title, (key, unit) in curves.items():
-        chart = new_figure(unit, "optimizer step")
+        chart = new_figure(unit, STEPS)
         for index, (label, (metrics, evaluations)) in enumerate(runs.items()):
             values = _divergence(metrics) if key == "reverse_kl_exact" else column(metrics, key)
             if np.isfinite(values).any():
-                mean = rolling(values, rolling_window(len(values)))[0]
+                mean = _means(metrics, values, rolling_window(len(values)))
                 source = source_of(step=column(metrics, "step"), value=mean, run=[label] * len(mean))
                 line = chart.line("step", "value", source=source, legend_label=label, **line_style(index))
                 chart.add_tools(hover([("run", "@run"), ("step", "@step"), (title, "@value{0.000}")], line))
@@ -99,7 +111,23 @@ def comparison_charts(runs: dict[str, tuple[Records, Records]]) -> list[Chart]:
 def _divergence(metrics: Records) -> np.ndarray:
     """The exact reverse KL, or the sampled one of a teacher on a server."""
     exact = column(metrics, "reverse_kl_exact")
+    exact[[_warm(line) for line in metrics]] = np.nan
     return exact if np.isfinite(exact).any() else column(metrics, "reverse_kl")
+
+
+def _warm(record: dict[str, Any]) -> bool:
+    return record.get("phase") == WARM_START
+
+
+def warm_steps(metrics: Records) -> int:
+    """Steps of the warm start, which are the first."""
+    return sum(map(_warm, metrics))
+
+
+def _means(records: Records, values: np.ndarray, window: int) -> np.ndarray:
+    """Rolling means that do not reach over the end of the warm start."""
+    parts = np.split(values, [warm_steps(records)])
+    return np.concatenate([rolling(part, window)[0] for part in parts if len(part)])
 
 
 def column(records: Records, key: str) -> np.ndarray:
@@ -142,9 +170,9 @@ def _windows(values: np.ndarray, window: int) -> np.ndarray:
 
 def _reverse_kl(metrics: Records, evaluations: Records, window: int) -> Chart | None:
     values = _divergence(metrics)
-    if not np.isfinite(values).any():
+    if not np.isfinite(values).any() and not (warm_steps(metrics) and evaluations):
         return None
-    chart = new_figure("nats per token", "optimizer step")
+    chart = new_figure("nats per token", STEPS)
     mean, deviation = rolling(values, window)
     source = source_of(
         step=column(metrics, "step"),
@@ -238,10 +266,10 @@ def _lines(
     if not columns:
         return None
     log = log and all((values[np.isfinite(values)] > 0).all() for values in columns.values())
-    chart = new_figure(
-        unit.removesuffix(", log scale") + ", log scale" * log, "optimizer step", y_axis="log" if log else "linear"
-    )
-    means = {f"mean_{key}": rolling(values, window)[0] if window > 1 else values for key, values in columns.items()}
+    chart = new_figure(unit.removesuffix(", log scale") + ", log scale" * log, STEPS, y_axis="log" if log else "linear")
+    means = {
+        f"mean_{key}": _means(records, values, window) if window > 1 else values for key, values in columns.items()
+    }
     source = source_of(step=column(records, "step"), **columns, **means)
     shown = [("step", "@step"), *((labels[key], f"@{key}{{0.000}}") for key in columns)]
     for index, key in enumerate(columns):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from bokeh.embed import json_item
-from bokeh.models import ColumnDataSource, DataRange1d, HoverTool
+from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, Span
 from bokeh.plotting import figure
 
 # After Okabe and Ito, told apart by most who see no red or no green, each with a dash and a marker of its own.
@@ -63,6 +63,18 @@ def finished(chart: figure, *, from_zero: bool = True) -> figure:
         if min(lows, default=0) >= 0:
             chart.y_range.start = 0
     return chart
+
+
+STEPS = "optimizer step"  # what most charts are over
+
+
+def marked(chart: Chart, step: int, caption: str) -> Chart:
+    """With a line at a step, and what it is; charts over something else stay as they are."""
+    if chart.figure.xaxis.axis_label != STEPS:
+        return chart
+    line = Span(location=step + 0.5, dimension="height", line_color=COLOURS[-1], line_dash="dotted", line_width=2)
+    chart.figure.add_layout(line)
+    return chart._replace(caption=f"{chart.caption} {caption}")
 
 
 def line_style(index: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distill.report.drawing import COLOURS, MARKERS, Chart, finished, hover, line_style, new_figure, source_of
+from distill.report.drawing import COLOURS, MARKERS, STEPS, Chart, finished, hover, line_style, new_figure, source_of
 from distill.report.figures import MAIN_SET, figures_of, of_set, sets_of, shown_figures
 
 Evaluations = Sequence[Mapping[str, Any]]
@@ -78,7 +78,7 @@ def _reverse_kl_by_set(evaluations: Evaluations) -> Chart | None:
 
 
 def _chart(title: str, unit: str, curves: Sequence[_Curve]) -> Chart | None:
-    chart = new_figure(unit, "optimizer step")
+    chart = new_figure(unit, STEPS)
     for index, curve in enumerate(curves):
         values = {
             key: np.array([np.nan if each[key] is None else each[key] for each in curve.figures], dtype=float)

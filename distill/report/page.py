@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill.config import ConfigError, in_words, load_config
-from distill.report.charts import comparison_charts, run_charts
-from distill.report.drawing import Chart
+from distill.report.charts import comparison_charts, run_charts, warm_steps
+from distill.report.drawing import Chart, marked
 from distill.report.figures import before_and_after, figure_in_words, metric_rows, names, of_set, shown_figures
 from distill.report.metric_charts import metric_charts, metric_comparison
 from distill.runtime import read_json_lines, write_whole
@@ -47,12 +47,19 @@ def report_page(run: Path) -> str:
     metrics, evaluations, summary = _read(run)
     views = _records(run / "tokens.jsonl")
     first, *others = run_charts(metrics, evaluations) or [None]
+    charts, warm = (
+        [chart for chart in (first, *metric_charts(evaluations), *others) if chart is not None],
+        warm_steps(metrics),
+    )
+    if warm:
+        charts = [marked(chart, warm, "Dotted: the end of the warm start.") for chart in charts]
     return _page(
         "report.html.jinja",
-        [chart for chart in (first, *metric_charts(evaluations), *others) if chart is not None],
+        charts,
         title=run.absolute().name,
-        evaluations=[e for e in (evaluations[:1] + evaluations[1:][-1:]) if e.get("reverse_kl") is not None],
+        evaluations=_told(evaluations, warm),
         step=metrics[-1]["step"] if metrics else 0,
+        warm=warm,
         metrics=metric_rows(before_and_after(evaluations)),
         models=_models(run),
         summary={key: _shown(value) for key, value in summary.items() if not isinstance(value, list | dict)},
@@ -60,6 +67,15 @@ def report_page(run: Path) -> str:
         events=_records(run / "events.jsonl")[-20:],
         levels=LEVELS,
     )
+
+
+def _told(evaluations: list[dict], warm_steps: int) -> list[dict]:
+    """Those that the page begins with: the first, the one at the end of a warm start, and the last, each named."""
+    names = {e["step"]: f"after step {e['step']}" for e in (evaluations[:1] + evaluations[-1:])}
+    if warm_steps and any(e["step"] == warm_steps for e in evaluations):
+        names[warm_steps] = "after the warm start"
+    found = [e | {"when": "before" if e["step"] == 0 else names[e["step"]]} for e in evaluations if e["step"] in names]
+    return [e for e in found if e.get("reverse_kl") is not None]
 
 
 def write_report(run: Path) -> Path:

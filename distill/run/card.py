@@ -38,7 +38,8 @@ def write_card(folder: Path, outcome: Outcome, auto_class: str) -> None:
         models=in_words(outcome.config),
         steps=outcome.steps,
         tokens=outcome.completion_tokens,
-        evaluations=[evaluations[0], evaluations[-1]] if evaluations else [],
+        warm_steps=outcome.warm_steps,
+        evaluations=_told(outcome),
         change=outcome.change,
         of_sets=outcome.of_sets,
         metrics=metric_rows(before_and_after(evaluations)),
@@ -50,6 +51,14 @@ def write_card(folder: Path, outcome: Outcome, auto_class: str) -> None:
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "distill_config.yaml").write_text(to_yaml(outcome.config), encoding="utf-8")
+
+
+def _told(outcome: Outcome) -> list[dict[str, Any]]:
+    """The first evaluation, the one at the end of a warm start, and the last, each with `when` it was."""
+    warm, last = outcome.after_warm_start, outcome.evaluations[-1:]
+    found = [e | {"when": "before"} for e in outcome.evaluations[:1]]
+    found += [warm | {"when": f"after the warm start ({outcome.warm_steps} steps)"}] if warm else []
+    return found + [e | {"when": f"after {outcome.steps} steps"} for e in last if e is not warm]
 
 
 def version_of(package: str) -> str:

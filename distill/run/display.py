@@ -129,9 +129,9 @@ def _main_figure(metrics: dict[str, Any]) -> tuple[str, float]:
     return "reverse KL", exact if math.isfinite(exact) else metrics["reverse_kl"]
 
 
-def closing_table(console: Console, rows: list[tuple[str, str, str]]) -> None:
-    """The table of before and after."""
-    table = Table("", "before", "after", title="On-policy distillation", title_justify="left")
+def closing_table(console: Console, rows: list[tuple[str, ...]], *columns: str) -> None:
+    """The table of before and after, or of these columns."""
+    table = Table("", *(columns or ("before", "after")), title="On-policy distillation", title_justify="left")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

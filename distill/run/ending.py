@@ -46,7 +46,8 @@ def outcome_of(parts: RunParts, progress: Progress, output: OutputFolder) -> Out
     """What the run has come to by now."""
     return Outcome(
         config=parts.config,
-        steps=progress.step,
+        steps=parts.trainer.position.step,
+        warm_steps=parts.warm_steps,
         best_step=progress.best_step,
         metrics=read_json_lines(output.path / "metrics.jsonl"),
         evaluations=progress.evaluations,

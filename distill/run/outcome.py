@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.config import Config
-from distill.training import change_since
+from distill.training import WARM_START, change_since
 
 NUM_SAMPLES = 6  # held-out completions kept from before and after, for the table and the report
 
@@ -16,6 +16,9 @@ class Outcome:
 
     config: Config
     steps: int
+    """Of on-policy distillation."""
+    warm_steps: int
+    """Of the warm start before it."""
     best_step: int | None
     """That of the best evaluation."""
     metrics: list[dict[str, Any]]
@@ -33,7 +36,20 @@ class Outcome:
 
     @property
     def completion_tokens(self) -> int:
-        return sum(record["completion_tokens"] for record in self.metrics)
+        """Tokens of rollouts."""
+        return sum(record["completion_tokens"] for record in self.metrics if record.get("phase") != WARM_START)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of written answers, in the warm start and after it."""
+        warm = sum(record["completion_tokens"] for record in self.metrics if record.get("phase") == WARM_START)
+        return warm + sum(record.get("off_policy_tokens", 0) for record in self.metrics)
+
+    @property
+    def after_warm_start(self) -> dict[str, Any] | None:
+        """The evaluation at the end of the warm start, where there was one."""
+        found = (each for each in self.evaluations if 0 < each["step"] == self.warm_steps)
+        return next(found, None)
 
     @property
     def change(self) -> dict[str, float | None]:

@@ -11,6 +11,8 @@ from distill.report import before_and_after, metric_rows
 from distill.run.display import closing_table
 from distill.run.outcome import NUM_SAMPLES, Outcome
 
+FEW_HAVE = ("eval_metrics", "eval_sets", "answer_tokens", "warm_start")
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -50,11 +52,15 @@ class Summary:
     """By set (`main`: `prompts.eval`), metric and figure: `before`, `after`, `change`, each `mean`, `low`, `high`."""
     eval_sets: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """By set of `evaluation.sets`, what the first four say of the main one."""
+    answer_tokens: int = 0
+    """Of written answers that were trained on."""
+    warm_start: dict[str, Any] = field(default_factory=dict)
+    """Its `steps`, and of the evaluation at its end `eval_reverse_kl`, `eval_metrics` and `eval_sets`."""
 
     def record(self) -> dict[str, Any]:
-        """As it is written: without metrics and sets where there are none."""
+        """As it is written: without metrics, sets and answers where there are none."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in found.items() if value or name not in ("eval_metrics", "eval_sets")}
+        return {name: value for name, value in found.items() if value or name not in FEW_HAVE}
 
 
 def summarise(outcome: Outcome) -> Summary:
@@ -82,28 +88,65 @@ def summarise(outcome: Outcome) -> Summary:
         ],
         eval_metrics=before_and_after(evaluations),
         eval_sets=outcome.of_sets,
+        answer_tokens=outcome.answer_tokens,
+        warm_start=_of_warm_start(outcome),
     )
+
+
+def _of_warm_start(outcome: Outcome) -> dict[str, Any]:
+    if not outcome.warm_steps:
+        return {}
+    found: dict[str, Any] = {"steps": outcome.warm_steps}
+    if evaluation := outcome.after_warm_start:
+        found["eval_reverse_kl"] = evaluation["reverse_kl"]
+        sets = evaluation.get("sets", {})
+        further = {
+            "eval_metrics": before_and_after([outcome.evaluations[0], evaluation]),
+            "eval_sets": {name: {"reverse_kl": of_set["reverse_kl"]} for name, of_set in sets.items()},
+        }
+        found |= {name: value for name, value in further.items() if value}
+    return found
 
 
 def show_summary(console: Console, summary: Summary, folder: Path) -> None:
     """The closing table, and where everything is."""
-    before, after = summary.eval_reverse_kl_before, summary.eval_reverse_kl_after
-    if before is not None:
-        change = f"  ({after / before - 1:+.0%})" if before else ""
-        rows = [("held-out reverse KL, nats/token", f"{before:.3f}", f"{after:.3f}{change}")]
-        if (error := summary.eval_reverse_kl_change_standard_error) is not None:
-            change = f"{summary.eval_reverse_kl_change:+.3f} ± {1.96 * error:.3f}"
-            rows.append(("its change with the 95 % interval", "", change))
-        for name, one in summary.eval_sets.items():
-            figures = (one["reverse_kl_before"], one["reverse_kl_after"])
-            rows.append((f"{name}: held-out reverse KL", *(f"{figure:.3f}" for figure in figures)))
-        for row in metric_rows(summary.eval_metrics, every=False):
-            rows.append((row.name, row.before, f"{row.after}{row.change and ', '}{row.change}"))
-        rows += [(s["prompt"], s["before"], s["after"]) for s in summary.samples[:3]]
-        closing_table(console, rows)
+    if summary.eval_reverse_kl_before is not None:
+        _show_figures(console, summary)
     for line in (
-        f"{summary.steps} steps in {summary.wall_seconds:.0f} s; report: {folder / 'report.html'}",
+        f"{_steps(summary)} in {summary.wall_seconds:.0f} s; report: {folder / 'report.html'}",
         f"model: {folder / 'final'}",
         f"talk to it, beside the teacher: python -m distill.chat {folder}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _steps(summary: Summary) -> str:
+    warm = summary.warm_start.get("steps", 0)
+    return f"{f'{warm} steps of warm start, ' if warm else ''}{summary.steps} steps"
+
+
+def _show_figures(console: Console, summary: Summary) -> None:
+    before, after = summary.eval_reverse_kl_before, summary.eval_reverse_kl_after
+    warm = summary.warm_start if "eval_reverse_kl" in summary.warm_start else None
+    # Of student and teacher alike, the first is rounding.
+    change = f"  ({after / before - 1:+.0%})" if before and not warm else ""
+    if warm and warm["eval_reverse_kl"]:
+        change = f"  ({after / warm['eval_reverse_kl'] - 1:+.0%} since)"
+    between = {name: f"{of['reverse_kl']:.3f}" for name, of in (warm or {}).get("eval_sets", {}).items()}
+    between |= {row.name: row.after for row in metric_rows((warm or {}).get("eval_metrics", {}))}
+    first = f"{warm['eval_reverse_kl']:.3f}" if warm else ""
+    rows = [("held-out reverse KL, nats/token", f"{before:.3f}", first, f"{after:.3f}{change}")]
+    if (error := summary.eval_reverse_kl_change_standard_error) is not None:
+        change = f"{summary.eval_reverse_kl_change:+.3f} ± {1.96 * error:.3f}"
+        rows.append(("its change with the 95 % interval", "", "", change))
+    for name, one in summary.eval_sets.items():
+        first, last = (f"{one[f'reverse_kl_{when}']:.3f}" for when in ("before", "after"))
+        rows.append((f"{name}: held-out reverse KL", first, between.get(name, ""), last))
+    for row in metric_rows(summary.eval_metrics, every=False):
+        said = f"{row.after}{row.change and ', '}{row.change}"
+        rows.append((row.name, row.before, between.get(row.name, ""), said))
+    rows += [(s["prompt"], s["before"], "", s["after"]) for s in summary.samples[:3]]
+    if warm:
+        closing_table(console, rows, "before", "after the warm start", "after")
+    else:
+        closing_table(console, [(name, first, last) for name, first, _, last in rows])
