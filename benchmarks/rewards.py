@@ -6,17 +6,14 @@ between the two markers of a page.
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arms import markdown, summary_of, write
 from benchmarks.variance.figures import interval
 from distill.config import Config, load_config
 
-ROOT = Path(__file__).parent.parent
-MARKERS = "<!-- table: made by python -m benchmarks.rewards -->", "<!-- end of the table -->"
 Summaries = dict[str, list[dict[str, Any]]]
 
 
@@ -36,11 +33,8 @@ def run_all(recipe: Path, seeds: Sequence[int], output: Path, words: Sequence[st
     for arm, changes in arms(load_config(recipe)).items():
         for seed in seeds:
             folder = output / f"{arm.replace(' ', '-')}-{seed}"
-            if not (folder / "summary.json").exists():
-                own = ["--training.seed", str(seed), "--training.output_dir", str(folder), *changes, *words]
-                command = [sys.executable, "-m", "distill.train", "--config", str(recipe), *own]
-                subprocess.run(command, cwd=ROOT, check=True)
-            found.setdefault(arm, []).append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+            own = ["--training.seed", str(seed), *changes, *words]
+            found.setdefault(arm, []).append(summary_of(recipe, folder, own))
     return found
 
 
@@ -54,7 +48,7 @@ def table(found: Summaries) -> str:
     first = next(iter(found.values()))
     rows = [[*_row("before", first[:1], metrics, "before")[:-1], ""]]
     rows += [_row(arm, summaries, metrics, "after") for arm, summaries in found.items()]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+    return markdown([head, *rows])
 
 
 def _row(name: str, found: list[dict], metrics: list[tuple[str, str]], when: str) -> list[str]:
@@ -67,12 +61,6 @@ def _row(name: str, found: list[dict], metrics: list[tuple[str, str]], when: str
     return [name, kl, *(rate.text("{:.0f}") for rate in rates), f"{seconds:.0f}"]
 
 
-def write(page: Path, lines: str) -> None:
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKERS[0])
-    after = rest.partition(MARKERS[1])[2]
-    page.write_text(f"{before}{MARKERS[0]}\n\n{lines}\n\n{MARKERS[1]}{after}", encoding="utf-8")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rewards", description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=Path("configs/json.yaml"))
@@ -83,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = table(run_all(options.config, options.seeds, options.output, words))
     print(lines)
     if options.page:
-        write(options.page, lines)
+        write(options.page, parser.prog, lines)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def fit(config: Config, *, should_stop: Callable[[], bool] = lambda: False) -> "
     """The run that `config` describes: what the command does, with its files and its progress, from Python.
 
     Returns what `summary.json` holds. Where the command would exit, it raises: `ConfigError`, `FunctionError`,
-    `PromptError`, `ModelError`, `CheckpointError`, `OutputError`, `ServerError`, `MemoryLimitError`, `StoppedError`,
-    `RankError`, or `NotImplementedError` for a model that the native rollout engine refuses.
+    `PromptError`, `ModelError`, `CheckpointError`, `OutputError`, `HubError`, `ServerError`, `MemoryLimitError`,
+    `StoppedError`, `RankError`, or `NotImplementedError` for a model that the native rollout engine refuses.
     SIGINT (interrupting the cell of a notebook), SIGTERM, or `should_stop`, which is asked after each step, end it with
     a checkpoint saved and `Interrupted`, a KeyboardInterrupt; the same call continues from there. Handlers are then
     what they were before, and SIGTERM reaches the one that was. Outside the main thread none are set.
@@ -111,7 +111,7 @@ def _status(argv: Sequence[str] | None) -> int:
     from distill.grading import FunctionError
     from distill.models import ModelError
     from distill.prompts import PromptError
-    from distill.run import CheckpointError, OutputError, Run, StoppedError
+    from distill.run import CheckpointError, HubError, OutputError, Run, StoppedError
     from distill.runtime import MemoryLimitError, RankError, is_out_of_memory
     from distill.servers import ServerError
     from distill.training import Ranks
@@ -138,6 +138,7 @@ def _status(argv: Sequence[str] | None) -> int:
         ModelError,
         CheckpointError,
         OutputError,
+        HubError,
         ServerError,
         NotImplementedError,
     ) as error:

@@ -6,6 +6,7 @@ In: a `Config`. Out: the output folder with its files, and a `Summary`.
 from distill.run.checkpoint import CheckpointError
 from distill.run.engines import make_engine
 from distill.run.health import StoppedError
+from distill.run.hub import HubError
 from distill.run.judges import Judges, failures
 from distill.run.loading import choose_device, choose_dtype, load_alone, load_pair
 from distill.run.output import OutputError
@@ -16,6 +17,7 @@ from distill.run.summary import Summary
 __all__ = [
     "SAMPLER",
     "CheckpointError",
+    "HubError",
     "Judges",
     "OutputError",
     "Run",

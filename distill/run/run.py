@@ -19,6 +19,7 @@ from distill.run import checkpoint
 from distill.run.display import Display
 from distill.run.early_stopping import target_of
 from distill.run.ending import write_models, write_summary
+from distill.run.hub import HubError, prepare_repository, push
 from distill.run.judges import Judges
 from distill.run.live_report import LiveReport
 from distill.run.loading import choose_device
@@ -47,13 +48,15 @@ class Run:
         received_signal: Callable[[], Signals | None],
         ranks: Ranks | None = None,
     ) -> None:
-        """Loads everything and finds what to continue from. Raises what `RunParts` raises, `OutputError`, and
-        `FunctionError` for a metric or a reward."""
+        """Loads everything and finds what to continue from. Raises what `RunParts` raises, `OutputError`, `HubError`,
+        and `FunctionError` for a metric or a reward."""
         self.config, self.console, self.ranks = config, console, ranks or Ranks()
         self.received_signal = lambda: self.ranks.signal(received_signal())
         began = time.monotonic(), time.process_time()
         device = choose_device(config.training.device, self.ranks)
         check_installed(config.training.report_to)
+        if config.training.hub_id:
+            self.ranks.together(lambda: None if self.ranks.rank else prepare_repository(config.training), (HubError,))
         # First of all: a folder that is in use or cannot be written should not cost the loading of two models.
         kind = NoOutput if self.ranks.rank else OutputFolder
         self.output = self.ranks.together(lambda: kind(config.training.output_dir), (OutputError,))
@@ -106,9 +109,18 @@ class Run:
                 trackers.complete = True
             if self.ranks.rank == 0:
                 self.summary = write_summary(self.parts, progress, self.output, self.report, self.console)
+            if self.config.training.hub_id:
+                self.ranks.together(self._push, (HubError,))
         finally:
             self._open.close()
         return 0
+
+    def _push(self) -> None:
+        """On rank 0, when nothing can be lost any more."""
+        if self.ranks.rank == 0:
+            message = f"{self.summary.steps} steps of on-policy distillation of {self.config.student.model}"
+            where = push(self.config.training.hub_id, self.output.path / "final", message)
+            self.parts.tell(f"pushed to {where}")
 
     def _train_or_save(self) -> Signals | None:
         """Trains; what a run can be continued after is raised with everything saved."""
