@@ -73,6 +73,7 @@ def _fine_tuning(config: Config, output: Path, seed: int, answers: Path) -> list
     """As many steps of as many sequences at the same rate as the recipe takes after its warm start."""
     training = config.training
     warm_start = {
+        "epochs": None,
         "steps": training.max_steps,
         "answers_per_step": training.prompts_per_step * training.num_rollouts_per_prompt,
         "learning_rate": training.learning_rate,

@@ -36,6 +36,11 @@ UNEVEN = {
 KEPT = re.compile(r"rank 0 keeps ([\d,]+) of the student's ([\d,]+) parameters")
 TIMEOUT = ["--training.rank_timeout_s", "30"]
 ALL_WEIGHTS = {"loss.objective": "reverse_kl"}
+ANSWERS = {
+    "training.warm_start": {"steps": 2, "objective": "forward_kl"},
+    "training.off_policy_fraction": 0.25,
+    "training.max_steps": 4,
+}
 FROZEN_WEIGHTS = {
     "student.lora.rank": 4,
     "loss.objective": "sampled_reverse_kl",
@@ -44,6 +49,9 @@ FROZEN_WEIGHTS = {
     "training.activation_checkpointing": True,
     "evaluation.metrics": ["contains"],
     "evaluation.num_rollouts_per_prompt": 2,
+    "training.warm_start": {"steps": 2, "answers_per_step": 3},
+    "training.off_policy_fraction": 0.25,
+    "training.off_policy_objective": "cross_entropy",
 }
 
 
@@ -76,6 +84,8 @@ def uneven(write_config, tmp_path, tiny_pair):
     rewards = {"rewards": [{"function": f"{tmp_path / 'reward.py'}:short", "weight": 0.5}]}
     teacher = ("two", {"two": 0.25, "main": 0.75}, None)
     records = [{"prompt": prompt, "teacher": teacher[at % 3]} for at, prompt in enumerate(SEVEN)]
+    for record in records[1:]:
+        record["completion"] = record["prompt"].split()[-1]
     (tmp_path / "seven.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     teachers = {"prompts.train": str(tmp_path / "seven.jsonl"), "teacher.others": {"two": str(tiny_pair["student"])}}
 
@@ -105,9 +115,12 @@ def known(value):
 
 def assert_close_runs(one, other) -> None:
     for ours, theirs in zip(*(read_json_lines(run / "metrics.jsonl") for run in (one, other)), strict=True):
-        for name in set(ours) - OF_THE_MACHINE:
+        assert ours.get("phase") == theirs.get("phase")
+        for name in set(ours) - OF_THE_MACHINE - {"phase"}:
             if not name.startswith("seconds"):
-                values = (torch.tensor(known(each)) for each in (ours[name], theirs[name]))
+                values = [torch.tensor(known(each)) for each in (ours[name], theirs[name])]
+                if name == "sampler_logprob_gap_max" and max(values) < 5e-5:
+                    continue  # the largest of many roundings, which each way of cutting has its own of
                 torch.testing.assert_close(*values, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
     for ours, theirs in zip(*(read_json_lines(run / "rollouts.jsonl") for run in (one, other)), strict=True):
         assert ours.pop("reverse_kl_exact") == pytest.approx(theirs.pop("reverse_kl_exact"), abs=TOLERANCE)
@@ -153,9 +166,10 @@ def assert_ranks_do_what_one_does(path, runs, alone, tmp_path) -> str:
     ("changes", "runs"),
     [
         (ALL_WEIGHTS, list(itertools.product((2, 4), ("replicate", "shard")))),
+        (ALL_WEIGHTS | ANSWERS, [(3, "replicate"), (2, "shard")]),
         (FROZEN_WEIGHTS, [(2, "replicate"), (4, "shard")]),
     ],
-    ids=["all weights", "frozen weights"],
+    ids=["all weights", "answers", "frozen weights"],
 )
 def test_two_and_four_ranks_do_what_one_does(changes, runs, uneven, whole, tmp_path):
     said = assert_ranks_do_what_one_does(uneven(changes), runs, lambda: whole(changes), tmp_path)

@@ -15,11 +15,19 @@ KILLS = 44
 
 @pytest.mark.parametrize("seed", [0])
 def test_a_run_killed_forty_times_ends_with_the_same_weights(write_config, tmp_path, seed):
-    """Two prompts a batch, so that rollouts are in hand at half of the checkpoints, with rewards; a save a step."""
+    """Two prompts a batch, so that rollouts are in hand at half of the checkpoints, with rewards; a save a step. The
+    first steps are a warm start, and in the others a third of the sequences are written answers.
+    """
+    records = [{"prompt": f"Say {word}.", "completion": word} for word in ("red", "green", "blue", "grey", "pink")]
+    (tmp_path / "answered.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "reward.py").write_text("def short(record, completion):\n    return -0.1 * len(completion)\n")
     changes = {
         "rewards": [{"function": f"{tmp_path / 'reward.py'}:short"}],
-        "training.num_epochs": 24,
+        "prompts.train": str(tmp_path / "answered.jsonl"),
+        "training.warm_start": {"steps": 40, "answers_per_step": 2},
+        "training.num_rollouts_per_prompt": 3,
+        "training.off_policy_fraction": 0.34,
+        "training.num_epochs": 16,
         "training.save_every": 1,
         "training.eval_every": 5,
         "training.output_dir": str(tmp_path / "whole"),
@@ -36,6 +44,8 @@ def test_a_run_killed_forty_times_ends_with_the_same_weights(write_config, tmp_p
     assert len(kills) == KILLS
     assert sum(bool(kill["left"]) for kill in kills) >= 10, "too few kills in the midst of a save"
     assert len({kill["step"] for kill in kills}) >= 15, "the kills are not spread over the run"
+    assert sum(kill["step"] < 40 for kill in kills) >= 5, "too few kills in the warm start"
+    assert sum(kill["step"] > 40 for kill in kills) >= 5, "too few kills after the warm start"
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     for log in ("evaluations.jsonl", "tokens.jsonl"):
         one, other = (read_json_lines(tmp_path / name / log) for name in ("whole", "killed"))

@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+from functools import partial
 from weakref import WeakMethod
 
 import pytest
@@ -102,21 +103,20 @@ def test_an_update_that_runs_out_is_retried_with_the_same_gradient(write_config,
     lengths = group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index
     parts = micro_batches(*lengths, 45)
     assert len(parts) > 1
-    hidden = score(trainer.teachers, group, parts)
+    hidden = score(trainer.lesson.teachers, group, parts)
 
     def gradients(work) -> dict[str, torch.Tensor]:
         work()
         return {name: parameter.grad.clone() for name, parameter in trainer.parameters.items()}
 
     monkeypatch.setattr(fused, "linear_distill_loss", Shortage(real, error, lambda call, *_: call == 2))
-    retried = gradients(
-        lambda: run.parts.limits.in_micro_batches("update", lengths, lambda cut: trainer._gradients(hidden, group, cut))
-    )
+    learn = partial(trainer._gradients, trainer.lesson, hidden, group, torch.ones(8, dtype=torch.bool))
+    retried = gradients(lambda: run.parts.limits.in_micro_batches("update", lengths, learn))
     monkeypatch.setattr(fused, "linear_distill_loss", real)
     smaller = micro_batches(*lengths, run.parts.limits.tokens_per_micro_batch)
     assert len(smaller) > len(parts)
-    always_small = gradients(lambda: trainer._gradients(hidden, group, smaller))
-    whole = gradients(lambda: trainer._gradients(hidden, group, micro_batches(*lengths, 10**6)))
+    always_small = gradients(lambda: learn(smaller))
+    whole = gradients(lambda: learn(micro_batches(*lengths, 10**6)))
     for name, gradient in retried.items():
         assert torch.equal(gradient, always_small[name])
         torch.testing.assert_close(gradient, whole[name])

@@ -181,6 +181,8 @@ def test_tokenizers_without_chat_template_or_pad_token(write_config, tiny_pair, 
 # key: (changes before and after the key is set, its value, what is looked at). "numbers": the metrics differ.
 SAMPLED = {"loss.objective": "sampled_reverse_kl"}
 ON_VLLM = {"rollout.engine": "vllm", "rollout.precision": "auto", "prompts.eval": None}
+ANSWERED = {"prompts.train": "answered"}
+WARM = ANSWERED | {"training.warm_start.steps": 2}
 EFFECTS = {
     "student.model": ({}, "other", "numbers"),
     "student.drop_layers": ({}, [1], "numbers"),
@@ -214,6 +216,8 @@ EFFECTS = {
     "prompts.system_prompt": ({}, "Be brief.", "numbers"),
     "prompts.max_tokens": ({"prompts.eval": None}, 28, lambda run: run.parts.prompts.student.too_long),
     "prompts.control_tokens": ({"prompts.train": "controls"}, "special", "numbers"),
+    "prompts.answers": (WARM, "replies", "numbers"),
+    "prompts.answer_column": (WARM, "other", "numbers"),
     "prompts.shuffle": ({}, False, "numbers"),
     "rollout.max_new_tokens": ({}, 3, "numbers"),
     "rollout.temperature": ({}, 0.5, "numbers"),
@@ -240,6 +244,17 @@ EFFECTS = {
     "training.max_bad_steps": ({"teacher.model": "poisoned", "prompts.eval": None}, 0, "accepted"),
     "training.num_epochs": ({}, 2, "numbers"),
     "training.max_steps": ({}, 2, "numbers"),
+    "training.warm_start.steps": (ANSWERED, 2, "numbers"),
+    "training.warm_start.epochs": (ANSWERED, 2, "numbers"),
+    "training.warm_start.objective": (WARM, "forward_kl", "numbers"),
+    "training.warm_start.learning_rate": (WARM, 1e-2, "numbers"),
+    "training.warm_start.answers_per_step": (WARM, 1, "numbers"),
+    "training.off_policy_fraction": (ANSWERED, 0.5, "numbers"),
+    "training.off_policy_objective": (
+        ANSWERED | {"training.off_policy_fraction": 0.5},
+        "cross_entropy",
+        "numbers",
+    ),
     "training.tokens_per_micro_batch": ({}, 30, "calls"),
     "training.activation_checkpointing": ({}, True, "calls"),
     "training.compile": ({}, True, "refused"),  # on a CPU; see test_compiling.py
@@ -292,8 +307,9 @@ EFFECTS = {
 }
 
 
-# Looked at in test_distributed.py, as they change nothing on one process, and in test_rewards.py.
+# Looked at in test_distributed.py, as they change nothing on one process, in test_rewards.py and in test_hub.py.
 ELSEWHERE = {"training.parallel", "training.rank_timeout_s", "training.accept_changed_rewards"}
+ELSEWHERE |= {"training.hub_id", "training.hub_private"}
 
 
 def test_the_walk_below_leaves_out_no_key():
@@ -326,8 +342,12 @@ def others(tmp_path, tiny_pair, poisoned, servers):
     (tmp_path / "columns.jsonl").write_text('{"prompt": "Say red.", "other": "Say blue."}\n')
 
     def stand_in(key: str, value):
-        if key in ("prompts.column", "teacher.column"):
+        if key in ("prompts.column", "prompts.answer_column", "teacher.column"):
             return value
+        if value in ("answered", "replies"):
+            said = [{"prompt": f"Say {word}.", "completion": f"{word}, {value}", "other": "no"} for word in ("a", "b")]
+            (tmp_path / f"{value}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in said))
+            return str(tmp_path / f"{value}.jsonl")
         if key == "rewards":
             (tmp_path / "spaces.py").write_text("def spaces(record, said):\n    return len(said) + said.count(' ')\n")
             return [{"function": f"{tmp_path / 'spaces.py'}:{value}"}]

@@ -17,7 +17,6 @@ from distill.models import split_head
 from distill.rollout import SamplingOptions, local_engine
 from distill.runtime import PhaseClock
 from distill.training import Trainer
-from distill.training.trainer import Lesson
 from distill_kernels.chunks import WORKSPACE_BYTES
 
 aten = torch.ops.aten
@@ -188,12 +187,12 @@ def test_a_step_waits_for_its_metrics_only(trainer, loss, monkeypatch):
     made._sample(0, [[0, 1]], 0)
     rollouts = made.rollouts
     on_device = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprob, rollouts.sampling_logprob)
-    models = (made.student, made.teachers[0].body)
+    models = (made.student, made.lesson.teachers[0].body)
     watch = Watch(*on_device, *(tensor for model in models for tensor in (*model.parameters(), *model.buffers())))
     monkeypatch.setattr("distill.runtime.clock._pinned", watch.pin)
     copies, waits = watch.modes()
     with copies, waits:
-        metrics, *_ = made.step(Group.of(rollouts), Lesson(made.teachers, made.loss_options, 1e-5, {}))
+        metrics, *_ = made.step(Group.of(rollouts), made.lesson, 1e-5, {"rollout": 0.0})
     assert metrics["reverse_kl_exact"] > 0
     assert watch.waits == ["tolist"]
 

@@ -65,8 +65,7 @@ class HeadPair(NamedTuple):
     def agreement(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """[k] bool, k at most AGREEMENT_TOKENS: whether evenly spaced tokens have the same likeliest token."""
         if self.teacher.head is None:
-            unknown = 0 if self.teacher.silent else 1
-            return torch.full((unknown,), torch.nan, device=student_hidden.device)
+            return torch.full((0 if self.teacher.silent else 1,), torch.nan, device=student_hidden.device)
         every = max(1, -(-len(student_hidden) // AGREEMENT_TOKENS))
         with OneDnnLinears():
             student, teacher = (

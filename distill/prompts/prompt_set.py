@@ -115,18 +115,15 @@ def load_prompts(
     token_ids, used, said = [], [], []
     # Token ids are numbers met again and again: each is kept once.
     known = list(range(len(tokenizer)))
-    for batch in _batches(prompts):
-        encoded = _encoded(batch, tokeniser)
-        found = _answers(batch, encoded, written) if written else [None] * len(batch)
-        for prompt, ids, answer in zip(batch, encoded, found, strict=True):
-            if len(ids) > max_tokens:
-                left_out["too_long"] += 1
-            elif ids:
-                token_ids.append([known[i] for i in ids])
-                used.append(prompt._replace(written=None, answer=None))
-                said.append(answer and answer._replace(token_ids=[known[i] for i in answer.token_ids]))
-            else:
-                left_out["empty"] += 1
+    for prompt, ids, answer in _tokenised(prompts, tokeniser, written):
+        if len(ids) > max_tokens:
+            left_out["too_long"] += 1
+        elif ids:
+            token_ids.append([known[i] for i in ids])
+            used.append(prompt)
+            said.append(answer and answer._replace(token_ids=[known[i] for i in answer.token_ids]))
+        else:
+            left_out["empty"] += 1
     if not token_ids:
         raise PromptError(
             f"{path}: no usable prompt ({left_out['empty']} empty, {left_out['too_long']} of more than {max_tokens} "
@@ -221,6 +218,17 @@ def _prompt_of(messages: list[Message]) -> list[Message]:
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     return messages
+
+
+def _tokenised(
+    prompts: Iterator[_Prompt], tokeniser: PromptTokeniser, answers: AnswerTokeniser | None
+) -> Iterator[tuple[_Prompt, list[int], Answer | None]]:
+    """Each prompt with its ids and its answer, without the texts that these were made of."""
+    for batch in _batches(prompts):
+        encoded = _encoded(batch, tokeniser)
+        found = _answers(batch, encoded, answers) if answers else [None] * len(batch)
+        for prompt, ids, answer in zip(batch, encoded, found, strict=True):
+            yield prompt._replace(written=None, answer=None), ids, answer
 
 
 def _batches(prompts: Iterator[_Prompt]) -> Iterator[list[_Prompt]]:

@@ -72,12 +72,8 @@ class RunParts:
         self.dropped_layers = self._choose_layers(pair, start)
         self.student = make_student(pair.student, config, self.dropped_layers)
         whole = ModelParts(*split_head(self.student), self.dtype)
-        further = [answered] if answered and answered is not self.prompts else []
-        of_sets = (self.prompts, *further, *([self.held_out] if self.held_out else []), *self.sets.values())
-        self.notices = [("prompts", line) for prompts in of_sets for line in prompts.remarks]
+        self.notices = self._said_of_prompts(answered, pair)
         """Events of the loading, with what is said of each."""
-        if config.asked_of_servers == "auto" and any(each.parts.head is None for each in pair.teachers):
-            self.notices.append(("teacher", NAMED_ONLY.format(config.teacher.server_top_k)))
         self.following = self._follower()
         if self.following:
             models[0] = ModelParts(*split_head(self.following.model), pair.teachers[0].parts.dtype)
@@ -104,6 +100,15 @@ class RunParts:
             self.servers.append(self.engine.server)
         self.trainer = self._make_trainer()
         self.warm_start = self._make_warm_start()
+
+    def _said_of_prompts(self, answered: Prompts | None, pair: Pair) -> list[tuple[str, str]]:
+        """What is to be said of what the teachers see of the prompts, and tell of it."""
+        further = [answered] if answered and answered is not self.prompts else []
+        of_sets = (self.prompts, *further, *([self.held_out] if self.held_out else []), *self.sets.values())
+        found = [("prompts", line) for prompts in of_sets for line in prompts.remarks]
+        if self.config.asked_of_servers == "auto" and any(each.parts.head is None for each in pair.teachers):
+            found.append(("teacher", NAMED_ONLY.format(self.config.teacher.server_top_k)))
+        return found
 
     @property
     def total_steps(self) -> int:

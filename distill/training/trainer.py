@@ -63,14 +63,12 @@ class StepResult:
 
 
 class Lesson(NamedTuple):
-    """What a step learns from its group: whose scores, which loss, how fast, and what is done once weights changed."""
+    """How a step learns from its group: whose scores, which loss, what is said of it, who hears of changed weights."""
 
     teachers: Sequence[ModelParts]
     loss_options: LossOptions
-    learning_rate: float
-    sampling_seconds: Mapping[str, float]
     measure: Callable[[GroupGradient, Group, Tensor, LossOptions], tuple[Metrics, list[float]]] = step_metrics
-    after: Callable[[], None] = lambda: None
+    after_step: Callable[[int], None] = lambda step: None
 
 
 class Trainer:
@@ -103,11 +101,10 @@ class Trainer:
         after_step: Callable[[int], None] = lambda step: None,
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self.student, self.student_parts, self.teachers = student, student_parts, teachers
-        self.make_group, self.measure = make_group, measure
+        self.student, self.student_parts, self.make_group = student, student_parts, make_group
+        self.lesson = Lesson(teachers, loss_options, measure, after_step)
         self.engine, self.prompt_batches, self.encode = engine, prompt_batches, encode
-        self.options, self.loss_options, self.vocab_size = options, loss_options, vocab_size
-        self.ranks, self.judge, self.after_step = ranks or Ranks(), judge, after_step
+        self.options, self.vocab_size, self.ranks, self.judge = options, vocab_size, ranks or Ranks(), judge
         self.device, self.width = student_parts.head.weight.device, student_parts.head.weight.shape[1]
         self.limits = limits or MemoryLimits(options.tokens_per_micro_batch, device=self.device)
         self.on_phase = on_phase
@@ -144,9 +141,7 @@ class Trainer:
             learning_rate = self.options.learning_rate_at(at.step, self.total_steps)
             # A batch's rollouts are shared evenly by the steps that it serves.
             seconds = {k: value / math.ceil(len(prompts) / per_step) for k, value in self.sampling_seconds.items()}
-            told = self.measure, lambda: self.after_step(self.position.step + 1)
-            lesson = Lesson(self.teachers, self.loss_options, learning_rate, seconds, *told)
-            line, row_reverse_kl, sound = self.step(group, lesson)
+            line, row_reverse_kl, sound = self.step(group, self.lesson, learning_rate, seconds)
             self.position = self._after(at, batches)
             if self.position.batch != at.batch or self.position.epoch != at.epoch:
                 self.rollouts = None
@@ -157,9 +152,8 @@ class Trainer:
         step, group = at.step + 1, at.group + 1
         if group * self.options.prompts_per_step < len(batches[at.batch]):
             return replace(at, step=step, group=group)
-        if at.batch + 1 < len(batches):
-            return replace(at, step=step, batch=at.batch + 1, group=0)
-        return replace(at, step=step, epoch=at.epoch + 1, batch=0, group=0)
+        last = at.batch + 1 == len(batches)
+        return replace(at, step=step, epoch=at.epoch + last, batch=0 if last else at.batch + 1, group=0)
 
     def _sample(self, epoch: int, batches: Sequence[Sequence[int]], batch: int) -> None:
         self.on_phase("rollout")
@@ -195,15 +189,16 @@ class Trainer:
             "prompt_keys": torch.arange(first, first + len(batches[batch])),
         }
 
-    def step(self, group: Group, lesson: Lesson) -> tuple[Metrics, list[float], bool]:
+    def step(
+        self, group: Group, lesson: Lesson, learning_rate: float, sampling_seconds: Mapping[str, float]
+    ) -> tuple[Metrics, list[float], bool]:
         """Scores a group, updates the student, and returns the metrics, each row's mean token reverse KL, and whether
         loss and gradient were finite; the position is the caller's to move."""
-        teachers, options, learning_rate, sampling_seconds, measure, after = lesson
         self.on_phase("score")
         own = self.ranks.own_rows(group)
         with self.clock.phase("score"):
             teacher_hidden = self.ranks.in_micro_batches(
-                self.limits, "score", group, own, lambda parts: score(teachers, group, parts), by_teacher=True
+                self.limits, "score", group, own, lambda parts: score(lesson.teachers, group, parts), by_teacher=True
             )
         self.on_phase("update")
         with self.clock.phase("update"):
@@ -219,8 +214,8 @@ class Trainer:
                 settings["lr"] = learning_rate
             self.optimizer.step()
             self.weights_changed()
-            after()
-        metrics, row_reverse_kl = measure(result, group, grad_norm, options)
+            lesson.after_step(self.position.step + 1)
+        metrics, row_reverse_kl = lesson.measure(result, group, grad_norm, lesson.loss_options)
         seconds = {**sampling_seconds, **self.clock.read()}
         sound = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
         self.bad_in_row = 0 if sound else self.bad_in_row + 1

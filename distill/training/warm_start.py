@@ -26,12 +26,13 @@ class WarmStart:
         self, trainer: Trainer, answers: Answers, settings: WarmStartConfig, teachers: Sequence[ModelParts]
     ) -> None:
         """`teachers` score the answers, or say nothing where their cross entropy is all."""
-        self.trainer, self.answers, self.teachers, self.settings = trainer, answers, teachers, settings
+        self.trainer, self.answers, self.settings = trainer, answers, settings
         options = trainer.options
         asked = settings.answers_per_step or options.prompts_per_step * options.num_rollouts_per_prompt
         self.per_step = min(asked, len(answers))
         self.total_steps = settings.total_steps(len(answers), self.per_step)
-        self._loss = replace(trainer.loss_options, objective="forward_kl", of_written="forward_kl")
+        loss = replace(trainer.lesson.loss_options, objective="forward_kl", of_written="forward_kl")
+        self._lesson = Lesson(teachers, loss, answer_metrics)
 
     def steps(self) -> Iterator[StepResult]:
         """Trains to the end of the warm start, handing out each step's result as `Trainer.steps` does."""
@@ -44,8 +45,7 @@ class WarmStart:
             group = Group.of(rollouts, self.answers.view(indices) if self._scored else None)
             group = group._replace(written=rollouts.finished | True)
             rate = options.learning_rate_at(at.warm, self.total_steps, self.settings.learning_rate)
-            lesson = Lesson(self.teachers, self._loss, rate, {"rollout": 0.0}, answer_metrics)
-            line, row_reverse_kl, sound = trainer.step(group, lesson)
+            line, row_reverse_kl, sound = trainer.step(group, self._lesson, rate, {"rollout": 0.0})
             trainer.position = replace(at, warm=at.warm + 1)
             if trainer.position.warm == self.total_steps:
                 trainer.optimizer.state.clear()
@@ -53,7 +53,7 @@ class WarmStart:
 
     @property
     def _scored(self) -> bool:
-        return not any(teacher.silent for teacher in self.teachers)
+        return not any(teacher.silent for teacher in self._lesson.teachers)
 
 
 def answer_metrics(
