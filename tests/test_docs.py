@@ -59,3 +59,16 @@ def test_every_figure_that_a_run_writes_is_explained(write_config, tmp_path):
         record = json.loads(text) if name == "summary.json" else json.loads(text.splitlines()[0])
         written = set(record) | (set(record["samples"][0]) if name == "tokens.jsonl" else set())
         assert explained == written, name
+
+
+def test_so_is_what_a_run_with_written_answers_writes_beside(write_config, tmp_path):
+    (tmp_path / "answered.jsonl").write_text('{"prompt": "Say red.", "completion": "red"}\n{"prompt": "Say it."}\n')
+    answers = {"prompts.train": str(tmp_path / "answered.jsonl"), "training.warm_start.steps": 1}
+    execute(write_config(answers | {"training.off_policy_fraction": 0.5, "training.max_steps": 1}))
+    page, run = (ROOT / "docs" / "report.md").read_text(), tmp_path / "run"
+    for name in ("metrics.jsonl", "summary.json"):
+        section = page.split(f"### `{name}`")[1].split("\n##")[0]
+        text = (run / name).read_text()
+        records = [json.loads(text)] if name == "summary.json" else list(map(json.loads, text.splitlines()))
+        for key in {key for record in records for key in (*record, *record.get("warm_start", {}))}:
+            assert f"`{key}`" in section, (name, key)

@@ -26,15 +26,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import include_paths, library_paths
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distill.config import Config
+from distill.config import Config, TrainingConfig
 from distill.loss import Group, GroupGradient, LossOptions, ModelParts, Rollouts, TeacherView
 from distill.loss.advantage import advantages, task_credit
 from distill.loss.gradients import token_weights
 from distill.models import Head
-from distill.prompts import left_pad
+from distill.prompts import PromptSet, left_pad
+from distill.prompts.answers import Answer
 from distill.run import layer_choice
 from distill.runtime import MemoryLimits
-from distill.training import compare, evaluate, token_view
+from distill.teachers import NO_TEACHER
+from distill.training import Answers, Mixture, compare, evaluate, mixture_metrics, token_view
 from distill.training.diagnostics import step_metrics
 from distill_kernels import TokenStats
 
@@ -191,7 +193,8 @@ def figures() -> None:
     lengths, index = found.group.completion_lengths, found.group.prompt_index
     K = int(lengths.sum())
     stats = TokenStats(*torch.zeros(6, K, device="cuda"))
-    result = GroupGradient(stats.reward.sum(), stats, torch.zeros(6, H, device="cuda"), torch.ones(2, device="cuda"))
+    two = torch.ones(2, device="cuda")
+    result = GroupGradient(two, stats, torch.zeros(6, H, device="cuda"), two)
     step_metrics(result, found.group, result.loss, LossOptions())
     for baseline, discount in product(("none", "group", "exact"), (0, 0.5, 1)):
         credit = advantages(stats, lengths, index, LossOptions(baseline=baseline, discount=discount))
@@ -200,12 +203,39 @@ def figures() -> None:
     group = Group.of(rewarded.planned_on_host())  # of a checkpoint, whose rollouts were brought to the device
     assert task_credit(group, token_weights(lengths, "sequence")).device.type == "cpu"
 
+    mixed_with_answers(prompts, found.rollouts)
+
     layer_choice.make_engine = lambda *_: Engine()
     config = Config(student={"model": "one"}, teacher={"model": "other"}, prompts={"train": "some"})
     teachers, student = [SimpleNamespace(parts=parts)] * 2, SimpleNamespace(device=torch.device("cuda"))
     pair = SimpleNamespace(student=student, teachers=teachers, tokenizer=tokenizer, vocab_size=V)
     seen = SimpleNamespace(student=SimpleNamespace(token_ids=prompts), teacher=SimpleNamespace(view=lambda _: view))
     layer_choice._FixedCompletions(config, pair, seen, torch.float32)
+
+
+def mixed_with_answers(token_ids: list[list[int]], rollouts: Rollouts) -> None:
+    """A step's group of rollouts and written answers, what nobody scores of it, and what is said of it."""
+    nothing, said = [None] * 3, [Answer([7, 8], True), None, Answer([9, 9, 9], False)]
+    prompts = PromptSet(token_ids, nothing, nothing, nothing, nothing, nothing, ("prompt",), answers=said)
+    answers = Answers(prompts, None, 0, torch.device("cuda"), seed=0, shuffle=False)
+    options = {"num_rollouts_per_prompt": 3, "prompts_per_step": 3, "off_policy_fraction": 0.4}
+    for objective in (
+        "reverse_kl",
+        "cross_entropy",
+    ):  # 4 of 9; of the two that are sampled of each prompt one is left out
+        training = TrainingConfig(**options, off_policy_objective=objective)
+        kept, group = Mixture(answers, training, None, 1, 0)(rollouts.planned_on_host(), range(3), 0)
+        assert (len(kept.completion_lengths), int(group.written.sum())) == (5, 4)
+        assert group.completion_ids.device.type == group.prompt_ids.device.type == kept.logprob.device.type == "cuda"
+        assert group.written.device.type == group.prompt_mask.device.type == "cpu"
+        if objective == "cross_entropy":
+            ((_, _), (teacher, (rows,))) = group.by_teacher([torch.arange(9)])
+            assert (teacher, rows.tolist()) == (1, [5, 6, 7, 8])
+            assert NO_TEACHER.hidden(*group.seen_by(1).inputs(rows)).device.type == "cuda"
+        K, two = int(group.completion_lengths.sum()), torch.ones(2, device="cuda")
+        stats = TokenStats(*torch.zeros(6, K, device="cuda"))
+        result = GroupGradient(two, stats, torch.zeros(9, H, device="cuda"), two)
+        mixture_metrics(result, group, result.loss, LossOptions())
 
 
 def model_in(dtype: torch.dtype) -> torch.nn.Module:

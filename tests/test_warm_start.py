@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from signal import SIGTERM
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.config import ConfigError, load_config
 from distill.prompts import PromptError
+from distill.report.charts import run_charts
 from distill.run import CheckpointError, Run
 from distill.run.early_stopping import REVERSE_KL, best_step
 from distill.runtime import read_json_lines
@@ -160,6 +162,50 @@ def test_answers_may_have_a_file_of_their_own(config, tmp_path, tiny_pair):
     assert run.parts.answers.prompts.texts == ["a"]
     own, theirs = run.parts.answers.rollouts([0]), run.parts.answers.view([0])
     assert theirs.prompts[0][1].sum() > own.prompt_mask.sum()
+
+
+def test_the_phases_stand_on_one_page(config, tmp_path):
+    """The warm start, the mixture and each metric, with a line where one ends and the other begins."""
+    changes = {"training.off_policy_fraction": 0.5, "training.eval_every": 2, "evaluation.metrics": ["json_valid"]}
+    execute(config(changes))
+    run = tmp_path / "run"
+    text = (run / "report.html").read_text()
+    charts = json.loads(re.search(r'<script type="application/json" id="charts">(.*?)</script>', text)[1])
+    titles = re.findall(r"<h2>(.*?)</h2>\n<div id", text)
+    by_title = dict(zip(titles, charts, strict=True))
+    assert titles[:4] == ["Reverse KL", "json_valid", "Written answers", "Reverse KL by position"]
+    for title, chart in by_title.items():
+        lines = [made for made in objects(chart) if made.get("name") == "Span"]
+        over_steps = title != "Reverse KL by position"
+        assert [line["attributes"]["location"] for line in lines] == [4.5] * over_steps, title
+    labels = json.dumps(by_title["Written answers"])
+    for label in ("cross entropy, warm start", "cross entropy, beside rollouts", "reverse KL, beside rollouts"):
+        assert label in labels
+    assert "After 7 steps, of which 4 were the warm start" in text
+    assert re.search(r"</strong> ± [\d.]+ after the warm start", text)
+    card = (run / "final" / "README.md").read_text()
+    assert "| before | after the warm start (4 steps) | after 3 steps |" in card
+    assert "- Warm start: 4 steps on written answers (`cross_entropy`), before the first rollout." in card
+    assert "- Written answers in the place of rollouts: 0.5 of a step's sequences." in card
+
+
+def objects(value) -> list[dict]:
+    """Every mapping within a value."""
+    if isinstance(value, dict):
+        return [value, *(found for each in value.values() for found in objects(each))]
+    return [found for each in value for found in objects(each)] if isinstance(value, list) else []
+
+
+def test_a_warm_start_alone_has_its_page_and_table(config, tmp_path, capsys):
+    run = Run(load_config(config({"training.max_steps": 0})), Console(width=200), lambda: None)
+    assert run.execute() == 0
+    said = capsys.readouterr().out
+    assert "4 steps of warm start, 0 steps in" in said
+    assert "after the warm start" in said
+    assert "cross entropy" in said
+    charts = {chart.title for chart in run_charts(metrics_of(tmp_path / "run"), run.progress.evaluations)}
+    assert {"Reverse KL", "Written answers", "Gradient norm"} <= charts
+    assert not {"Completion length", "Fluctuation", "Reverse KL by position"} & charts
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 4, 5, 6])  # within the warm start, at its end, and after it

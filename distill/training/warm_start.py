@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from distill.config import WarmStartConfig
@@ -43,7 +44,7 @@ class WarmStart:
             indices = self.answers.order(epoch)[first : first + self.per_step]
             rollouts = self.answers.rollouts(indices)
             group = Group.of(rollouts, self.answers.view(indices) if self._scored else None)
-            group = group._replace(written=rollouts.finished | True)
+            group = group._replace(written=torch.ones_like(rollouts.finished))
             rate = options.learning_rate_at(at.warm, self.total_steps, self.settings.learning_rate)
             line, row_reverse_kl, sound = trainer.step(group, self._lesson, rate, {"rollout": 0.0})
             trainer.position = replace(at, warm=at.warm + 1)
