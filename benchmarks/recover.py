@@ -1,8 +1,9 @@
-"""New facts, manners lost and brought back: `python -m benchmarks.recover`, whole runs of `configs/recover.yaml`.
+"""New facts, manners lost and brought back: `python -m benchmarks.recover`, the parts of `configs/recover.yaml`.
 
-Three runs a seed: the recipe; its warm start alone; and, from the model that this leaves, as many further steps of
-plain fine-tuning, on answers that the original wrote to the same prompts. A run that has its `summary.json` is not
-repeated, and one that was stopped goes on. `--page FILE` puts the table between the two markers of a page.
+A seed's warm start is run once, and from the model that it leaves three things are tried: what the recipe goes on with
+(which are its own steps, bit for bit); the same without answers beside the rollouts; and as many steps of plain
+fine-tuning on answers that the original wrote to the same prompts. A run that has its `summary.json` is not repeated,
+and one that was stopped goes on. `--page FILE` puts the table between the two markers of a page.
 """
 
 import argparse
@@ -59,31 +60,38 @@ def run_all(recipe: Path, seeds: Sequence[int], output: Path) -> Arms:
     found: Arms = {}
     for seed in seeds:
         own = ["--training.seed", str(seed)]
-        whole = summary_of(recipe, output / f"recipe-{seed}", own)
-        warm = summary_of(recipe, output / f"warm-start-{seed}", [*own, "--training.max_steps", "0"])
-        plain = summary_of(recipe, output / f"fine-tuning-{seed}", [*own, *_fine_tuning(config, output, seed, answers)])
-        found.setdefault("before", []).append(_figures(whole, "before"))
-        found.setdefault("after the warm start", []).append(_figures(warm, "after"))
-        found.setdefault("then on-policy distillation", []).append(_figures(whole, "after"))
-        found.setdefault("or then plain fine-tuning", []).append(_figures(plain, "after"))
+        warm = output / f"warm-start-{seed}"
+        summary = summary_of(recipe, warm, [*own, "--training.max_steps", "0"])
+        found.setdefault("before", []).append(_figures(summary, "before"))
+        found.setdefault("after the warm start", []).append(_figures(summary, "after"))
+        for arm, words in arms(config, answers).items():
+            after = [*own, "--student.model", str(warm / "final"), *words]
+            summary = summary_of(recipe, output / f"{arm.replace(' ', '-')}-{seed}", after)
+            found.setdefault(arm, []).append(_figures(summary, "after"))
     return found
 
 
-def _fine_tuning(config: Config, output: Path, seed: int, answers: Path) -> list[str]:
-    """As many steps of as many sequences at the same rate as the recipe takes after its warm start."""
+def arms(config: Config, answers: Path) -> dict[str, list[str]]:
+    """What each arm changes after the warm start, as words for the command line."""
     training = config.training
-    warm_start = {
+    fine_tuning = {
         "epochs": None,
         "steps": training.max_steps,
         "answers_per_step": training.prompts_per_step * training.num_rollouts_per_prompt,
         "learning_rate": training.learning_rate,
     }
-    return [
-        *("--student.model", str(output / f"warm-start-{seed}" / "final")),
-        *("--prompts.answers", str(answers)),
-        *("--training.warm_start", json.dumps(warm_start)),
-        *("--training.max_steps", "0"),
-    ]
+    alone = {"prompts.answers": "null", "training.off_policy_fraction": "0", "training.off_policy_objective": "null"}
+    plain = {
+        "prompts.answers": str(answers),
+        "training.warm_start": json.dumps(fine_tuning),
+        "training.max_steps": "0",
+    }
+    changes = {
+        "then the recipe": {"training.warm_start": "null"},
+        "then rollouts alone": {"training.warm_start": "null"} | alone,
+        "then plain fine-tuning": plain,
+    }
+    return {arm: [word for key, value in each.items() for word in (f"--{key}", value)] for arm, each in changes.items()}
 
 
 def _figures(summary: dict[str, Any], when: str) -> tuple[float, float]:
