@@ -183,6 +183,8 @@ def test_the_phases_stand_on_one_page(config, tmp_path):
         assert label in labels
     assert "After 7 steps, of which 4 were the warm start" in text
     assert re.search(r"</strong> ± [\d.]+ after the warm start", text)
+    heads = re.findall(r'<th scope="col">(.*?)</th>', text)
+    assert heads[:5] == ["metric, with 95 % interval", "before", "after the warm start", "after", "change"]
     card = (run / "final" / "README.md").read_text()
     assert "| before | after the warm start (4 steps) | after 3 steps |" in card
     assert "- Warm start: 4 steps on written answers (`cross_entropy`), before the first rollout." in card

@@ -61,12 +61,19 @@ def report_page(run: Path) -> str:
         step=metrics[-1]["step"] if metrics else 0,
         warm=warm,
         metrics=metric_rows(before_and_after(evaluations)),
+        between={row.name: row.after for row in metric_rows(before_and_after(_until_warm(evaluations, warm)))},
         models=_models(run),
         summary={key: _shown(value) for key, value in summary.items() if not isinstance(value, list | dict)},
         samples=_samples(views, summary.get("samples", [])),
         events=_records(run / "events.jsonl")[-20:],
         levels=LEVELS,
     )
+
+
+def _until_warm(evaluations: list[dict], warm_steps: int) -> list[dict]:
+    """The first evaluation and the one at the end of a warm start; nothing where there was none before the last."""
+    found = [e for e in evaluations[:-1] if 0 < e["step"] == warm_steps]
+    return evaluations[:1] + found if found else []
 
 
 def _told(evaluations: list[dict], warm_steps: int) -> list[dict]:
