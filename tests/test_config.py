@@ -152,6 +152,13 @@ def test_no_message_shows_a_regular_expression():
     )
 
 
+def test_a_recipe_by_its_name_finds_all_its_files_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = load_config("recover")
+    files = (found.prompts.train, found.prompts.eval, found.prompts.answers, found.evaluation.sets["facts"].prompts)
+    assert all(path.is_file() for path in files), files
+
+
 def test_every_problem_is_reported_at_once(refused):
     message = refused("student: {model: a/b}\nprompts: {train: p}\ntraining: {seed: x, num_epochs: 0}\n")
     assert "'teacher' is missing" in message

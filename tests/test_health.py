@@ -150,6 +150,6 @@ def test_a_run_says_once_that_its_completions_are_cut_and_not_again_when_it_goes
 
 
 def test_suspects_are_the_prompts_with_bad_rows():
-    assert suspects(["a", "b"], [1.0, 2.0, math.nan, 1.0]) == "'b'"
-    assert suspects(["a", "b"], [1.0, None, 3.0, 1.0]) == "'a'"
-    assert suspects(["a", "b"], [1.0, 2.0, 3.0, 1.0]) == "'a', 'b'"
+    assert suspects(["a", "b"], [(0, 1.0), (0, 2.0), (1, math.nan), (1, 1.0)]) == "'b'"
+    assert suspects(["a", "b"], [(0, None), (1, 3.0), (1, 1.0)]) == "'a'"  # of which one row was left out
+    assert suspects(["a", "b"], [(0, 1.0), (1, 3.0)]) == "'a', 'b'"

@@ -10,6 +10,7 @@ from distill.config.yaml_file import ConfigError, read_yaml
 
 PACKAGE = Path(__file__).parent.parent
 # In a wheel they lie in the package, in a checkout beside it.
+FILES = ("train", "eval", "answers")  # keys of `prompts` that name them
 ROOT = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
 
 
@@ -27,6 +28,7 @@ def read_recipe(reference: str | Path) -> dict[str, Any]:
             f"{reference}: there is no such file, and no recipe of that name; recipes: {', '.join(found)}"
         )
     content = read_yaml(found[path.name])
-    prompts = content.get("prompts", {})
-    prompts |= {key: str(ROOT / prompts[key]) for key in ("train", "eval") if (ROOT / str(prompts.get(key))).is_file()}
+    sets = content.get("evaluation", {}).get("sets", {})
+    for section, keys in ((content.get("prompts", {}), FILES), *((own, ("prompts",)) for own in sets.values())):
+        section |= {key: str(ROOT / section[key]) for key in keys if (ROOT / str(section.get(key))).is_file()}
     return content

@@ -75,9 +75,9 @@ def _cut_and_all(metrics: Mapping[str, Any]) -> tuple[float, float]:
     return metrics["truncated_fraction"] * rollouts, rollouts
 
 
-def suspects(prompts: Sequence[str], row_figures: Sequence[float | None] = ()) -> str:
-    """The prompts whose rows have a figure that is not finite (or None), or all of them where every row's is."""
-    rows = len(row_figures) // len(prompts)
-    sound = [figure is not None and math.isfinite(figure) for figure in row_figures]
-    bad = [prompt for i, prompt in enumerate(prompts) if not all(sound[i * rows : (i + 1) * rows])]
+def suspects(prompts: Sequence[str], rows: Iterable[tuple[int, float | None]] = ()) -> str:
+    """The prompts one of whose rows, each its prompt's index and a figure, has one that is not finite (or None); all
+    where that is every prompt, or none."""
+    wrong = {index for index, figure in rows if figure is None or not math.isfinite(figure)}
+    bad = [prompt for index, prompt in enumerate(prompts) if index in wrong]
     return ", ".join(repr(prompt[:80]) for prompt in bad or prompts)

@@ -170,7 +170,8 @@ class Progress:
         if result.sound:
             return
         figures = f"loss {metrics['loss']:.3g}, gradient norm {metrics['grad_norm']:.3g}"
-        named = f"prompts: {suspects(prompts, result.row_reverse_kl)}"
+        rows = zip(result.rollouts.prompt_index.tolist(), result.row_reverse_kl, strict=True)
+        named = f"prompts: {suspects(prompts, rows)}"
         self.notice("skipped", step, f"step {step} skipped: {figures}; {named}")
         in_row, allowed = self.parts.trainer.bad_in_row, self.parts.config.training.max_bad_steps
         if in_row > allowed:
