@@ -1,8 +1,8 @@
 """New facts, manners lost and brought back: `python -m benchmarks.recover`, the parts of `configs/recover.yaml`.
 
 A seed's warm start is run once, and from the model that it leaves three things are tried: what the recipe goes on with
-(which are its own steps, bit for bit); the same without answers beside the rollouts; and as many steps of plain
-fine-tuning on answers that the original wrote to the same prompts. A run that has its `summary.json` is not repeated,
+(which are its own steps, bit for bit); the same with answers in the place of a quarter of the rollouts; and as many
+steps of plain fine-tuning on answers that the original wrote to the same prompts. A run that has its `summary.json` is not repeated,
 and one that was stopped goes on. `--page FILE` puts the table between the two markers of a page.
 """
 
@@ -71,7 +71,7 @@ def run_all(recipe: Path, seeds: Sequence[int], output: Path) -> Arms:
     return found
 
 
-def arms(config: Config, answers: Path) -> dict[str, list[str]]:
+def arms(config: Config, original: Path) -> dict[str, list[str]]:
     """What each arm changes after the warm start, as words for the command line."""
     training = config.training
     fine_tuning = {
@@ -80,16 +80,13 @@ def arms(config: Config, answers: Path) -> dict[str, list[str]]:
         "answers_per_step": training.prompts_per_step * training.num_rollouts_per_prompt,
         "learning_rate": training.learning_rate,
     }
-    alone = {"prompts.answers": "null", "training.off_policy_fraction": "0", "training.off_policy_objective": "null"}
-    plain = {
-        "prompts.answers": str(answers),
-        "training.warm_start": json.dumps(fine_tuning),
-        "training.max_steps": "0",
-    }
+    rollouts = {"training.warm_start": "null"}
+    answers_too = {"training.off_policy_fraction": "0.25", "training.off_policy_objective": "cross_entropy"}
+    plain = {"prompts.answers": str(original), "training.warm_start": json.dumps(fine_tuning)}
     changes = {
-        "then the recipe": {"training.warm_start": "null"},
-        "then rollouts alone": {"training.warm_start": "null"} | alone,
-        "then plain fine-tuning": plain,
+        "then on-policy distillation": rollouts | {"prompts.answers": "null"},
+        "the same, a quarter of it answers": rollouts | answers_too,
+        "then plain fine-tuning": plain | {"training.max_steps": "0"},
     }
     return {arm: [word for key, value in each.items() for word in (f"--{key}", value)] for arm, each in changes.items()}
 
