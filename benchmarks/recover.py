@@ -2,8 +2,8 @@
 
 A seed's warm start is run once, and from the model that it leaves three things are tried: what the recipe goes on with
 (which are its own steps, bit for bit); the same with answers in the place of a quarter of the rollouts; and as many
-steps of plain fine-tuning on answers that the original wrote to the same prompts. A run that has its `summary.json` is not repeated,
-and one that was stopped goes on. `--page FILE` puts the table between the two markers of a page.
+steps of plain fine-tuning on answers that the original wrote to the same prompts. A run that has its `summary.json` is
+not repeated, and one that was stopped goes on. `--page FILE` puts the table between the two markers of a page.
 """
 
 import argparse
