@@ -46,8 +46,8 @@ def gradients(student, teacher, rollouts, options, token_budget=10**6, dtype=tor
     group = Group.of(rollouts)
     batches = micro_batches(group.prompt_mask.sum(1), group.completion_lengths, group.prompt_index, token_budget)
     own, other = parts_of(student, dtype), parts_of(teacher, dtype)
-    loss, stats, *_ = accumulate_gradients(own, [other], score([other], group, batches), group, batches, options)
-    return loss, stats, {name: p.grad.clone() for name, p in student.named_parameters()}, len(batches)
+    found = accumulate_gradients(own, [other], score([other], group, batches), group, batches, options)
+    return found.loss, found.stats, {name: p.grad.clone() for name, p in student.named_parameters()}, len(batches)
 
 
 def reference_loss(student, teacher, rollouts, options):

@@ -181,7 +181,10 @@ def test_a_short_context_limits_the_prompts(server, write_config, capsys):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"loss.objective": "reverse_kl", "teacher.server_gives": "sampled"}, "loss.objective is 'reverse_kl'"),
+        (
+            {"loss.objective": "reverse_kl", "teacher.server_gives": "sampled"},
+            "loss.objective reverse_kl compares distributions",
+        ),
         ({"teacher.server_gives": "top_k"}, "teacher.server_gives is top_k"),
         (
             {"loss.temperature": 2.0, "loss.importance_clip": None, "teacher.server_gives": "sampled"},

@@ -217,6 +217,7 @@ EFFECTS = {
     "prompts.max_tokens": ({"prompts.eval": None}, 28, lambda run: run.parts.prompts.student.too_long),
     "prompts.control_tokens": ({"prompts.train": "controls"}, "special", "numbers"),
     "prompts.answers": (WARM, "replies", "numbers"),
+    "prompts.answers_limit": (WARM | {"prompts.answers": "replies"}, 1, "numbers"),
     "prompts.answer_column": (WARM, "other", "numbers"),
     "prompts.shuffle": ({}, False, "numbers"),
     "rollout.max_new_tokens": ({}, 3, "numbers"),

@@ -280,6 +280,7 @@ def test_the_best_step_is_one_after_it():
             "did you mean 'training.warm_start.objective'",
         ),
         ({"training.warm_start": None, "training.max_steps": 0}, "training.max_steps is 0, which is for a warm start"),
+        ({"prompts.answers_limit": 3}, "prompts.answers_limit is set, and prompts.answers names no file"),
         ({"training.warm_start": None, "prompts.answers": "a.jsonl"}, "prompts.answers is for training.warm_start"),
         (
             {"training.warm_start": None, "prompts.answer_column": "a"},

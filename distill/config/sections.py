@@ -95,6 +95,8 @@ class PromptsConfig(Section):
     answers: FilePath | None = None
     """Records with written answers for `training.warm_start` and `training.off_policy_fraction`, in any of the forms of
     `train`; absent: those of `train` that have one."""
+    answers_limit: Positive | None = None
+    """Read the first so many records of `answers`; absent: all."""
     answer_column: str | None = Field(None, min_length=1)
     """Column with the answer, as text or as a list with one message of the assistant's; absent: `completion`, else a
     conversation's last turn where that is the assistant's."""
@@ -105,8 +107,11 @@ class PromptsConfig(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "PromptsConfig":
-        if self.streaming and not any(str(source).startswith("hub:") for source in (self.train, self.eval)):
+        sources = (self.train, self.eval, self.answers)
+        if self.streaming and not any(str(source).startswith("hub:") for source in sources):
             raise ValueError("prompts.streaming is how a hub dataset is read, and neither train nor eval names one")
+        if self.answers_limit and not self.answers:
+            raise ValueError("prompts.answers_limit is set, and prompts.answers names no file")
         return self
 
 

@@ -43,7 +43,7 @@ class HeadPair(NamedTuple):
     ) -> tuple[Tensor, TokenStats]:
         """`linear_distill_loss` of K tokens with the options of its `objective`, and the detached statistics."""
         teacher, options = self._teacher(teacher_hidden)
-        sampled = objective["objective"] == "sampled_reverse_kl"
+        sampled = objective.get("objective") in (None, "sampled_reverse_kl")
         if self.teacher.silent:  # the tokens' cross entropy, whatever else is asked
             objective = {"advantage": torch.ones_like(token_weight)}
             options |= {"teacher_logprob": None, "temperature": 1.0}

@@ -76,7 +76,8 @@ def load_answers(config: Config, pair: Pair, console: Console, train: Prompts) -
     wanted, path = _wanted_answers(config, pair), config.prompts.answers
     if wanted is None:
         return None
-    found = train if path is None else _load(config, pair, console, path, None, *_of_rollouts(config), answers=wanted)
+    limit = config.prompts.answers_limit
+    found = train if path is None else _load(config, pair, console, path, limit, *_of_rollouts(config), answers=wanted)
     if not any(found.student.answers):
         where = f"prompts.{'train' if path is None else 'answers'}"
         column = f"the column {wanted.column!r}" if wanted.column else "a column `completion`"
