@@ -8,7 +8,7 @@ another way, the answer is tokenised by itself: a rollout, too, begins after the
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from distill.prompts.conversations import Message, Tools
+from distill.prompts.conversations import Message, Tools, is_message, without_nulls
 from distill.prompts.records import PromptError, Record
 from distill.prompts.tokens import PromptTokeniser, Written
 
@@ -55,8 +55,8 @@ def answer_of(record: Record, turns: Sequence[Message], where: str, column: str 
         message = turns[0] if turns else None
     elif value is None or isinstance(value, str):
         message = None if value is None else {"role": "assistant", "content": value}
-    elif isinstance(value, list) and len(value) == 1 and _is_answer(value[0]):
-        message = {name: part for name, part in value[0].items() if part is not None or name == "content"}
+    elif isinstance(value, list) and len(value) == 1 and is_message(value[0]) and value[0]["role"] == "assistant":
+        message = without_nulls(value[0])
     else:
         raise PromptError(
             f"{where}: expected in the column {column or COLUMN!r} an answer: text, or a list with one message of the "
@@ -65,13 +65,6 @@ def answer_of(record: Record, turns: Sequence[Message], where: str, column: str 
     if message is None or not ((message.get("content") or "").strip() or message.get("tool_calls")):
         return None
     return message
-
-
-def _is_answer(value: object) -> bool:
-    if not isinstance(value, dict) or value.get("role") != "assistant":
-        return False
-    content = value.get("content")
-    return isinstance(content, str) or (content is None and bool(value.get("tool_calls")))
 
 
 class AnswerTokeniser:
@@ -90,10 +83,12 @@ class AnswerTokeniser:
 
     def encode(self, answers: Sequence[WrittenAnswer], prompt_ids: Sequence[list[int]]) -> list[Answer]:
         """The answers after prompts with these ids."""
-        found = self._tokeniser.encode([each.whole for each in answers])
-        alone = iter(self._tokeniser.encode([each.alone for each in answers], begins=False))
-        pairs = zip(found, alone, prompt_ids, strict=True)
-        return [self._ended(ids[len(p) :] if ids[: len(p)] == p else own) for ids, own, p in pairs]
+        whole = self._tokeniser.encode([each.whole for each in answers])
+        pairs = zip(whole, prompt_ids, strict=True)
+        rests = [ids[len(prompt) :] if ids[: len(prompt)] == prompt else None for ids, prompt in pairs]
+        others = [each.alone for each, rest in zip(answers, rests, strict=True) if rest is None]
+        alone = iter(self._tokeniser.encode(others, begins=False))
+        return [self._ended(next(alone) if rest is None else rest) for rest in rests]
 
     def _ended(self, ids: list[int]) -> Answer:
         """Up to the first end, which it gets where it has none, and no longer than a completion."""

@@ -35,10 +35,8 @@ def conversation_of(record: Record, where: str, column: str | None) -> Conversat
     value = record.get(key)
     if isinstance(value, str) and key != "messages":
         messages = [{"role": "user", "content": value}]
-    elif isinstance(value, list) and all(map(_is_message, value)):
-        messages = [
-            {name: part for name, part in message.items() if part is not None or name == "content"} for message in value
-        ]
+    elif isinstance(value, list) and all(map(is_message, value)):
+        messages = list(map(without_nulls, value))
     else:
         place = (
             f"the column {column!r}"
@@ -78,7 +76,13 @@ def with_texts(value: Any, change: Callable[[str], str]) -> Any:
     return [with_texts(part, change) for part in value] if isinstance(value, list) else value
 
 
-def _is_message(value: Any) -> bool:
+def without_nulls(message: Message) -> Message:
+    """A message without parts that are null, but for its content."""
+    return {name: part for name, part in message.items() if part is not None or name == "content"}
+
+
+def is_message(value: Any) -> bool:
+    """Whether it has a role and text as content, or none beside tool calls."""
     if not isinstance(value, dict) or value.get("role") not in ROLES:
         return False
     content = value.get("content")
