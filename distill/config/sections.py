@@ -258,7 +258,7 @@ class TrainingConfig(Section):
     hub_id: RepositoryName | None = None
     """Name on the Hugging Face hub, as OWNER/NAME, to which the trained model is pushed at the end; absent: nowhere."""
     hub_private: bool = True
-    """Make that a private repository, if it is not there yet."""
+    """Make that a private repository; one of its name that is public is refused then."""
 
     def total_steps(self, batch_sizes: Iterable[int]) -> int:
         """Optimizer steps of a run whose epochs have batches of so many prompts."""

@@ -47,11 +47,8 @@ def report_page(run: Path) -> str:
     metrics, evaluations, summary = _read(run)
     views = _records(run / "tokens.jsonl")
     first, *others = run_charts(metrics, evaluations) or [None]
-    charts, warm = (
-        [chart for chart in (first, *metric_charts(evaluations), *others) if chart is not None],
-        warm_steps(metrics),
-    )
-    if warm:
+    charts = [chart for chart in (first, *metric_charts(evaluations), *others) if chart is not None]
+    if warm := warm_steps(metrics):
         charts = [marked(chart, warm, "Dotted: the end of the warm start.") for chart in charts]
     return _page(
         "report.html.jinja",

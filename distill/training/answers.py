@@ -37,11 +37,6 @@ class Answers:
     def __len__(self) -> int:
         return len(self.indices)
 
-    @property
-    def cut(self) -> int:
-        """How many have no end, as they are longer than a completion."""
-        return sum(not self.prompts.answers[index].finished for index in self.indices)
-
     def order(self, epoch: int) -> list[int]:
         """All of them, in the order of a pass over them."""
         at = {"seed": self._seed, "epoch": FIRST_EPOCH + epoch, "shuffle": self._shuffle}

@@ -57,6 +57,5 @@ def reductions(text: str, summary: dict) -> Iterator[tuple[float, float, float]]
 def metric(summary: dict, name: str, figure: str, when: str) -> float:
     """The mean of `SET/METRIC` or `METRIC`, at the end or after the warm start."""
     of_set, _, metric = name.rpartition("/")
-    figures = summary["warm_start" if when == "warm_start" else "eval_metrics"]
-    figures = figures["eval_metrics"] if when == "warm_start" else figures
-    return figures[of_set or "main"][metric][figure]["after"]["mean"]
+    said = summary["warm_start"] if when == "warm_start" else summary
+    return said["eval_metrics"][of_set or "main"][metric][figure]["after"]["mean"]
